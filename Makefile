@@ -1,0 +1,38 @@
+# The two README commands are `make demo` and `make test`; each builds .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-floor lint bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	@# torch first and by its exact version, so that pip takes a CPU build where one is offered.
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The other end of the supported range: the oldest transformers, laid over the same environment.
+.venv-floor/.installed: $(VENV)/.installed
+	rm -rf .venv-floor
+	$(BIN)/pip install --quiet --target .venv-floor --no-deps transformers==5.17.0 'huggingface_hub<2' httpx httpcore h11 anyio
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/train_tokenizer.py --source embedded --vocab-size 4096 --output-dir runs/demo/tokenizer
+	$(BIN)/python scripts/pretrain.py --config recipes/demo.yaml
+	$(BIN)/python scripts/generate.py runs/demo/model "The built-in function" --max-new-tokens 60
+
+test: $(VENV)/.installed .venv-floor/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -q -m "not gpu" $(FLOOR_TESTS)
+
+FLOOR_TESTS := tests/test_golden.py tests/test_modeling.py tests/test_generation.py tests/test_checkpoints.py tests/test_remote_code.py
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-floor runs

@@ -1,0 +1,243 @@
+"""Published Complexity-Deep checkpoint layouts: recognise, convert on load, write back.
+
+The native layout is that of the model's own parameters. The published package (v0.12.0 to v0.13.0) stores experts as
+`mlp.gate_up_proj` [E, H, 2I] and `mlp.down_proj` [E, I, H] ([in, out], no `.weight`), one routing table per layer, the
+rotary frequencies and a copy of a tied head; older versions differ further. Conversion runs through the library's
+checkpoint conversion mapping, so that dtype, device map and sharding options of `from_pretrained` keep working.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, ConversionOps, Transpose, WeightConverter, WeightRenaming
+from transformers.utils import cached_file
+
+PUBLISHED_VERSION = "0.13.0"
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TABLE = re.compile(r"(?:^|\.)layers\.\d+\.mlp\.token_to_expert$")
+
+
+class _FirstOfEqual(ConversionOps):
+    """Collapse the per-layer routing tables into one; `Checkpoint.check` has refused tables that differ."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        (tensors,) = input_dict.values()
+        return {target_patterns[0]: tensors[0] if isinstance(tensors, list) else tensors}
+
+    @property
+    def reverse_op(self):
+        return self  # never reversed: `published_state_dict` writes the published layout
+
+
+# Longer patterns first, and `(?!\.)` keeps the dense `mlp.down_proj.weight` out (transformers 5.17 adds no boundary).
+register_checkpoint_conversion_mapping(
+    "complexity-deep",
+    [
+        WeightRenaming(r"dynamics\.controller\.0\.", "dynamics.controller_in."),  # before 0.12.0
+        WeightRenaming(r"dynamics\.controller\.2\.", "dynamics.controller_out."),
+        WeightConverter(r"layers\.\d+\.mlp\.token_to_expert", "token_to_expert", operations=[_FirstOfEqual()]),
+        WeightConverter(r"mlp\.gate_up_proj(?!\.)", "mlp.experts.gate_up_proj", operations=[Transpose(1, 2)]),
+        WeightConverter(  # before 0.12.0
+            [r"mlp\.gate_proj(?!\.)", r"mlp\.up_proj(?!\.)"],
+            "mlp.experts.gate_up_proj",
+            operations=[Concatenate(dim=2), Transpose(1, 2)],
+        ),
+        WeightConverter(r"mlp\.down_proj(?!\.)", "mlp.experts.down_proj", operations=[Transpose(1, 2)]),
+    ],
+    overwrite=True,  # this file is imported anew for every remote-code checkpoint
+)
+
+
+@dataclass
+class Checkpoint:
+    """Names, dtypes and shapes of a checkpoint's tensors, read from the headers alone.
+
+    `keys` maps a name without its leading `model.` to (dtype string, shape). `tables` are the per-layer routing tables.
+    `state_dict` is set only for a published `model.pt`, which has no header.
+    """
+
+    source: str
+    keys: dict = field(default_factory=dict)
+    tables: list = field(default_factory=list)
+    state_dict: dict | None = None
+
+    @classmethod
+    def find(cls, path: str, **hub_kwargs) -> "Checkpoint | None":
+        """Read the checkpoint at `path` (local folder or Hub id); `None` where only other formats lie.
+
+        Raises `OSError` for a file that is not a whole safetensors file, `ValueError` for an unreadable `model.pt`.
+        """
+        variant = hub_kwargs.pop("variant", None)
+        suffix = f".{variant}" if variant else ""
+
+        def resolve(name):
+            return cached_file(
+                path,
+                name,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                **hub_kwargs,
+            )
+
+        if file := resolve(f"model{suffix}.safetensors"):
+            files = [file]
+        elif index := resolve(f"model.safetensors.index{suffix}.json"):
+            names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [resolve(name) for name in names]
+            if None in files:
+                raise OSError(f"{path} lacks {names[files.index(None)]}, which its index lists; download it again.")
+        elif (file := resolve("model.pt")) and not resolve("pytorch_model.bin"):
+            return cls._from_pickle(file)
+        else:
+            return None
+        checkpoint = cls(source=str(path))
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 (a file handle, not a dict)
+                        entry = tensors.get_slice(name)
+                        checkpoint.keys[name.removeprefix("model.")] = (entry.get_dtype(), tuple(entry.get_shape()))
+                        if _TABLE.search(name):
+                            checkpoint.tables.append(tensors.get_tensor(name))
+            except SafetensorError as error:
+                raise OSError(f"{file} is truncated or not a safetensors file ({error}); download it again.") from None
+        return checkpoint
+
+    @classmethod
+    def _from_pickle(cls, file: str) -> "Checkpoint":
+        """The published `model.pt`: a bare state dict, or a trainer's checkpoint around one."""
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{file} cannot be loaded as plain weights ({type(error).__name__}); pickled objects are never loaded, "
+                "convert it to safetensors in an environment you trust."
+            ) from None
+        for key in ("model_state_dict", "model"):
+            if isinstance(loaded.get(key), dict):
+                loaded = loaded[key]
+        checkpoint = cls(source=str(file), state_dict=loaded)
+        names = {value: key for key, value in _SAFETENSORS_DTYPES.items()}
+        for name, tensor in loaded.items():
+            checkpoint.keys[name.removeprefix("model.")] = (names.get(tensor.dtype, "I64"), tuple(tensor.shape))
+            if _TABLE.search(name):
+                checkpoint.tables.append(tensor)
+        return checkpoint
+
+    def has(self, suffix: str) -> bool:
+        return any(name.endswith(suffix) for name in self.keys)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether this is a layout of the published package rather than ours."""
+        markers = ("mlp.token_to_expert", "mlp.gate_up_proj", "mlp.gate_proj", "rotary_emb.inv_freq")
+        return any(self.has(marker) for marker in markers) or self.has("dynamics.controller.0.weight")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return _SAFETENSORS_DTYPES.get(self.keys.get("embed_tokens.weight", (None,))[0])
+
+    def check(self, config) -> None:
+        """Raise one clear `ValueError` where these tensors are not a model that `config` can compute exactly."""
+        expected = ["embed_tokens.weight", "self_attn.o_proj.weight"] + ["dynamics.mu"] * config.use_dynamics
+        absent = [name for name in expected if not self.has(name)]
+        if absent:
+            raise ValueError(f"{self.source} is not a Complexity-Deep checkpoint: it has no {' and no '.join(absent)}.")
+        if not self.is_published:
+            return
+        version = self._version(config)
+        if version is not None:
+            raise ValueError(f"{self.source} cannot be loaded exactly: {version}")
+        for table in self.tables[1:]:
+            if not torch.equal(table, self.tables[0]):
+                raise ValueError(
+                    f"{self.source} has routing tables that differ between layers; this model has one for all layers."
+                )
+
+    def _version(self, config) -> str | None:
+        """Why a published version is not representable, or `None` where it is."""
+        if any(re.search(r"mlp\.experts\.\d+\.", name) for name in self.keys):
+            if self.has("self_attn.mu_to_q.weight"):
+                return "it is an export of the related complexity-framework, a different architecture."
+            return "it was written by version 0.4.0, which had no clamps on beta and velocity (added in 0.7.1)."
+        has_mu_to_q, has_mu_to_v = self.has("self_attn.mu_to_q.weight"), self.has("self_attn.mu_to_v.weight")
+        if has_mu_to_q and not has_mu_to_v:
+            return "it was written by version 0.9.0, whose mu guidance has no highway and does not reach the values."
+        if not self.has("dynamics.mu_proj.weight"):
+            written = getattr(config, "version", None)
+            if written is None:
+                if self.tables and self._is_range_table(self.tables[0], config.num_experts):
+                    return "it was written by version 0.4.x, which had no clamps on beta and velocity (added in 0.7.1)."
+                return (
+                    "it was written by a version from 0.5.0 to 0.7.1, and only 0.7.1 has the clamps on beta and "
+                    'velocity; if it is 0.7.1, add "version": "0.7.1" to its config.json.'
+                )
+            if tuple(int(part) for part in re.findall(r"\d+", str(written))[:3]) < (0, 7, 1):
+                return f"it was written by version {written}, which had no clamps on beta and velocity (from 0.7.1 on)."
+        return None
+
+    @staticmethod
+    def _is_range_table(table: torch.Tensor, num_experts: int) -> bool:
+        ids = torch.arange(table.numel())
+        ranges = torch.clamp(ids // max(table.numel() // num_experts, 1), max=num_experts - 1)
+        return num_experts > 1 and torch.equal(table.cpu(), ranges)
+
+    @property
+    def absent_mu(self) -> bool:
+        """Whether mu guidance and routing came only after this version: zeros then reproduce its arithmetic."""
+        return self.is_published and not self.has("self_attn.mu_to_q.weight")
+
+
+def published_state_dict(model) -> dict[str, torch.Tensor]:
+    """State dict of `model` (a ComplexityDeepForCausalLM) in published layout a (v0.13.0), no storage shared.
+
+    Raises `ValueError` for options that the published package cannot compute.
+    """
+    config = model.config
+    unsupported = [
+        name
+        for name, published in (
+            ("use_mu_guidance", True),
+            ("use_dynamics", True),
+            ("use_mu_routing", True),
+            ("shared_expert_intermediate_size", 0),
+            ("mu_router_base_logit", 10.0),
+            ("qk_norm_eps", 1e-6),
+        )
+        if getattr(config, name) != published and (config.is_routed or "rout" not in name)
+    ]
+    allowed = ("silu", "gelu") if config.is_routed else ("silu", "swish", "gelu", "relu")
+    unsupported += [] if config.hidden_act in allowed else ["hidden_act"]
+    unsupported += ["rope_parameters"] if config.rope_parameters["rope_type"] != "default" else []
+    if unsupported:
+        raise ValueError(f"The published format cannot hold this model's {', '.join(unsupported)}; save without it.")
+    table = model.model.token_to_expert if config.is_routed else None
+    inv_freq = model.model.rotary_emb.inv_freq
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("token_to_expert"):
+            continue
+        if ".mlp.experts." in name:
+            name, tensor = name.replace(".experts.", "."), tensor.transpose(1, 2)  # [E, out, in] -> [E, in, out]
+        state[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    for layer in range(config.num_hidden_layers):
+        state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = inv_freq.clone()
+        if table is not None:
+            state[f"model.layers.{layer}.mlp.token_to_expert"] = table.clone()
+    return state
+
+
+def published_config(config) -> dict:
+    """Fields that the published loader reads under other names than ours, to be merged into config.json."""
+    return {
+        "architecture": "DeepForCausalLM",
+        "version": PUBLISHED_VERSION,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "use_sdpa": True,
+    }

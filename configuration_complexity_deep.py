@@ -1,0 +1,232 @@
+"""Complexity-Deep model configuration."""
+
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# Every file that a saved model needs to be loaded by `trust_remote_code=True`, relative to this one.
+SHIPPED_FILES = (
+    "configuration_complexity_deep.py",
+    "modeling_complexity_deep.py",
+    "checkpoint_complexity_deep.py",
+    "kernels/kernel_reference.py",
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_complexity_deep.ComplexityDeepConfig",
+    "AutoModel": "modeling_complexity_deep.ComplexityDeepModel",
+    "AutoModelForCausalLM": "modeling_complexity_deep.ComplexityDeepForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_complexity_deep.ComplexityDeepForSequenceClassification",
+}
+ACTIVATIONS = ("silu", "swish", "gelu", "relu")
+ROUTINGS = ("modulo", "balanced", "random")
+# Written by the published package and read by nothing in it, or superseded here.
+_PUBLISHED_ONLY_FIELDS = ("architecture", "use_sdpa", "parameters", "innovations")
+
+
+@strict
+class ComplexityDeepConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Complexity-Deep decoder. The defaults are those of the published package (v0.13.0).
+
+    Args:
+        vocab_size (`int`, defaults to 100000): number of token ids V.
+        hidden_size (`int`, defaults to 768): width H.
+        intermediate_size (`int`, defaults to 2048):
+            MLP width over all experts; one expert has `intermediate_size // num_experts`, which must divide.
+        num_hidden_layers, num_attention_heads, num_key_value_heads (`int`, default to 12, 12, 4): GQA decoder shape.
+        max_position_embeddings (`int`, defaults to 2048): context trained on; not a hard limit.
+        rope_parameters (`dict`, *optional*): Transformers RoPE parameters; `rope_theta=...` is accepted too.
+        rms_norm_eps, qk_norm_eps (`float`, default to 1e-6): epsilon of the layer norms and of the query/key norms.
+        attention_dropout (`float`, defaults to 0.0): dropout on attention probabilities, the model's only dropout.
+        hidden_act (`str`, defaults to `"silu"`): `"silu"`, `"swish"`, `"gelu"` (exact erf) or `"relu"`, in every MLP.
+        use_qk_norm (`bool`, defaults to `True`): RMS norm of queries and keys before RoPE.
+        sliding_window (`int`, *optional*): number of keys a query sees, itself included.
+        use_token_routed_mlp (`bool`, defaults to `True`), num_experts (`int`, defaults to 4):
+            token-routed MLP; `False`, or one expert, gives an ordinary dense MLP.
+        routing (`str`, defaults to `"modulo"`):
+            how the `token_to_expert` table of a *new* model is built: `"modulo"` (id mod E, published), `"random"`
+            (equal numbers of ids per expert), or `"balanced"` (call `model.balance_routing(token_counts)`).
+        use_mu_routing (`bool`, defaults to `True`), mu_router_base_logit (`float`, defaults to 10.0):
+            let mu override the token's expert: argmax of `base_logit * one_hot(expert) + mu W_router^T`.
+        mu_router_gradient (`bool`, defaults to `False`):
+            train `mu_router` by a straight-through gradient; the forward stays bit-identical. The published code never
+            trains it.
+        shared_expert_intermediate_size (`int`, defaults to 0): width of a gated MLP every token passes through, added
+            to its expert's output.
+        use_mu_guidance (`bool`, defaults to `True`): let mu of the layer below bias keys, queries and values.
+        use_dynamics (`bool`, defaults to `True`): INL dynamics on the attention output.
+        dynamics_alpha, dynamics_beta, dynamics_gate (`float`, default to 0.9, 0.1, 0.5):
+            values that alpha, beta and gate have in a new model.
+        dynamics_dt (`float`, defaults to 0.1): step size of the dynamics.
+        dynamics_controller_hidden (`int`, defaults to 64): width C of the controller.
+        initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
+        scaled_residual_init (`bool`, defaults to `False`):
+            start `o_proj` and the down projections at `initializer_range / sqrt(2 * num_hidden_layers)`.
+
+    ```python
+    >>> from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM
+    >>> model = ComplexityDeepForCausalLM(ComplexityDeepConfig(vocab_size=1024, num_hidden_layers=2))
+    ```
+    """
+
+    model_type = "complexity-deep"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "expert_ids", "velocities", "mus"]
+
+    base_model_tp_plan: ClassVar[dict] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.mu_to_q": "colwise",
+        "layers.*.self_attn.mu_to_k": "colwise",
+        "layers.*.self_attn.mu_to_v": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_expert.gate_proj": "colwise",
+        "layers.*.mlp.shared_expert.up_proj": "colwise",
+        "layers.*.mlp.shared_expert.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_ep_plan: ClassVar[dict] = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 100000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 2048
+    rope_parameters: RopeParameters | dict | None = None
+    rms_norm_eps: float = 1e-6
+    qk_norm_eps: float = 1e-6
+    attention_dropout: float | int = 0.0
+    hidden_act: str = "silu"
+    use_qk_norm: bool = True
+    sliding_window: int | None = None
+    use_token_routed_mlp: bool = True
+    num_experts: int = 4
+    routing: str = "modulo"
+    use_mu_routing: bool = True
+    mu_router_base_logit: float | int = 10.0
+    mu_router_gradient: bool = False
+    shared_expert_intermediate_size: int = 0
+    use_mu_guidance: bool = True
+    use_dynamics: bool = True
+    dynamics_alpha: float = 0.9
+    dynamics_beta: float | int = 0.1
+    dynamics_gate: float = 0.5
+    dynamics_dt: float | int = 0.1
+    dynamics_controller_hidden: int = 64
+    initializer_range: float = 0.02
+    scaled_residual_init: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 0
+
+    def __post_init__(self, **kwargs):
+        for field in _PUBLISHED_ONLY_FIELDS:
+            kwargs.pop(field, None)
+        for field in [key for key in kwargs if key.startswith("safety_")]:
+            kwargs.pop(field)
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self):
+        """Raise one clear `ValueError` for a shape or option that cannot be built."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        head_dim = self.hidden_size // self.num_attention_heads
+        if head_dim % 2:
+            raise ValueError(
+                f"head_dim = hidden_size / num_attention_heads must be even for RoPE, but is {head_dim} "
+                f"({self.hidden_size} / {self.num_attention_heads})."
+            )
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, but is {self.num_experts}.")
+        if self.is_routed and self.intermediate_size % self.num_experts:
+            raise ValueError(
+                f"intermediate_size ({self.intermediate_size}) must be divisible by num_experts ({self.num_experts}): "
+                "it is the width over all experts."
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, but is {self.hidden_act!r}.")
+        if self.routing not in ROUTINGS:
+            raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, but is {self.routing!r}.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be None or at least 1, but is {self.sliding_window}.")
+        for name, upper in (("dynamics_alpha", 1.0), ("dynamics_gate", 1.0), ("dynamics_beta", 2.0)):
+            if not 0.0 < getattr(self, name) < upper:
+                raise ValueError(f"{name} must lie between 0 and {upper:g}, but is {getattr(self, name)}.")
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the MLPs are token-routed; one expert is the same as a dense MLP."""
+        return self.use_token_routed_mlp and self.num_experts > 1
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """Width I of one expert (other engines read this name)."""
+        return self.intermediate_size // self.num_experts
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts a token passes through: always one."""
+        return 1
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Save `config.json`, with an `auto_map`, and beside it every code file that loading by remote code needs.
+
+        The model, Trainer and `push_to_hub` all save through here. The remote-code loader wants its files flat, so
+        `kernels/x.py` becomes `x.py` and the import of it is rewritten.
+        """
+        self.auto_map = dict(AUTO_MAP)
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise ValueError(f"save_pretrained needs a directory, but {directory} is a file.")
+        directory.mkdir(parents=True, exist_ok=True)
+        here = Path(__file__).resolve().parent
+        for name in SHIPPED_FILES:
+            source = here / name
+            if not source.exists():  # loaded by remote code: the files lie flat already
+                source = here / source.name
+            target = directory / source.name
+            if target.exists() and target.samefile(source):
+                continue
+            temporary = target.with_name(f".{target.name}.tmp")
+            if source.name == "modeling_complexity_deep.py":
+                code = source.read_text(encoding="utf-8").replace("from .kernels.", "from .")
+                temporary.write_text(code, encoding="utf-8")
+            else:
+                shutil.copyfile(source, temporary)
+            temporary.replace(target)
+        super().save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", directory.name), **kwargs)
+
+
+DeepConfig = ComplexityDeepConfig  # name in the published package
+
+__all__ = ["ComplexityDeepConfig", "DeepConfig"]

@@ -1,0 +1,155 @@
+"""Plain PyTorch twins of every kernel: they define what the Triton kernels compute.
+
+They run in any floating dtype, on any device, without a host synchronisation in the graph, and are what the
+model uses wherever Triton is not (`experts_implementation="eager"`, `kernels_implementation="eager"`).
+
+Vocabulary: T tokens (batch * sequence), H hidden size, I width of one expert, E experts, C controller width.
+
+Index arrays of a routing plan
+    order    [T]   int32  order[r] = token whose row stands at sorted position r (stable: by expert, then by token)
+    offsets  [E+1] int32  rows offsets[e] .. offsets[e+1]-1 of the sorted order belong to expert e
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+def routing_plan_reference(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Sort tokens by expert: `expert_ids` [T] integers in 0..num_experts-1 -> (`order`, `offsets`), both int32."""
+    sorted_ids, order = torch.sort(expert_ids, stable=True)
+    bounds = torch.arange(num_experts + 1, device=expert_ids.device, dtype=expert_ids.dtype)
+    return order.int(), torch.searchsorted(sorted_ids, bounds, out_int32=True)
+
+
+@torch.library.custom_op("complexity_deep::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`x` [T, K] in sorted order, `weight` [E, N, K], `offsets` [E+1] -> [T, N]; row r uses its own expert's weight.
+
+    Rows from offsets[E] on belong to no expert here (expert parallelism sends them elsewhere) and give zeros.
+    """
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    bounds = offsets.tolist()
+    for expert, (start, end) in enumerate(pairwise(bounds)):
+        if end > start:
+            torch.mm(x[start:end], weight[expert].T, out=out[start:end])
+    out[bounds[-1] :] = 0
+    return out
+
+
+@grouped_linear.register_fake
+def _(x, weight, offsets):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("complexity_deep::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `grouped_linear` with respect to `x` and `weight`; an expert without tokens gets zeros."""
+    grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+    bounds = offsets.tolist()
+    for expert, (start, end) in enumerate(pairwise(bounds)):
+        if end > start:
+            torch.mm(grad[start:end], weight[expert], out=grad_x[start:end])
+            torch.mm(grad[start:end].T, x[start:end], out=grad_weight[expert])
+    grad_x[bounds[-1] :] = 0
+    return grad_x, grad_weight
+
+
+@grouped_linear_backward.register_fake
+def _(grad, x, weight, offsets):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_linear_grad(ctx, grad):
+    return *grouped_linear_backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
+grouped_linear.register_autograd(_grouped_linear_grad, setup_context=_save_for_backward)
+
+
+def token_routed_mlp_reference(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, order: Tensor, offsets: Tensor, activation: str = "silu"
+) -> Tensor:
+    """Token-routed gated MLP: y[t] = down[e] (act(gate[e] x[t]) * (up[e] x[t])), e the expert of token t.
+
+    Args:
+        x: [T, H]. gate_up_proj: [E, 2I, H], gate rows first. down_proj: [E, H, I]. All of one floating dtype.
+        order, offsets: the routing plan of `routing_plan_reference`.
+        activation: one of `ACTIVATIONS`.
+
+    Returns: [T, H] in token order.
+    """
+    gate, up = grouped_linear(x[order], gate_up_proj, offsets).chunk(2, dim=-1)  # each [T, I], sorted
+    out = grouped_linear(ACTIVATIONS[activation](gate) * up, down_proj, offsets)  # [T, H], sorted
+    return torch.empty_like(out).index_copy(0, order.long(), out)  # [T, H], token order
+
+
+def inl_dynamics_reference(
+    hidden_states: Tensor,
+    velocity: Tensor,
+    mu_residual: Tensor | None,
+    controller_hidden: Tensor,
+    mu: Tensor,
+    controller_out_weight: Tensor,
+    controller_out_bias: Tensor,
+    dt: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step of the INL dynamics and the mu highway (published v0.13.0, arithmetic in the model's dtype).
+
+    (alpha, beta, gate) = sigmoid, min(softplus, 2), sigmoid of the three H-blocks of W_out z + b_out
+    v' = clamp(alpha v - beta (h - mu), -10, 10);  h' = h + dt gate v';  R' = R + mu;  m = mu + 0.1 R'
+
+    Args:
+        hidden_states: h [..., H], the attention output. velocity: v [..., H]. mu_residual: R [..., H] or None.
+        controller_hidden: z [..., C], after SiLU. mu: [..., H], contextual equilibrium of this layer.
+        controller_out_weight: [3H, C]. controller_out_bias: [3H]. dt: step size.
+
+    Returns: (h', v', m, R'), each [..., H].
+    """
+    alpha, beta, gate = F.linear(controller_hidden, controller_out_weight, controller_out_bias).chunk(3, dim=-1)
+    return inl_update_reference(hidden_states, velocity, mu_residual, alpha, beta, gate, mu, dt)
+
+
+def inl_update_reference(hidden_states, velocity, mu_residual, alpha, beta, gate, mu, dt):
+    """The elementwise half of `inl_dynamics_reference`; `alpha`, `beta`, `gate` [..., H] are logits."""
+    alpha, gate = torch.sigmoid(alpha), torch.sigmoid(gate)
+    beta = torch.clamp(F.softplus(beta), max=2.0)
+    velocity = torch.clamp(alpha * velocity - beta * (hidden_states - mu), min=-10.0, max=10.0)
+    hidden_states = hidden_states + dt * gate * velocity
+    mu_residual = mu if mu_residual is None else mu_residual + mu
+    return hidden_states, velocity, mu + 0.1 * mu_residual, mu_residual
+
+
+def qk_norm_rope_reference(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm over the head dimension (where a weight is given), then rotate-half RoPE, of queries and keys.
+
+    Args:
+        query: [B, S, A, D]. key: [B, S, K, D]. query_weight, key_weight: [D] or None. cos, sin: [B or 1, S, D].
+
+    Returns: query [B, S, A, D] and key [B, S, K, D], rotated.
+    """
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, S, 1, D]
+
+    def one(states: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is not None:
+            states = F.rms_norm(states, weight.shape, weight, eps)
+        first, second = states.chunk(2, dim=-1)
+        return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return one(query, query_weight), one(key, key_weight)

@@ -1,0 +1,966 @@
+"""Complexity-Deep (v0.13.0): a decoder with token-routed experts, mu-guided attention and INL dynamics.
+
+Per layer, with x the residual stream, v the velocity (0 before layer 0), m the guidance of the layer below:
+
+    q, k, v'  = n W + m W_mu                    n = RMSNorm(x); then RMS norm over the head and RoPE for q and k
+    h         = Attention(q, k, v') W_o
+    mu        = mu_0 + h W_mu_proj              contextual equilibrium
+    alpha, beta, gate = sigmoid, min(softplus, 2), sigmoid of W_out SiLU(W_in [h, v] + b_in) + b_out
+    v         = clamp(alpha v - beta (h - mu), -10, 10)
+    x         = x + h + dt gate v
+    expert    = argmax(10 onehot(token_to_expert[id]) + mu W_router)
+    x         = x + SwiGLU_expert(RMSNorm(x))
+    R         = R + mu;  m = mu + 0.1 R         the mu highway: guidance for the layer above
+
+v, mu, R and m are per position and restart at layer 0, so a plain key/value cache is all that decoding carries.
+Shapes: B batch, S sequence, T = B * S tokens, H hidden size, D head dim, E experts, I width of one expert, V ids.
+"""
+
+import heapq
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .checkpoint_complexity_deep import Checkpoint, published_config, published_state_dict
+from .configuration_complexity_deep import ComplexityDeepConfig
+from .kernels.kernel_reference import (
+    inl_update_reference,
+    qk_norm_rope_reference,
+    routing_plan_reference,
+    token_routed_mlp_reference,
+)
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ComplexityDeepModelOutputWithPast(BaseModelOutputWithPast):
+    """Base model output; the last three fields come with `output_expert_ids`, `output_velocities`, `output_mus`.
+
+    expert_ids: per layer [B, S] int64. velocities, mus: per layer [B, S, H], velocity after and mu of that layer.
+    """
+
+    expert_ids: tuple[Tensor, ...] | None = None
+    velocities: tuple[Tensor, ...] | None = None
+    mus: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ComplexityDeepCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Language-model output; the last three fields are those of `ComplexityDeepModelOutputWithPast`."""
+
+    expert_ids: tuple[Tensor, ...] | None = None
+    velocities: tuple[Tensor, ...] | None = None
+    mus: tuple[Tensor, ...] | None = None
+
+
+class ComplexityDeepRMSNorm(nn.Module):
+    """RMSNorm in at least fp32 (fp64 stays fp64), rounded once at the end; the published code rounds at every step."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class ComplexityDeepRotaryEmbedding(nn.Module):
+    """RoPE tables (cos, sin) [B, S, D], always built in fp32 from the config and then cast, never from a file."""
+
+    def __init__(self, config: ComplexityDeepConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        inv_freq, self.attention_scaling = self._rope_init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def _rope_init(self, config, device=None):
+        if self.rope_type == "default":
+            return self.compute_default_rope_parameters(config, device)
+        return ROPE_INIT_FUNCTIONS[self.rope_type](config, device)
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[Tensor, float]:
+        """Inverse frequencies theta^(-2j/D) [D/2] in fp32, and the attention scaling (none)."""
+        dim = config.hidden_size // config.num_attention_heads
+        exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # `.half()` and its like would round the frequencies, which moves every far position.
+        if self.inv_freq.dtype != torch.float32 and self.inv_freq.device.type != "meta":
+            inv_freq, self.attention_scaling = self._rope_init(self.config, self.inv_freq.device)
+            self.inv_freq, self.original_inv_freq = inv_freq, inv_freq.clone()
+        return self
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()  # [B, S, D/2]
+        angles = torch.cat((angles, angles), dim=-1)  # [B, S, D]
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+class ComplexityDeepFrozenLinear(nn.Module):
+    """A linear map that no gradient can reach (published checkpoints hold some): saved and loaded, never trained.
+
+    Its weight is a buffer, so that it stays out of the optimizer, adapters and DDP's wait for gradients, also after
+    `from_pretrained`, which turns `requires_grad` on for every parameter.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def _is_plain_linear(*modules: nn.Module) -> bool:
+    """Whether the weights may be used directly: no adapter, quantization, offloading or parallel hook on any module."""
+    return all(
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, Tensor)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)  # accelerate and tensor parallelism replace it
+        for module in modules
+    )
+
+
+def repeat_kv(hidden_states: Tensor, n_rep: int) -> Tensor:
+    """[B, K, S, D] -> [B, K * n_rep, S, D]; kv head g serves the query heads g * n_rep .. (g + 1) * n_rep - 1."""
+    return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # [B, A, S, S_kv]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # At least fp32, but an fp64 model keeps fp64.
+    probabilities = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    probabilities = F.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities  # [B, S, A, D]
+
+
+def eager_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor | None, cos: Tensor, sin: Tensor):
+    """Mu-guided projections, QK norm and RoPE through the modules themselves, so that adapters on them count.
+
+    hidden_states, mu: [B, S, H]; mu is None below the first guided layer. cos, sin: [B or 1, S, D].
+    Returns query [B, S, A, D], key and value [B, S, K, D].
+    """
+
+    def project(projection: nn.Module, guidance: str) -> Tensor:
+        states = projection(hidden_states)
+        if mu is not None:
+            states = states + getattr(attention, guidance)(mu)
+        return states.view(*states.shape[:-1], -1, attention.head_dim)  # [B, S, heads, D]
+
+    query, key = project(attention.q_proj, "mu_to_q"), project(attention.k_proj, "mu_to_k")
+    value = project(attention.v_proj, "mu_to_v")
+    if attention.q_norm is not None:
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key = qk_norm_rope_reference(query, key, None, None, cos, sin, 0.0)
+    return query, key, value
+
+
+class ComplexityDeepAttention(nn.Module):
+    """Grouped-query attention whose queries, keys and values are guided by mu of the layer below."""
+
+    def __init__(self, config: ComplexityDeepConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.sliding_window = config.sliding_window
+        self.is_causal = True
+
+        hidden, kv = config.hidden_size, config.num_key_value_heads * self.head_dim
+        self.k_proj = nn.Linear(hidden, kv, bias=False)
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.v_proj = nn.Linear(hidden, kv, bias=False)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        if config.use_mu_guidance:
+            # Layer 0 has no layer below; published checkpoints hold its guidance weights all the same.
+            linear = ComplexityDeepFrozenLinear if layer_idx == 0 else lambda i, o: nn.Linear(i, o, bias=False)
+            self.mu_to_k, self.mu_to_q, self.mu_to_v = linear(hidden, kv), linear(hidden, hidden), linear(hidden, kv)
+        self.q_norm = ComplexityDeepRMSNorm(self.head_dim, config.qk_norm_eps) if config.use_qk_norm else None
+        self.k_norm = ComplexityDeepRMSNorm(self.head_dim, config.qk_norm_eps) if config.use_qk_norm else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mu: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        qkv_forward = KERNELS[self.config._kernels_implementation].qkv
+        query, key, value = qkv_forward(self, hidden_states, mu, *position_embeddings)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, S, D]
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()  # [B, S, A * D]
+        return self.o_proj(attn_output), attn_weights
+
+
+def eager_dynamics_forward(dynamics: nn.Module, hidden_states: Tensor, velocity: Tensor, mu: Tensor, mu_residual):
+    """One dynamics step through the controller's own modules; all tensors [B, S, H]. Returns (h', v', m, R')."""
+    controls = dynamics.controller_out(dynamics.controller_hidden(hidden_states, velocity))  # [B, S, 3H]
+    return inl_update_reference(hidden_states, velocity, mu_residual, *controls.chunk(3, dim=-1), mu, dynamics.dt)
+
+
+class ComplexityDeepDynamics(nn.Module):
+    """INL dynamics: a learned equilibrium mu and a damped velocity that pulls the attention output towards it."""
+
+    def __init__(self, config: ComplexityDeepConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.dt = config.dynamics_dt
+        hidden, controller = config.hidden_size, config.dynamics_controller_hidden
+        # Without the update, mu of the last layer can only steer its router, whose argmax passes no gradient.
+        is_last = layer_idx == config.num_hidden_layers - 1
+        router_learns = config.is_routed and config.use_mu_routing and config.mu_router_gradient
+        if config.use_dynamics or router_learns or (config.use_mu_guidance and not is_last):
+            self.mu = nn.Parameter(torch.zeros(hidden))
+            self.mu_proj = nn.Linear(hidden, hidden, bias=False)
+        else:
+            self.register_buffer("mu", torch.zeros(hidden))
+            self.mu_proj = ComplexityDeepFrozenLinear(hidden, hidden)
+        if config.use_dynamics:
+            self.controller_in = nn.Linear(2 * hidden, controller)
+            self.controller_out = nn.Linear(controller, 3 * hidden)
+
+    def controller_hidden(self, hidden_states: Tensor, velocity: Tensor) -> Tensor:
+        """z = SiLU(W_in [h, v] + b_in) [B, S, C]."""
+        return F.silu(self.controller_in(torch.cat((hidden_states, velocity), dim=-1)))
+
+    def forward(self, hidden_states: Tensor, velocity: Tensor, mu_residual: Tensor | None):
+        """Returns (h', velocity', mu, m, R'), each [B, S, H]: m is the guidance for the layer above, R' the highway."""
+        mu = self.mu + self.mu_proj(hidden_states)
+        if self.config.use_dynamics:
+            update = KERNELS[self.config._kernels_implementation].dynamics
+            hidden_states, velocity, guidance, mu_residual = update(self, hidden_states, velocity, mu, mu_residual)
+        else:
+            mu_residual = mu if mu_residual is None else mu_residual + mu
+            guidance = mu + 0.1 * mu_residual
+        return hidden_states, velocity, mu, guidance, mu_residual
+
+
+class RoutingPlan(NamedTuple):
+    """Tokens sorted by expert, computed once per forward where all layers route alike.
+
+    order [T] int32: token at each sorted position. offsets [E + 1] int32: where each expert's rows begin and end.
+    """
+
+    order: Tensor
+    offsets: Tensor
+
+
+def _planned_experts_forward(self, hidden_states, top_k_index, top_k_weights, routing_plan, make_plan, mlp):
+    """Run `mlp` on one expert per token: the shape that a token-routed layer always has (top_k_index [T, 1])."""
+    dtype = self.gate_up_proj.dtype
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    if routing_plan is None:
+        routing_plan = RoutingPlan(*make_plan(top_k_index.flatten(), self.num_experts))
+    out = mlp(
+        hidden_states.to(dtype),
+        self.gate_up_proj.to(dtype),
+        self.down_proj.to(dtype),
+        *routing_plan,
+        self.config.hidden_act,
+    )
+    # The weights are ones; they carry a gradient only for a router that learns.
+    return out * top_k_weights.to(dtype) if top_k_weights.requires_grad else out
+
+
+@use_experts_implementation
+class ComplexityDeepExperts(nn.Module):
+    """Experts as 3D weights: gate_up_proj [E, 2I, H] (gate rows first), down_proj [E, H, I].
+
+    The forward below is `experts_implementation="eager"`: any dtype, size and device. "cggr" runs the Triton kernels,
+    "batched_mm" and "grouped_mm" are the library's own.
+    """
+
+    def __init__(self, config: ComplexityDeepConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, routing_plan=None) -> Tensor:
+        """hidden_states [T, H], top_k_index [T, 1] (an id of num_experts means "not here"), top_k_weights [T, 1]."""
+        return _planned_experts_forward(
+            self,
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            routing_plan,
+            routing_plan_reference,
+            token_routed_mlp_reference,
+        )
+
+
+# Experts implementations that take a routing plan, and the function that makes it.
+ROUTING_PLANS: dict[str, Callable] = {"eager": routing_plan_reference}
+
+
+class ComplexityDeepMuRouter(nn.Module):
+    """Lets mu override the expert that the token id selects: argmax of base_logit * onehot(expert) + mu W^T.
+
+    The argmax passes no gradient, so the weight is a buffer, unless `mu_router_gradient` gives it a straight-through
+    gradient. Ties go to the lowest expert.
+    """
+
+    def __init__(self, config: ComplexityDeepConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.base_logit = config.mu_router_base_logit
+        self.learns = config.mu_router_gradient
+        weight = torch.zeros(config.num_experts, config.hidden_size)
+        if self.learns:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+
+    def forward(self, mu: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """mu [T, H], expert_ids [T] -> (expert ids [T], weights [T] that are ones, or None)."""
+        logits = F.linear(mu, self.weight)  # [T, E]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores = self.base_logit * F.one_hot(expert_ids, self.num_experts).to(logits.dtype) + logits
+        expert_ids = scores.argmax(dim=-1)
+        if not self.learns:
+            return expert_ids, None
+        chosen = scores.softmax(dim=-1).gather(-1, expert_ids[:, None]).squeeze(-1)
+        return expert_ids, 1.0 + (chosen - chosen.detach())  # exactly one: the forward stays bit-identical
+
+
+class ComplexityDeepMLP(nn.Module):
+    """Dense gated MLP: down(act(gate x) * up x)."""
+
+    def __init__(self, config: ComplexityDeepConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class ComplexityDeepTokenRoutedMLP(nn.Module):
+    """One SwiGLU expert per token, chosen by the token id and, through mu, by its context."""
+
+    def __init__(self, config: ComplexityDeepConfig):
+        super().__init__()
+        self.experts = ComplexityDeepExperts(config)
+        self.mu_router = ComplexityDeepMuRouter(config) if config.use_mu_routing else None
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = ComplexityDeepMLP(config, shared) if shared else None
+
+    def forward(
+        self, hidden_states: Tensor, mu: Tensor | None, expert_ids: Tensor, routing_plan: RoutingPlan | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states, mu [B, S, H], expert_ids [B, S] -> (output [B, S, H], expert ids [B, S] after mu's say)."""
+        shape = hidden_states.shape
+        tokens, chosen, weights = hidden_states.reshape(-1, shape[-1]), expert_ids.reshape(-1), None  # [T, H], [T]
+        if self.mu_router is not None:
+            chosen, weights = self.mu_router(mu.reshape(-1, shape[-1]), chosen)
+        if weights is None:
+            weights = tokens.new_ones(1).expand(tokens.shape[0])
+        # Expert parallelism renumbers the experts, so a plan made before it does not hold.
+        plan = {"routing_plan": routing_plan} if routing_plan and not self.experts._is_expert_parallel else {}
+        out = self.experts(tokens, chosen[:, None], weights[:, None].to(tokens.dtype), **plan).to(hidden_states.dtype)
+        out = out.reshape(shape)
+        if self.shared_expert is not None:
+            out = out + self.shared_expert(hidden_states)
+        return out, chosen.reshape(expert_ids.shape)
+
+
+class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: ComplexityDeepConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = ComplexityDeepAttention(config, layer_idx)
+        needs_mu = config.use_dynamics or config.use_mu_guidance or (config.is_routed and config.use_mu_routing)
+        self.dynamics = ComplexityDeepDynamics(config, layer_idx) if needs_mu else None
+        self.mlp = (
+            ComplexityDeepTokenRoutedMLP(config)
+            if config.is_routed
+            else ComplexityDeepMLP(config, config.intermediate_size)
+        )
+        self.input_layernorm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.use_mu_guidance = config.use_mu_guidance
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        velocity: Tensor,
+        guidance: Tensor | None = None,
+        mu_residual: Tensor | None = None,
+        expert_ids: Tensor | None = None,
+        routing_plan: RoutingPlan | None = None,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """hidden_states, velocity, guidance m, highway R, each [B, S, H] -> the same four after this layer."""
+        attn_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            guidance if self.use_mu_guidance else None,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        mu = None
+        if self.dynamics is not None:
+            attn_output, velocity, mu, guidance, mu_residual = self.dynamics(attn_output, velocity, mu_residual)
+        hidden_states = hidden_states + attn_output
+
+        normed = self.post_attention_layernorm(hidden_states)
+        if isinstance(self.mlp, ComplexityDeepTokenRoutedMLP):
+            mlp_output, _ = self.mlp(normed, mu, expert_ids, routing_plan)
+        else:
+            mlp_output = self.mlp(normed)
+        return hidden_states + mlp_output, velocity, guidance, mu_residual
+
+
+class ComplexityDeepKernels(NamedTuple):
+    """The functions behind one `kernels_implementation`."""
+
+    qkv: Callable
+    dynamics: Callable
+
+
+KERNELS = {"eager": ComplexityDeepKernels(eager_qkv_forward, eager_dynamics_forward)}
+
+
+def modulo_routing(vocab_size: int, num_experts: int) -> Tensor:
+    """The published table: expert = token id mod E. Returns [V] int64."""
+    return torch.arange(vocab_size) % num_experts
+
+
+def random_routing(vocab_size: int, num_experts: int) -> Tensor:
+    """A fixed random table with equal numbers of ids per expert. Returns [V] int64."""
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
+    return modulo_routing(vocab_size, num_experts)[order]
+
+
+def balanced_routing(token_counts: Tensor, num_experts: int) -> Tensor:
+    """Table that balances corpus tokens: greedy longest-processing-time bin packing of `token_counts` [V].
+
+    Ids are given, most frequent first, to the expert with the fewest tokens; ids that never occur go to the expert with
+    the fewest ids. Returns [V] int64.
+    """
+    table = torch.empty(len(token_counts), dtype=torch.int64)
+    counts, order = torch.sort(token_counts.cpu(), descending=True, stable=True)
+    seen = int((counts > 0).sum())
+    heap = [(0, 0, expert) for expert in range(num_experts)]  # (tokens, ids, expert)
+    for count, token in zip(counts[:seen].tolist(), order[:seen].tolist()):
+        tokens, ids, expert = heapq.heappop(heap)
+        table[token] = expert
+        heapq.heappush(heap, (tokens + count, ids + 1, expert))
+    heap = [(ids, tokens, expert) for tokens, ids, expert in heap]
+    heapq.heapify(heap)
+    for token in order[seen:].tolist():
+        ids, tokens, expert = heapq.heappop(heap)
+        table[token] = expert
+        heapq.heappush(heap, (ids + 1, tokens, expert))
+    return table
+
+
+class ComplexityDeepPreTrainedModel(PreTrainedModel):
+    config_class = ComplexityDeepConfig
+    config: ComplexityDeepConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ComplexityDeepDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(ComplexityDeepDecoderLayer, index=0),
+        "attentions": OutputRecorder(ComplexityDeepAttention, index=1),
+        "expert_ids": OutputRecorder(ComplexityDeepTokenRoutedMLP, index=1),
+        "velocities": OutputRecorder(ComplexityDeepDynamics, index=1),
+        "mus": OutputRecorder(ComplexityDeepDynamics, index=2),
+    }
+
+    def __init__(self, config: ComplexityDeepConfig, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        if getattr(config, "_kernels_implementation", None) is None:
+            config._kernels_implementation = default_kernels_implementation()
+        self.get_correct_kernels_implementation(config._kernels_implementation)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # The library's default, grouped_mm, does not run in every dtype and width.
+        if requested_experts is None:
+            requested_experts = "cggr" if default_kernels_implementation() == "triton" else "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
+    @staticmethod
+    def get_correct_kernels_implementation(requested: str) -> str:
+        if requested not in KERNELS:
+            raise ValueError(f"kernels_implementation must be one of {', '.join(KERNELS)}, but is {requested!r}.")
+        return requested
+
+    def set_kernels_implementation(self, kernels_implementation: str) -> None:
+        """Choose who computes dynamics and mu-guided projections: `"eager"` (PyTorch) or `"triton"` (on CUDA)."""
+        for module in self.modules():
+            if isinstance(module, ComplexityDeepPreTrainedModel):
+                module.config._kernels_implementation = self.get_correct_kernels_implementation(kernels_implementation)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        config, std = self.config, self.config.initializer_range
+        residual_std = std / math.sqrt(2 * config.num_hidden_layers) if config.scaled_residual_init else std
+        if isinstance(module, ComplexityDeepExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=residual_std)
+        elif isinstance(module, ComplexityDeepMLP):
+            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, ComplexityDeepAttention):
+            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, (ComplexityDeepMuRouter, ComplexityDeepFrozenLinear)):
+            init.zeros_(module.weight)
+        elif isinstance(module, ComplexityDeepDynamics):
+            init.zeros_(module.mu)
+            init.zeros_(module.mu_proj.weight)
+            if config.use_dynamics:
+                # With zero weights the controller starts exactly at the values of the config, whatever the input.
+                init.zeros_(module.controller_out.weight)
+                start = torch.tensor(
+                    [
+                        math.log(config.dynamics_alpha / (1 - config.dynamics_alpha)),
+                        math.log(math.expm1(config.dynamics_beta)),
+                        math.log(config.dynamics_gate / (1 - config.dynamics_gate)),
+                    ]
+                )
+                init.copy_(module.controller_out.bias, start.repeat_interleave(config.hidden_size))
+        elif isinstance(module, ComplexityDeepModel) and config.is_routed:
+            make = random_routing if config.routing == "random" else modulo_routing
+            init.copy_(module.token_to_expert, make(config.vocab_size, config.num_experts))
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resize the vocabulary, and with it the routing table: old ids keep their expert, new ones get id mod E."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        base, config = self.base_model, self.config
+        if config.is_routed:
+            table = modulo_routing(config.vocab_size, config.num_experts).to(base.token_to_expert.device)
+            kept = min(len(table), len(base.token_to_expert))
+            table[:kept] = base.token_to_expert[:kept]
+            base.token_to_expert = table
+        return embeddings
+
+    def balance_routing(self, token_counts: Tensor) -> None:
+        """Rebuild the routing table of a new model from corpus counts [V], so that every expert sees as many tokens.
+
+        Raises `ValueError` for counts of another length than the vocabulary, or a model without experts.
+        """
+        table = self.base_model.token_to_expert if self.config.is_routed else None
+        if table is None or len(token_counts) != len(table):
+            raise ValueError(
+                f"balance_routing needs a token-routed model and one count for each of its {self.config.vocab_size} "
+                f"token ids, but got {len(token_counts)} counts."
+            )
+        table.copy_(balanced_routing(torch.as_tensor(token_counts), self.config.num_experts))
+        self.config.routing = "balanced"
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters: `total` in the published layout, `trained`, and `active` for one token.
+
+        `total` counts what the published checkpoints hold, also the weights that no gradient reaches; `active` leaves
+        out the experts that a token does not pass through. A tied embedding counts once.
+        """
+        trained = sum(parameter.numel() for parameter in self.parameters())
+        frozen = sum(
+            buffer.numel()
+            for name, buffer in self.named_buffers()
+            if buffer.is_floating_point() and not name.endswith("inv_freq")
+        )
+        experts = sum(
+            parameter.numel()
+            for module in self.modules()
+            if isinstance(module, ComplexityDeepExperts)
+            for parameter in module.parameters()
+        )
+        idle = experts - experts // self.config.num_experts
+        return {"total": trained + frozen, "trained": trained, "active": trained + frozen - idle}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load native and published checkpoints alike; see `PreTrainedModel.from_pretrained`.
+
+        Args:
+            kernels_implementation (`str`, *optional*): `"eager"` or `"triton"`, as in `set_kernels_implementation`.
+
+        Raises `ValueError` for a folder of another architecture, of a published version that cannot be computed
+        exactly, or with missing weights; `OSError` for a truncated file. The dtype is the checkpoint's own by default.
+        """
+        kernels_implementation = kwargs.pop("kernels_implementation", None)
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        path, checkpoint = pretrained_model_name_or_path, None
+        if path is not None and kwargs.get("gguf_file") is None and not kwargs.get("adapter_kwargs"):
+            hub_keys = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+            hub = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
+            checkpoint = Checkpoint.find(path, variant=kwargs.get("variant"), **hub)
+        if checkpoint is not None:
+            config = kwargs.get("config")
+            if not isinstance(config, ComplexityDeepConfig):
+                config = cls.config_class.from_pretrained(config or path, **hub)
+            checkpoint.check(config)
+            if checkpoint.is_published and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
+                kwargs.pop("torch_dtype", None)
+                kwargs["dtype"] = checkpoint.dtype  # published configs name another dtype than their file holds
+            if checkpoint.state_dict is not None:
+                path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
+        model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        if checkpoint is not None:
+            body = ("layers.", "embed_tokens.", "norm.")  # a new head on an old body is legitimate
+            missing = [key for key in info["missing_keys"] if key.removeprefix("model.").startswith(body)]
+            if checkpoint.absent_mu:
+                with torch.no_grad():
+                    for key in [key for key in missing if ".mu" in key]:
+                        model.get_parameter_or_buffer(key).zero_()
+                        missing.remove(key)
+            if missing:
+                raise ValueError(
+                    f"{checkpoint.source} is incomplete: it lacks {len(missing)} weights of this model, e.g. "
+                    f"{missing[0]}; check that config.json belongs to these weights."
+                )
+        if kernels_implementation is not None:
+            model.set_kernels_implementation(kernels_implementation)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+        """Save in the native layout, or with `save_original_format=True` in the published one (v0.13.0, layout a).
+
+        The library's default is the original format; here that would break Trainer's resume, which restores a
+        checkpoint without converting it.
+        """
+        if save_original_format:
+            if kwargs.get("push_to_hub"):
+                raise ValueError("save_original_format=True writes a local folder only; upload that folder afterwards.")
+            kwargs["state_dict"] = published_state_dict(self)
+        super().save_pretrained(save_directory, save_original_format=False, **kwargs)
+        if save_original_format and kwargs.get("is_main_process", True):
+            path = Path(save_directory) / "config.json"
+            fields = json.loads(path.read_text(encoding="utf-8")) | published_config(self.config)
+            temporary = path.with_name(".config.json.tmp")
+            temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            temporary.replace(path)
+
+
+class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
+    """Token embedding, decoder layers and final norm."""
+
+    def __init__(self, config: ComplexityDeepConfig):
+        super().__init__(config)
+        # No padding_idx: in the published model the pad row is an ordinary row with a gradient.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ComplexityDeepDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = ComplexityDeepRotaryEmbedding(config)
+        if config.is_routed:
+            self.register_buffer("token_to_expert", modulo_routing(config.vocab_size, config.num_experts))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _check_ids(self, ids: Tensor, name: str) -> None:
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name} must be int64 or int32 token ids, but has dtype {ids.dtype}.")
+        # On the CPU the look-up is free; on a device it would stall the queue, and under tracing it cannot be done.
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            smallest, largest = ids.aminmax()
+            if smallest < 0 or largest >= self.config.vocab_size:
+                raise ValueError(
+                    f"{name} holds token id {int(largest if smallest >= 0 else smallest)}, but the vocabulary has ids "
+                    f"0 to {self.config.vocab_size - 1}; check that the tokenizer belongs to this model."
+                )
+
+    @torch.no_grad()
+    def nearest_token_ids(self, inputs_embeds: Tensor) -> Tensor:
+        """Ids [B, S] of the embedding rows nearest to `inputs_embeds` [B, S, H]; an unmodified row gives its own id.
+
+        True differences in at least fp32, since the shortcut |w|^2 - 2 e.w cannot tell close rows apart. The lowest id
+        wins between equal rows.
+        """
+        dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
+        weight = self.embed_tokens.weight.to(dtype)
+        rows = inputs_embeds.reshape(-1, inputs_embeds.shape[-1]).to(dtype)
+        # 1024 rows at a time: [1024, V] distances stay small whatever the batch.
+        exact = "donot_use_mm_for_euclid_dist"
+        nearest = [torch.cdist(part, weight, compute_mode=exact).argmin(dim=-1) for part in rows.split(1024)]
+        return torch.cat(nearest).reshape(inputs_embeds.shape[:-1])
+
+    def _expert_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor, routing_ids: Tensor | None) -> Tensor:
+        """Expert of each token [B, S] before mu's say, from `routing_ids`, the token ids or the nearest embedding."""
+        if routing_ids is not None:
+            if routing_ids.shape != inputs_embeds.shape[:-1]:
+                raise ValueError(
+                    f"routing_ids must have the [batch, sequence] shape of the input, "
+                    f"{tuple(inputs_embeds.shape[:-1])}, but has {tuple(routing_ids.shape)}."
+                )
+            self._check_ids(routing_ids, "routing_ids")
+        else:
+            routing_ids = input_ids if input_ids is not None else self.nearest_token_ids(inputs_embeds)
+        return self.token_to_expert[routing_ids]
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        routing_ids: Tensor | None = None,
+        **kwargs,
+    ) -> ComplexityDeepModelOutputWithPast:
+        """
+        Args:
+            input_ids: [B, S] token ids. inputs_embeds: [B, S, H], instead of `input_ids`.
+            attention_mask: [B, S], 1 where there is a token. position_ids: [B or 1, S]; positions that restart within
+                a row (and no attention_mask) separate packed documents.
+            routing_ids: [B, S] token ids that choose the experts, instead of `input_ids` or of the embedding rows
+                nearest to `inputs_embeds`.
+
+        `output_hidden_states`, `output_attentions`, `output_expert_ids`, `output_velocities` and `output_mus` add the
+        per-layer tensors to the output.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            self._check_ids(input_ids, "input_ids")
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+        # The mask comes before the cache: with a cache in hand the library takes a packed row for one document.
+        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        attention_mask = make_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        expert_ids = routing_plan = None
+        if self.config.is_routed:
+            expert_ids = self._expert_ids(input_ids, inputs_embeds, routing_ids)
+            make_plan = ROUTING_PLANS.get(self.config._experts_implementation)
+            if make_plan is not None and not self.config.use_mu_routing:
+                routing_plan = RoutingPlan(*make_plan(expert_ids.flatten(), self.config.num_experts))
+
+        hidden_states, guidance, mu_residual = inputs_embeds, None, None
+        velocity = torch.zeros_like(hidden_states)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        # Sliced, because early-exit generation lowers num_hidden_layers for a while.
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states, velocity, guidance, mu_residual = layer(
+                hidden_states,
+                velocity,
+                guidance,
+                mu_residual,
+                expert_ids=expert_ids,
+                routing_plan=routing_plan,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return ComplexityDeepModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+
+class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
+    """Complexity-Deep with a language-model head, tied to the embedding by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ComplexityDeepConfig):
+        super().__init__(config)
+        self.model = ComplexityDeepModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        routing_ids: Tensor | None = None,
+        **kwargs,
+    ) -> ComplexityDeepCausalLMOutputWithPast:
+        """
+        The inputs of `ComplexityDeepModel.forward`, and:
+
+        Args:
+            labels: [B, S] token ids, -100 where there is no loss; shifted here, mean over the kept tokens (or a sum
+                over `num_items_in_batch`).
+            logits_to_keep: number of last positions, 1D positions, 2D positions per row, or a 2D bool mask.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            routing_ids=routing_ids,
+            **kwargs,
+        )
+        logits = self.lm_head(_select_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return ComplexityDeepCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            expert_ids=outputs.expert_ids,
+            velocities=outputs.velocities,
+            mus=outputs.mus,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, routing_ids: Tensor | None = None, **kwargs):
+        """Carry `routing_ids` [B, prompt] through generation: generated tokens are routed by their own ids."""
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if routing_ids is not None:
+            mask, step = kwargs.get("attention_mask"), model_inputs.get("inputs_embeds")
+            step = step if step is not None else model_inputs["input_ids"]
+            total = mask.shape[1] if mask is not None else input_ids.shape[1]
+            generated = total - routing_ids.shape[1]
+            if generated > 0:
+                routing_ids = torch.cat((routing_ids, input_ids[:, input_ids.shape[1] - generated :]), dim=1)
+            model_inputs["routing_ids"] = routing_ids[:, :total][:, -step.shape[1] :]
+        return model_inputs
+
+
+def _select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Positions of `hidden_states` [B, S, H] whose logits are wanted (the library has this only from 5.23 on)."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden_states[logits_to_keep]
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
+
+
+class ComplexityDeepForSequenceClassification(GenericForSequenceClassification, ComplexityDeepPreTrainedModel):
+    """Complexity-Deep with a classification head on the last token that is not padding."""
+
+    def __init__(self, config: ComplexityDeepConfig):
+        # The generic constructor would look the base model up in AutoModel, which does not know remote code.
+        ComplexityDeepPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ComplexityDeepModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+def default_kernels_implementation() -> str:
+    """`"triton"` where there are a CUDA device and Triton, else `"eager"`."""
+    return "triton" if "triton" in KERNELS and torch.cuda.is_available() else "eager"
+
+
+DeepForCausalLM = ComplexityDeepForCausalLM  # name in the published package
+
+__all__ = [
+    "ComplexityDeepForCausalLM",
+    "ComplexityDeepForSequenceClassification",
+    "ComplexityDeepModel",
+    "ComplexityDeepPreTrainedModel",
+    "DeepForCausalLM",
+]
