@@ -140,6 +140,7 @@ class ComplexityDeepFrozenLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight", torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -223,6 +224,7 @@ class ComplexityDeepAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
         self.v_proj = nn.Linear(hidden, kv, bias=False)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        self.o_proj.writes_residual = True  # see scaled_residual_init
         if config.use_mu_guidance:
             # Layer 0 has no layer below; published checkpoints hold its guidance weights all the same.
             linear = ComplexityDeepFrozenLinear if layer_idx == 0 else lambda i, o: nn.Linear(i, o, bias=False)
@@ -405,6 +407,7 @@ class ComplexityDeepMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.writes_residual = True
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -432,7 +435,8 @@ class ComplexityDeepTokenRoutedMLP(nn.Module):
         if weights is None:
             weights = tokens.new_ones(1).expand(tokens.shape[0])
         # Expert parallelism renumbers the experts, so a plan made before it does not hold.
-        plan = {"routing_plan": routing_plan} if routing_plan and not self.experts._is_expert_parallel else {}
+        is_split = getattr(self.experts, "_is_expert_parallel", False)  # transformers 5.17 has no such mark
+        plan = {"routing_plan": routing_plan} if routing_plan and not is_split else {}
         out = self.experts(tokens, chosen[:, None], weights[:, None].to(tokens.dtype), **plan).to(hidden_states.dtype)
         out = out.reshape(shape)
         if self.shared_expert is not None:
@@ -587,10 +591,8 @@ class ComplexityDeepPreTrainedModel(PreTrainedModel):
         if isinstance(module, ComplexityDeepExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=residual_std)
-        elif isinstance(module, ComplexityDeepMLP):
-            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, ComplexityDeepAttention):
-            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
+        elif getattr(module, "writes_residual", False):
+            init.normal_(module.weight, mean=0.0, std=residual_std)
         elif isinstance(module, (ComplexityDeepMuRouter, ComplexityDeepFrozenLinear)):
             init.zeros_(module.weight)
         elif isinstance(module, ComplexityDeepDynamics):
@@ -913,17 +915,20 @@ class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
             mus=outputs.mus,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, routing_ids: Tensor | None = None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, routing_ids: Tensor | None = None, **kwargs
+    ):
         """Carry `routing_ids` [B, prompt] through generation: generated tokens are routed by their own ids."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if routing_ids is not None:
-            mask, step = kwargs.get("attention_mask"), model_inputs.get("inputs_embeds")
-            step = step if step is not None else model_inputs["input_ids"]
-            total = mask.shape[1] if mask is not None else input_ids.shape[1]
-            generated = total - routing_ids.shape[1]
-            if generated > 0:
-                routing_ids = torch.cat((routing_ids, input_ids[:, input_ids.shape[1] - generated :]), dim=1)
-            model_inputs["routing_ids"] = routing_ids[:, :total][:, -step.shape[1] :]
+            cache = model_inputs.get("past_key_values")
+            start = int(cache.get_seq_length()) if cache is not None else 0
+            step_ids, step_embeds = model_inputs["input_ids"], model_inputs.get("inputs_embeds")
+            length = (step_ids if step_embeds is None else step_embeds).shape[1]
+            given = routing_ids[:, start : start + length]
+            if given.shape[1] < length:
+                given = torch.cat((given, step_ids[:, given.shape[1] :]), dim=1)
+            model_inputs["routing_ids"] = given
         return model_inputs
 
 

@@ -1,0 +1,82 @@
+"""Continue a prompt with a Complexity-Deep model, streaming to the terminal.
+
+    python scripts/generate.py runs/demo/model "Once upon a time" --max-new-tokens 64
+    python scripts/generate.py user/model-on-the-hub --interactive --temperature 0.7
+
+Works on a Hub id, a local folder, and a folder in the layout of the published package (give --tokenizer where it has
+none of its own). In --interactive, each line is a prompt (a chat turn if the tokenizer has a chat template); an empty
+line ends.
+"""
+
+import argparse
+import sys
+
+import complexity_deep  # noqa: F401 (registers the architecture, so that published folders need no remote code)
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="Hub id or folder")
+    parser.add_argument("prompt", nargs="?", help="text to continue; left out with --interactive")
+    parser.add_argument("--tokenizer", help="Hub id or folder of the tokenizer; default: the model's")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest continuation, in tokens")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest tokens; 0 is all")
+    parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this mass")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repeats")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--interactive", action="store_true", help="prompt for lines until an empty one")
+    args = parser.parse_args()
+    if (args.prompt is None) != args.interactive:
+        parser.error("give either a prompt or --interactive")
+    if args.temperature < 0:
+        parser.error(f"--temperature must be 0 or more, but is {args.temperature}")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).to(args.device)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{args.model} cannot be loaded: {error}")
+    torch.manual_seed(args.seed)
+    sampling = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+
+    def continue_text(inputs, skip_prompt: bool) -> torch.Tensor:
+        streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+        return model.generate(
+            **inputs.to(model.device),
+            max_new_tokens=args.max_new_tokens,
+            repetition_penalty=args.repetition_penalty,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
+        )
+
+    if not args.interactive:
+        inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
+        if inputs["input_ids"].shape[1] == 0:
+            sys.exit("The prompt is empty; give some text to continue.")
+        continue_text(inputs, skip_prompt=False)
+        return
+    messages = []
+    while line := input("> ").strip():
+        if tokenizer.chat_template is None:
+            continue_text(tokenizer(line, return_tensors="pt", return_token_type_ids=False), skip_prompt=True)
+            continue
+        messages.append({"role": "user", "content": line})
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        reply = continue_text(inputs, skip_prompt=True)[0, inputs["input_ids"].shape[1] :]
+        messages.append({"role": "assistant", "content": tokenizer.decode(reply, skip_special_tokens=True)})
+
+
+if __name__ == "__main__":
+    main(parse_args())

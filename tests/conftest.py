@@ -1,0 +1,31 @@
+"""Kernels run on the GPU where there is one, else in Triton's interpreter on the CPU."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel file is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def published_folder(tmp_path):
+    """A writable copy of the published tiny checkpoint."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(Path(__file__).parent / "golden" / "v0.13-tiny" / name, folder / name)
+    return folder

@@ -1,0 +1,31 @@
+"""Builders of small models that tests share."""
+
+from pathlib import Path
+
+import torch
+from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM
+
+GOLDEN = Path(__file__).parent / "golden"
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def tiny_config(**overrides) -> ComplexityDeepConfig:
+    """configs/tiny.json with `overrides`."""
+    return ComplexityDeepConfig.from_pretrained(REPOSITORY / "configs" / "tiny.json", **overrides)
+
+
+def tiny_model(std: float = 0.3, seed: int = 0, dtype=torch.float32, **overrides) -> ComplexityDeepForCausalLM:
+    """A tiny model in eval mode whose weights are large enough (N(0, std)) for every path to show in the logits."""
+    torch.manual_seed(seed)
+    model = ComplexityDeepForCausalLM(tiny_config(**overrides)).eval()
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point() and tensor.ndim > 1:
+                tensor.normal_(0.0, std)
+            elif isinstance(tensor, torch.nn.Parameter):
+                tensor.add_(torch.randn_like(tensor) * std)
+    return model.to(dtype)
+
+
+def random_ids(*shape: int, vocab_size: int = 257, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, vocab_size, shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,251 @@
+"""Published layouts in and out, native round trips, Trainer's resume, and files that must be refused."""
+
+import json
+
+import pytest
+import torch
+from complexity_deep import ComplexityDeepForCausalLM, ComplexityDeepModel
+from complexity_deep.modeling_complexity_deep import modulo_routing
+from safetensors.torch import load_file, save_file
+from support import GOLDEN, random_ids, tiny_config, tiny_model
+from transformers import Trainer, TrainingArguments
+
+load = ComplexityDeepForCausalLM.from_pretrained
+
+
+def rewrite(folder, change=None, **config):
+    """Change the tensors and config fields of a checkpoint folder in place; a field of None is removed."""
+    tensors = load_file(folder / "model.safetensors")
+    if change is not None:
+        tensors = change(tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    fields = json.loads((folder / "config.json").read_text()) | config
+    fields = {key: value for key, value in fields.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def golden_logits():
+    tensors = load_file(GOLDEN / "v0.13-tiny" / "golden.safetensors")
+    return tensors["input_ids"], tensors["logits"]
+
+
+def to_0_11(tensors):
+    """Names of 0.10 to 0.11: gate and up apart, controller.0 and controller.2."""
+    out = {}
+    for name, tensor in tensors.items():
+        name = name.replace("controller_in", "controller.0").replace("controller_out", "controller.2")
+        if name.endswith("mlp.gate_up_proj"):
+            out[name.replace("gate_up", "gate")], out[name.replace("gate_up", "up")] = tensor.chunk(2, dim=-1)
+        else:
+            out[name] = tensor
+    return out
+
+
+def without(*parts):
+    return lambda tensors: {name: t for name, t in tensors.items() if not any(part in name for part in parts)}
+
+
+def test_layouts_0_10_to_0_11_load_exactly(published_folder):
+    rewrite(published_folder, to_0_11, version="0.11.2")
+    ids, logits = golden_logits()
+    assert (load(published_folder)(ids).logits - logits).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("version, absent", [("0.8.0", ()), ("0.7.1", ("mu_proj",))])
+def test_versions_without_guidance_load_as_zeros(published_folder, version, absent):
+    rewrite(published_folder, lambda t: without("mu_to_", "mu_router", *absent)(to_0_11(t)), version=version)
+    model, ids = load(published_folder), golden_logits()[0]
+    zeroed = load(GOLDEN / "v0.13-tiny")
+    with torch.no_grad():
+        for name, tensor in [*zeroed.named_parameters(), *zeroed.named_buffers()]:
+            if any(part in name for part in ("mu_to_", "mu_router", *absent)):
+                tensor.zero_()
+    torch.testing.assert_close(model(ids).logits, zeroed(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "version, change, message",
+    [
+        ("0.9.0", lambda t: without("mu_to_v", "mu_router")(to_0_11(t)), "version 0.9.0"),
+        (
+            "0.6.0",
+            lambda t: without("mu_to_", "mu_router", "mu_proj")(to_0_11(t)),
+            "version 0.6.0, which had no clamps",
+        ),
+        (None, lambda t: without("mu_to_", "mu_router", "mu_proj")(to_0_11(t)), "from 0.5.0 to 0.7.1"),
+    ],
+)
+def test_versions_that_cannot_be_computed_are_refused(published_folder, version, change, message):
+    rewrite(published_folder, change, version=version)
+    with pytest.raises(ValueError, match=message):
+        load(published_folder)
+
+
+def test_the_module_list_layout_of_0_4_is_refused(published_folder):
+    def to_0_4(tensors):
+        out = without("mu_to_", "mu_router", "mu_proj", "gate_up_proj", "down_proj")(to_0_11(tensors))
+        for name, tensor in tensors.items():
+            if name.endswith("mlp.down_proj"):
+                for expert in range(4):
+                    out[name.replace("down_proj", f"experts.{expert}.down_proj.weight")] = tensor[expert].T
+        return out
+
+    rewrite(published_folder, to_0_4)
+    with pytest.raises(ValueError, match=r"version 0\.4\.0"):
+        load(published_folder)
+
+
+def test_routing_tables_come_from_the_file_and_may_not_differ(published_folder):
+    table = torch.arange(257).flip(0) % 4
+
+    def set_tables(tensors):
+        return {n: table.clone() if n.endswith("token_to_expert") else t for n, t in tensors.items()}
+
+    rewrite(published_folder, set_tables)
+    assert torch.equal(load(published_folder).model.token_to_expert, table)
+
+    def change_one(tensors):
+        tensors["model.layers.1.mlp.token_to_expert"] = modulo_routing(257, 4)
+        return tensors
+
+    rewrite(published_folder, change_one)
+    with pytest.raises(ValueError, match="routing tables that differ between layers"):
+        load(published_folder)
+
+
+def test_square_experts_are_not_confused(tmp_path):
+    for width, name in ((32, "2I = H"), (64, "I = H")):  # hidden size 64
+        model = tiny_model(intermediate_size=4 * width)
+        model.save_pretrained(tmp_path / name / "published", save_original_format=True)
+        model.save_pretrained(tmp_path / name / "native")
+        for kind in ("published", "native"):
+            for key, tensor in load(tmp_path / name / kind).state_dict().items():
+                assert torch.equal(tensor, model.state_dict()[key]), (name, kind, key)
+
+
+@pytest.mark.parametrize("folder", ("v0.13-tiny", "v0.13-dense", "v0.13-tiny-bf16"))
+def test_save_original_format_writes_the_published_tensors_back(folder, tmp_path):
+    model = load(GOLDEN / folder)
+    model.save_pretrained(tmp_path, save_original_format=True)
+    published, written = load_file(GOLDEN / folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert written.keys() == published.keys()
+    for name, tensor in published.items():
+        if not name.endswith("inv_freq"):  # bf16 files hold rounded frequencies
+            assert written[name].dtype == tensor.dtype and torch.equal(written[name], tensor), name
+    fields, original = (json.loads((path / "config.json").read_text()) for path in (tmp_path, GOLDEN / folder))
+    for key in original.keys() - {"torch_dtype", "architecture", "version"}:
+        assert fields[key] == original[key], key
+    ids = golden_logits()[0] % model.config.vocab_size
+    torch.testing.assert_close(load(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_save_original_format_refuses_what_the_published_package_cannot_compute(tmp_path):
+    with pytest.raises(ValueError, match="cannot hold this model's shared_expert_intermediate_size"):
+        tiny_model(shared_expert_intermediate_size=8).save_pretrained(tmp_path, save_original_format=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrap", (None, "model_state_dict", "model"))
+def test_a_published_model_pt_loads(published_folder, wrap):
+    tensors = load_file(published_folder / "model.safetensors")
+    (published_folder / "model.safetensors").unlink()
+    torch.save(tensors if wrap is None else {wrap: tensors, "epoch": 3}, published_folder / "model.pt")
+    ids, logits = golden_logits()
+    assert (load(published_folder)(ids).logits - logits).abs().max() < 5e-5
+
+
+def test_the_base_model_loads_every_layout():
+    for folder in ("v0.13-tiny", "v0.13-tiny-converted"):
+        tensors = load_file(GOLDEN / folder / "golden.safetensors")
+        model = ComplexityDeepModel.from_pretrained(GOLDEN / folder, dtype=torch.float32)
+        hidden = model(tensors["input_ids"]).last_hidden_state
+        whole = load(GOLDEN / folder, dtype=torch.float32)
+        torch.testing.assert_close(whole.lm_head(hidden), whole(tensors["input_ids"]).logits)
+
+
+def test_the_dtype_is_that_of_the_file(published_folder, tmp_path):
+    def to_bf16(tensors):
+        return {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}
+
+    rewrite(published_folder, to_bf16, torch_dtype="float16")  # as the published converter writes it
+    assert load(published_folder).dtype == torch.bfloat16
+    assert load(published_folder, dtype=torch.float32).dtype == torch.float32
+    tiny_model(dtype=torch.float64).save_pretrained(tmp_path / "native")
+    assert load(tmp_path / "native").dtype == torch.float64
+
+
+def test_sharded_native_round_trip(tmp_path):
+    model, ids = tiny_model(), random_ids(1, 8)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    torch.testing.assert_close(load(tmp_path)(ids).logits, model(ids).logits)
+    next(tmp_path.glob("model-00002-*")).unlink()
+    with pytest.raises(OSError, match="lacks model-00002-.*which its index lists"):
+        load(tmp_path)
+
+
+def test_trainer_resume_is_bitwise(tmp_path):
+    dataset = [{"input_ids": row, "labels": row} for row in random_ids(24, 12).tolist()]
+
+    def train(folder, steps, resume=None):
+        torch.manual_seed(0)
+        model = ComplexityDeepForCausalLM(tiny_config())
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=6,
+            save_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
+        if steps < 6:
+            trainer.add_callback(StopAt(steps))
+        trainer.train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    from transformers import TrainerCallback
+
+    class StopAt(TrainerCallback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= self.step
+
+    whole = train(tmp_path / "whole", 6)
+    train(tmp_path / "parts", 3)
+    resumed = train(tmp_path / "parts", 6, resume=str(tmp_path / "parts" / "checkpoint-3"))
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_damaged_and_foreign_files_are_refused(published_folder, tmp_path):
+    file = published_folder / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (len(whole) // 2, 5):
+        file.write_bytes(whole[:size])
+        with pytest.raises(OSError, match="truncated or not a safetensors file"):
+            load(published_folder)
+    save_file({"bert.encoder.weight": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match="not a Complexity-Deep checkpoint: it has no embed_tokens.weight"):
+        load(published_folder)
+    file.write_bytes(whole)
+    rewrite(published_folder, without("layers.2.self_attn.k_proj"))
+    with pytest.raises(ValueError, match=r"incomplete: it lacks 1 weights.*layers\.2\.self_attn\.k_proj"):
+        load(published_folder)
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def test_no_pickle_is_executed(published_folder, capsys):
+    (published_folder / "model.safetensors").unlink()
+    torch.save({"model": Payload()}, published_folder / "model.pt")
+    with pytest.raises(ValueError, match="pickled objects are never loaded"):
+        load(published_folder)
+    assert "unpickled" not in capsys.readouterr().out

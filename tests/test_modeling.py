@@ -1,0 +1,426 @@
+"""What the forward and backward pass must do beyond the golden tensors."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM, ComplexityDeepForSequenceClassification
+from complexity_deep.kernels.kernel_reference import routing_plan_reference
+from complexity_deep.modeling_complexity_deep import balanced_routing
+from support import random_ids, tiny_config, tiny_model
+from transformers import DynamicCache, Qwen2Config, StaticCache
+
+ABLATIONS = {
+    "published": {},
+    "dense": {"use_token_routed_mlp": False},
+    "one expert": {"num_experts": 1},
+    "plain token-routed": {"use_mu_guidance": False, "use_dynamics": False, "use_mu_routing": False},
+    "guidance only": {"use_dynamics": False},
+    "dynamics only": {"use_mu_guidance": False},
+    "routing only": {"use_dynamics": False, "use_mu_guidance": False},
+    "router learns": {"mu_router_gradient": True},
+    "router learns, no dynamics": {"mu_router_gradient": True, "use_dynamics": False},
+    "shared expert": {"shared_expert_intermediate_size": 48},
+    "sliding window": {"sliding_window": 5},
+    "untied, three experts, one kv head": {
+        "tie_word_embeddings": False,
+        "num_experts": 3,
+        "intermediate_size": 51,
+        "num_key_value_heads": 1,
+    },
+    "gelu, no qk norm": {"hidden_act": "gelu", "use_qk_norm": False},
+}
+
+
+def close(actual, expected, tolerance=1e-5):
+    """Largest difference, relative to the largest expected value."""
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0)
+
+
+@pytest.mark.parametrize("options", ABLATIONS.values(), ids=ABLATIONS)
+class TestEveryConfiguration:
+    def test_cached_decoding_token_by_token_and_in_chunks_equals_the_full_forward(self, options):
+        model, ids = tiny_model(**options), random_ids(2, 14)
+        full = model(ids, use_cache=False).logits
+        for sizes in ([1] * 14, [5, 3, 6], [13, 1]):
+            caches = [None, DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)]
+            for cache in caches:
+                for explicit in (False, True):
+                    cache_now, start = copy.deepcopy(cache), 0
+                    for size in sizes:
+                        positions = torch.arange(start, start + size)[None] if explicit else None
+                        part = model(
+                            ids[:, start : start + size],
+                            past_key_values=cache_now,
+                            position_ids=positions,
+                            use_cache=True,
+                        )
+                        close(part.logits, full[:, start : start + size])
+                        cache_now, start = part.past_key_values, start + size
+
+    def test_a_token_changes_no_earlier_logit_and_its_own(self, options):
+        model, ids = tiny_model(**options), random_ids(1, 12)
+        changed = ids.clone()
+        changed[0, 7] = (ids[0, 7] + 1) % 257
+        before, after = model(ids).logits[0], model(changed).logits[0]
+        close(after[:7], before[:7], 1e-6)  # not bitwise: the changed token moves rows between the experts' matmuls
+        assert (before[7:] - after[7:]).abs().amax(dim=-1).min() > 1e-3
+
+    def test_left_padding_changes_nothing(self, options):
+        model, ids = tiny_model(**options), random_ids(1, 9)
+        padded = torch.cat((torch.ones(1, 4, dtype=torch.int64), ids), dim=1)
+        mask = torch.tensor([[0] * 4 + [1] * 9])
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        expected = model(ids).logits
+        close(model(padded, attention_mask=mask).logits[:, 4:], expected)
+        close(model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:], expected)
+
+    @pytest.mark.parametrize("training", (False, True))
+    def test_a_packed_row_equals_its_documents_apart(self, options, training):
+        model = tiny_model(**options).train(training)
+        documents = [random_ids(1, n, seed=n) for n in (6, 3, 5)]
+        row = torch.cat(documents, dim=1)
+        positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+        expected = torch.cat([model(d).logits for d in documents], dim=1)
+        close(model(row, position_ids=positions).logits, expected)  # with the default use_cache
+        close(model(row, position_ids=positions, use_cache=False).logits, expected)
+
+    def test_every_parameter_gets_a_gradient_also_after_reloading(self, options, tmp_path):
+        model = tiny_model(std=0.1, **options)  # small enough that mu leaves some tokens to every expert
+        model.save_pretrained(tmp_path)
+        reloaded = ComplexityDeepForCausalLM.from_pretrained(tmp_path)
+        ids = torch.arange(3, 83).view(2, 40)  # reaches every expert
+        for candidate in (model, reloaded):
+            candidate(ids, labels=ids).loss.backward()
+            without = [name for name, p in candidate.named_parameters() if p.requires_grad and p.grad is None]
+            assert not without
+            for name, parameter in candidate.named_parameters():
+                if ".experts." in name:
+                    assert (parameter.grad.flatten(1).norm(dim=1) > 0).all(), name
+        for (name, a), (_, b) in zip(model.state_dict().items(), reloaded.state_dict().items()):
+            assert torch.equal(a, b), name
+
+    @pytest.mark.parametrize("reentrant", (False, True))
+    def test_gradient_checkpointing_gives_the_same_gradients(self, options, reentrant):
+        model, ids = tiny_model(**options).train(), random_ids(2, 10)
+        model(ids, labels=ids).loss.backward()
+        expected = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        model(ids, labels=ids).loss.backward()
+        for name, parameter in model.named_parameters():
+            close(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("implementation", ("eager", "sdpa", "flex_attention"))
+def test_attention_implementations_agree_and_the_switch_takes_effect(implementation):
+    model, ids = tiny_model(), random_ids(2, 11)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    model.set_attn_implementation("sdpa")
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
+    with torch.no_grad():
+        close(model(ids, attention_mask=mask).logits[mask.bool()], expected.detach())
+    weights = model(ids, output_attentions=True).attentions if implementation == "eager" else None
+    assert weights is None or (len(weights) == 3 and weights[0].shape == (2, 4, 11, 11))
+
+
+@pytest.mark.parametrize("implementation", ("batched_mm", "grouped_mm"))
+@pytest.mark.parametrize("options", ({}, {"mu_router_gradient": True}, {"use_mu_routing": False}), ids=str)
+def test_experts_implementations_agree_in_logits_and_gradients(implementation, options):
+    # 2 x 40 tokens and widths that the library's grouped_mm accepts
+    model, ids = tiny_model(intermediate_size=192, **options), random_ids(2, 40)
+    results = []
+    for name in ("eager", implementation):
+        model.set_experts_implementation(name)
+        assert model.config._experts_implementation == name
+        model.zero_grad()
+        outputs = model(ids, labels=ids)
+        outputs.loss.backward()
+        results.append((outputs.logits, {n: p.grad.clone() for n, p in model.named_parameters()}))
+    close(results[1][0], results[0][0])
+    for name, gradient in results[0][1].items():
+        close(results[1][1][name], gradient)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("width", (27, 44, 64))
+def test_default_experts_work_in_every_dtype_and_width(dtype, width):
+    model, ids = tiny_model(std=0.05, dtype=dtype, num_experts=3, intermediate_size=3 * width), random_ids(1, 9)
+    outputs = model(ids, labels=ids)
+    outputs.loss.backward()
+    assert outputs.logits.dtype == dtype and outputs.logits.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_half_precision_stays_finite_over_4096_tokens(dtype):
+    model = tiny_model(std=0.1, dtype=dtype)
+    with torch.no_grad():
+        assert model(random_ids(1, 4096)).logits.isfinite().all()
+
+
+def test_rotary_frequencies_stay_fp32_in_a_half_precision_model():
+    model = tiny_model().half()
+    expected = 1.0 / 10000.0 ** (torch.arange(0, 16, 2, dtype=torch.float32) / 16)
+    assert torch.equal(model.model.rotary_emb.inv_freq, expected)
+
+
+def test_positions_beyond_max_position_embeddings_are_exact():
+    model = tiny_model(max_position_embeddings=16, dtype=torch.float64)
+    longer = tiny_model(max_position_embeddings=64, dtype=torch.float64)
+    ids = random_ids(1, 40)
+    assert torch.equal(model(ids).logits, longer(ids).logits)
+
+
+def test_position_ids_are_honoured():
+    model, ids = tiny_model(), random_ids(1, 6)
+    gap = torch.tensor([[0, 1, 2, 10, 11, 12]])
+    assert (model(ids).logits - model(ids, position_ids=gap).logits).abs().max() > 1e-3
+    close(model(ids, position_ids=torch.arange(5, 11)[None]).logits, model(ids).logits, 1e-4)  # RoPE is relative
+
+
+def test_sliding_window_sees_itself_and_the_keys_before():
+    narrow, wide, ids = tiny_model(sliding_window=4), tiny_model(), random_ids(1, 12)
+    assert torch.allclose(narrow(ids).logits[:, :4], wide(ids).logits[:, :4], atol=1e-5)
+    assert (narrow(ids).logits[:, 4:] - wide(ids).logits[:, 4:]).abs().max() > 1e-2
+
+
+def test_fullgraph_compile_equals_eager():
+    for options in ({}, {"use_mu_routing": False}):
+        model, ids = tiny_model(**options), random_ids(2, 8)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        expected, actual = model(ids, labels=ids), compiled(ids, labels=ids)
+        close(actual.logits, expected.logits)
+        expected.loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        actual.loss.backward()
+        for gradient, parameter in zip(gradients, model.parameters()):
+            close(parameter.grad, gradient)
+
+
+def test_logits_to_keep():
+    model, ids = tiny_model(), random_ids(2, 7)
+    full = model(ids).logits
+    close(model(ids, logits_to_keep=2).logits, full[:, -2:])
+    close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, full[:, [1, 4]])
+    rows = torch.tensor([[0, 3], [2, 5]])
+    close(model(ids, logits_to_keep=rows).logits, torch.stack([full[i, rows[i]] for i in range(2)]))
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[0, 2] = mask[1, 3] = mask[1, 6] = True
+    close(model(ids, logits_to_keep=mask).logits, full[mask])
+
+
+def test_loss_is_the_shifted_mean_and_honours_num_items_in_batch():
+    model, ids = tiny_model(), random_ids(2, 7)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten())
+    close(model(ids, labels=labels).loss, expected)
+    total = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    close(model(ids, labels=labels, num_items_in_batch=20).loss, total / 20)
+
+
+def test_outputs_hidden_states_and_return_dict():
+    model, ids = tiny_model(), random_ids(1, 5)
+    outputs = model(ids, output_hidden_states=True, output_expert_ids=True, output_velocities=True, output_mus=True)
+    assert len(outputs.hidden_states) == 4
+    assert len(outputs.expert_ids) == len(outputs.velocities) == len(outputs.mus) == 3
+    close(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    as_tuple = model(ids, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], outputs.logits)
+
+
+def test_straight_through_router_leaves_the_forward_bit_identical_and_trains_the_router():
+    # small enough weights that the softmax over experts does not saturate at the base logit of 2
+    plain = tiny_model(std=0.1, mu_router_base_logit=2.0)
+    learning = tiny_model(std=0.1, mu_router_base_logit=2.0, mu_router_gradient=True)
+    ids = random_ids(2, 20)
+    learning.load_state_dict(plain.state_dict())
+    outputs = learning(ids, labels=ids)
+    assert torch.equal(outputs.logits, plain(ids).logits)
+    outputs.loss.backward()
+    for name, parameter in learning.named_parameters():
+        if "mu_router" in name:
+            assert parameter.grad.norm() > 0, name
+
+
+def test_mu_overrides_the_expert_and_ties_go_to_the_lowest():
+    model, ids = tiny_model(), random_ids(2, 30)
+    chosen = torch.stack(model(ids, output_expert_ids=True).expert_ids)
+    assert 0 < (chosen != ids % 4).float().mean() < 1
+    router = model.model.layers[0].mlp.mu_router
+    tied = torch.zeros_like(router.weight)
+    tied[0] = tied[2] = 20.0
+    router.weight = tied
+    ones = torch.ones(4, 64) / 64
+    assert router(ones, torch.tensor([1, 3, 1, 3]))[0].tolist() == [0, 0, 0, 0]
+
+
+def test_routing_plan_is_made_once_per_forward_without_mu_routing(monkeypatch):
+    import complexity_deep.modeling_complexity_deep as modeling
+
+    calls = []
+
+    def counting(*args):
+        calls.append(args)
+        return routing_plan_reference(*args)
+
+    monkeypatch.setitem(modeling.ROUTING_PLANS, "eager", counting)
+    model = tiny_model(use_mu_routing=False)
+    model.set_experts_implementation("eager")
+    model(random_ids(2, 8))
+    assert len(calls) == 1
+
+
+def test_initialisation_gives_what_the_config_says():
+    torch.manual_seed(0)
+    model = ComplexityDeepForCausalLM(
+        tiny_config(
+            dynamics_alpha=0.8,
+            dynamics_beta=0.3,
+            dynamics_gate=0.6,
+            scaled_residual_init=True,
+            hidden_size=128,
+            shared_expert_intermediate_size=96,
+        )
+    )
+    for layer in model.model.layers:
+        z = layer.dynamics.controller_hidden(torch.randn(5, 128), torch.randn(5, 128))
+        alpha, beta, gate = layer.dynamics.controller_out(z).chunk(3, dim=-1)
+        torch.testing.assert_close(torch.sigmoid(alpha), torch.full_like(alpha, 0.8))
+        torch.testing.assert_close(F.softplus(beta), torch.full_like(beta, 0.3))
+        torch.testing.assert_close(torch.sigmoid(gate), torch.full_like(gate, 0.6))
+        assert not layer.dynamics.mu_proj.weight.any() and not layer.mlp.mu_router.weight.any()
+        residual = 0.02 / math.sqrt(6)
+        expected = {
+            layer.self_attn.o_proj.weight: residual,
+            layer.mlp.experts.down_proj: residual,
+            layer.mlp.shared_expert.down_proj.weight: residual,
+            layer.mlp.experts.gate_up_proj: 0.02,
+            layer.self_attn.q_proj.weight: 0.02,
+        }
+        for weight, std in expected.items():
+            assert weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_routing_tables():
+    modulo = ComplexityDeepForCausalLM(tiny_config())
+    assert torch.equal(modulo.model.token_to_expert, torch.arange(257) % 4)
+    table = ComplexityDeepForCausalLM(tiny_config(routing="random")).model.token_to_expert
+    assert table.bincount().tolist() == [65, 64, 64, 64] and not torch.equal(table, torch.arange(257) % 4)
+    counts = (1e6 / (torch.arange(257) + 1.0)).long()
+    counts[200:] = 0
+    modulo.balance_routing(counts)
+    loads = torch.zeros(4).index_add_(0, modulo.model.token_to_expert, counts.float())
+    assert loads.max() / loads.mean() < 1.2 and modulo.config.routing == "balanced"  # the top id alone is 0.65 means
+    assert modulo.model.token_to_expert.bincount().max() - modulo.model.token_to_expert.bincount().min() <= 40
+    assert torch.equal(balanced_routing(torch.zeros(8), 4).bincount(), torch.full((4,), 2))
+    with pytest.raises(ValueError, match="one count for each of its 257"):
+        modulo.balance_routing(counts[:5])
+
+
+def test_parameter_counts_of_the_published_shape():
+    with torch.device("meta"):
+        config = ComplexityDeepConfig.from_pretrained("configs/1.5b.json")
+        counts = ComplexityDeepForCausalLM(config).parameter_counts()
+    assert counts == {"total": 1_516_217_856, "trained": 1_507_632_640, "active": 893_363_712}
+
+
+def test_sequence_classification_reads_the_last_token_that_is_not_padding():
+    torch.manual_seed(0)
+    model = ComplexityDeepForSequenceClassification(tiny_config(num_labels=3)).eval()
+    ids = random_ids(1, 6)
+    padded = torch.cat((ids, torch.ones(1, 3, dtype=torch.int64)), dim=1)
+    expected = model.score(model.model(ids).last_hidden_state)[:, -1]
+    close(model(padded).logits, expected)
+    assert model(padded, labels=torch.tensor([1])).loss.requires_grad
+
+
+def test_resizing_extends_the_routing_table(tmp_path):
+    model, ids = tiny_model(), random_ids(1, 8)
+    model.model.token_to_expert.copy_(torch.arange(257).flip(0) % 4)
+    before, table = model(ids).logits, model.model.token_to_expert.clone()
+    model.resize_token_embeddings(300)
+    assert torch.equal(model.model.token_to_expert, torch.cat((table, torch.arange(257, 300) % 4)))
+    close(model(ids).logits[..., :257], before)
+    model(torch.tensor([[299, 4]]))
+    model.save_pretrained(tmp_path)
+    reloaded = ComplexityDeepForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(reloaded.model.token_to_expert, model.model.token_to_expert)
+    reloaded.resize_token_embeddings(100)
+    assert torch.equal(reloaded.model.token_to_expert, table[:100])
+
+
+def test_inputs_embeds_route_as_their_own_or_nearest_token():
+    model, ids = tiny_model(), random_ids(2, 9)
+    model.resize_token_embeddings(700)  # mean resizing: rows that lie very close together
+    ids[0, :3] = torch.tensor([400, 401, 699])
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.model.nearest_token_ids(embeds), ids)
+    close(model(inputs_embeds=embeds).logits, model(ids).logits)
+    soft = embeds + 1e-4 * torch.randn(embeds.shape, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(model.model.nearest_token_ids(soft)[1], ids[1])
+    other = random_ids(2, 9, seed=5)
+    routed = model(inputs_embeds=embeds, routing_ids=other, output_expert_ids=True)
+    assert not torch.allclose(routed.logits, model(ids).logits, atol=1e-3)
+    close(routed.logits, model(ids, routing_ids=other).logits)
+
+
+def test_autocast_computes_in_the_autocast_dtype():
+    model, ids = tiny_model(std=0.05), random_ids(1, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(ids, labels=ids)
+    assert outputs.logits.dtype == torch.bfloat16
+    outputs.loss.backward()
+    assert (outputs.logits.float() - model(ids).logits).norm() < 0.05 * model(ids).logits.norm()
+
+
+BAD_CONFIGS = {
+    "hidden_size .64. must be divisible by num_attention_heads .5.": {"num_attention_heads": 5},
+    "num_attention_heads .4. must be divisible by num_key_value_heads .3.": {"num_key_value_heads": 3},
+    "head_dim .* must be even for RoPE, but is 5": {"hidden_size": 20},
+    "intermediate_size .177. must be divisible by num_experts .4.": {"intermediate_size": 177},
+    "hidden_act must be one of silu, swish, gelu, relu, but is 'tanh'": {"hidden_act": "tanh"},
+    "routing must be one of modulo, balanced, random, but is 'hash'": {"routing": "hash"},
+    "dynamics_alpha must lie between 0 and 1": {"dynamics_alpha": 1.5},
+    "sliding_window must be": {"sliding_window": 0},
+}
+
+
+@pytest.mark.parametrize("message, fields", BAD_CONFIGS.items())
+def test_bad_configurations(message, fields):
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 176}
+    with pytest.raises(ValueError, match=message):
+        ComplexityDeepConfig(**(shape | fields))
+
+
+def test_bad_inputs():
+    model, ids = tiny_model(), random_ids(1, 4)
+    with pytest.raises(ValueError, match=r"token id 257, but the vocabulary has ids 0 to 256"):
+        model(torch.tensor([[3, 257]]))
+    with pytest.raises(ValueError, match=r"token id -1"):
+        model(torch.tensor([[3, -1]]))
+    with pytest.raises(ValueError, match=r"input_ids must be int64 or int32 token ids, but has dtype torch.float32"):
+        model(ids.float())
+    with pytest.raises(ValueError, match=r"routing_ids must have .* \(1, 4\), but has \(1, 3\)"):
+        model(ids, routing_ids=ids[:, :3])
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match="kernels_implementation must be one of"):
+        model.set_kernels_implementation("cuda")
+    with pytest.raises(ValueError, match="is not supported"):
+        model.set_experts_implementation("unknown")
+
+
+def test_a_foreign_config_is_not_taken_for_ours():
+    with pytest.raises(Exception, match="ComplexityDeepConfig|num_experts|attribute"):
+        ComplexityDeepForCausalLM(Qwen2Config(hidden_size=64, num_attention_heads=4))
