@@ -241,3 +241,64 @@ def published_config(config) -> dict:
         "rope_theta": config.rope_parameters["rope_theta"],
         "use_sdpa": True,
     }
+
+
+class CheckpointMixin:
+    """`from_pretrained` and `save_pretrained` of every Complexity-Deep class: native and published layouts."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load native and published checkpoints alike; see `PreTrainedModel.from_pretrained`.
+
+        Raises `ValueError` for a folder of another architecture, of a published version that cannot be computed
+        exactly, or with missing weights; `OSError` for a truncated file. The dtype is the checkpoint's own by default.
+        """
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        path, checkpoint = pretrained_model_name_or_path, None
+        if path is not None and kwargs.get("gguf_file") is None and not kwargs.get("adapter_kwargs"):
+            hub_keys = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+            hub = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
+            checkpoint = Checkpoint.find(path, variant=kwargs.get("variant"), **hub)
+        if checkpoint is not None:
+            config = kwargs.get("config")
+            if not isinstance(config, cls.config_class):
+                config = cls.config_class.from_pretrained(config or path, **hub)
+            checkpoint.check(config)
+            if checkpoint.is_published and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
+                kwargs.pop("torch_dtype", None)
+                kwargs["dtype"] = checkpoint.dtype  # published configs name another dtype than their file holds
+            if checkpoint.state_dict is not None:
+                path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
+        model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        if checkpoint is not None:
+            body = ("layers.", "embed_tokens.", "norm.")  # a new head on an old body is legitimate
+            missing = [key for key in info["missing_keys"] if key.removeprefix("model.").startswith(body)]
+            if checkpoint.absent_mu:
+                with torch.no_grad():
+                    for key in [key for key in missing if ".mu" in key]:
+                        model.get_parameter_or_buffer(key).zero_()
+                        missing.remove(key)
+            if missing:
+                raise ValueError(
+                    f"{checkpoint.source} is incomplete: it lacks {len(missing)} weights of this model, e.g. "
+                    f"{missing[0]}; check that config.json belongs to these weights."
+                )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+        """Save in the native layout, or with `save_original_format=True` in the published one (v0.13.0, layout a).
+
+        The library's default is the original format; here that would break Trainer's resume, which restores a
+        checkpoint without converting it.
+        """
+        if save_original_format:
+            if kwargs.get("push_to_hub"):
+                raise ValueError("save_original_format=True writes a local folder only; upload that folder afterwards.")
+            kwargs["state_dict"] = published_state_dict(self)
+        super().save_pretrained(save_directory, save_original_format=False, **kwargs)
+        if save_original_format and kwargs.get("is_main_process", True):
+            path = Path(save_directory) / "config.json"
+            fields = json.loads(path.read_text(encoding="utf-8")) | published_config(self.config)
+            temporary = path.with_name(".config.json.tmp")
+            temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            temporary.replace(path)

@@ -1,6 +1,5 @@
 """Complexity-Deep model configuration."""
 
-import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +12,8 @@ SHIPPED_FILES = (
     "configuration_complexity_deep.py",
     "modeling_complexity_deep.py",
     "checkpoint_complexity_deep.py",
+    "implementations_complexity_deep.py",
+    "routing_complexity_deep.py",
     "kernels/kernel_reference.py",
 )
 AUTO_MAP = {
@@ -216,11 +217,8 @@ class ComplexityDeepConfig(PreTrainedConfig):
             if target.exists() and target.samefile(source):
                 continue
             temporary = target.with_name(f".{target.name}.tmp")
-            if source.name == "modeling_complexity_deep.py":
-                code = source.read_text(encoding="utf-8").replace("from .kernels.", "from .")
-                temporary.write_text(code, encoding="utf-8")
-            else:
-                shutil.copyfile(source, temporary)
+            code = source.read_text(encoding="utf-8").replace("from .kernels.", "from .")
+            temporary.write_text(code, encoding="utf-8")
             temporary.replace(target)
         super().save_pretrained(save_directory)
         if push_to_hub:

@@ -16,13 +16,9 @@ v, mu, R and m are per position and restart at layer 0, so a plain key/value cac
 Shapes: B batch, S sequence, T = B * S tokens, H hidden size, D head dim, E experts, I width of one expert, V ids.
 """
 
-import heapq
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,20 +33,20 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gradi
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .checkpoint_complexity_deep import Checkpoint, published_config, published_state_dict
+from .checkpoint_complexity_deep import CheckpointMixin
 from .configuration_complexity_deep import ComplexityDeepConfig
-from .kernels.kernel_reference import (
-    inl_update_reference,
-    qk_norm_rope_reference,
-    routing_plan_reference,
-    token_routed_mlp_reference,
+from .implementations_complexity_deep import (
+    KERNELS,
+    ROUTING_PLANS,
+    RoutingPlan,
+    default_kernels_implementation,
+    eager_experts_forward,
 )
-
-logger = logging.get_logger(__name__)
+from .routing_complexity_deep import balanced_routing, modulo_routing, random_routing
 
 
 @dataclass
@@ -147,18 +143,6 @@ class ComplexityDeepFrozenLinear(nn.Module):
         return F.linear(x, self.weight)
 
 
-def _is_plain_linear(*modules: nn.Module) -> bool:
-    """Whether the weights may be used directly: no adapter, quantization, offloading or parallel hook on any module."""
-    return all(
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, Tensor)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in vars(module)  # accelerate and tensor parallelism replace it
-        for module in modules
-    )
-
-
 def repeat_kv(hidden_states: Tensor, n_rep: int) -> Tensor:
     """[B, K, S, D] -> [B, K * n_rep, S, D]; kv head g serves the query heads g * n_rep .. (g + 1) * n_rep - 1."""
     return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
@@ -182,27 +166,6 @@ def eager_attention_forward(
     probabilities = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     probabilities = F.dropout(probabilities, p=dropout, training=module.training)
     return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities  # [B, S, A, D]
-
-
-def eager_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor | None, cos: Tensor, sin: Tensor):
-    """Mu-guided projections, QK norm and RoPE through the modules themselves, so that adapters on them count.
-
-    hidden_states, mu: [B, S, H]; mu is None below the first guided layer. cos, sin: [B or 1, S, D].
-    Returns query [B, S, A, D], key and value [B, S, K, D].
-    """
-
-    def project(projection: nn.Module, guidance: str) -> Tensor:
-        states = projection(hidden_states)
-        if mu is not None:
-            states = states + getattr(attention, guidance)(mu)
-        return states.view(*states.shape[:-1], -1, attention.head_dim)  # [B, S, heads, D]
-
-    query, key = project(attention.q_proj, "mu_to_q"), project(attention.k_proj, "mu_to_k")
-    value = project(attention.v_proj, "mu_to_v")
-    if attention.q_norm is not None:
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key = qk_norm_rope_reference(query, key, None, None, cos, sin, 0.0)
-    return query, key, value
 
 
 class ComplexityDeepAttention(nn.Module):
@@ -265,12 +228,6 @@ class ComplexityDeepAttention(nn.Module):
         return self.o_proj(attn_output), attn_weights
 
 
-def eager_dynamics_forward(dynamics: nn.Module, hidden_states: Tensor, velocity: Tensor, mu: Tensor, mu_residual):
-    """One dynamics step through the controller's own modules; all tensors [B, S, H]. Returns (h', v', m, R')."""
-    controls = dynamics.controller_out(dynamics.controller_hidden(hidden_states, velocity))  # [B, S, 3H]
-    return inl_update_reference(hidden_states, velocity, mu_residual, *controls.chunk(3, dim=-1), mu, dynamics.dt)
-
-
 class ComplexityDeepDynamics(nn.Module):
     """INL dynamics: a learned equilibrium mu and a damped velocity that pulls the attention output towards it."""
 
@@ -292,48 +249,14 @@ class ComplexityDeepDynamics(nn.Module):
             self.controller_in = nn.Linear(2 * hidden, controller)
             self.controller_out = nn.Linear(controller, 3 * hidden)
 
-    def controller_hidden(self, hidden_states: Tensor, velocity: Tensor) -> Tensor:
-        """z = SiLU(W_in [h, v] + b_in) [B, S, C]."""
-        return F.silu(self.controller_in(torch.cat((hidden_states, velocity), dim=-1)))
-
     def forward(self, hidden_states: Tensor, velocity: Tensor, mu_residual: Tensor | None):
         """Returns (h', velocity', mu, m, R'), each [B, S, H]: m is the guidance for the layer above, R' the highway."""
-        mu = self.mu + self.mu_proj(hidden_states)
         if self.config.use_dynamics:
-            update = KERNELS[self.config._kernels_implementation].dynamics
-            hidden_states, velocity, guidance, mu_residual = update(self, hidden_states, velocity, mu, mu_residual)
-        else:
-            mu_residual = mu if mu_residual is None else mu_residual + mu
-            guidance = mu + 0.1 * mu_residual
-        return hidden_states, velocity, mu, guidance, mu_residual
-
-
-class RoutingPlan(NamedTuple):
-    """Tokens sorted by expert, computed once per forward where all layers route alike.
-
-    order [T] int32: token at each sorted position. offsets [E + 1] int32: where each expert's rows begin and end.
-    """
-
-    order: Tensor
-    offsets: Tensor
-
-
-def _planned_experts_forward(self, hidden_states, top_k_index, top_k_weights, routing_plan, make_plan, mlp):
-    """Run `mlp` on one expert per token: the shape that a token-routed layer always has (top_k_index [T, 1])."""
-    dtype = self.gate_up_proj.dtype
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        dtype = torch.get_autocast_dtype(hidden_states.device.type)
-    if routing_plan is None:
-        routing_plan = RoutingPlan(*make_plan(top_k_index.flatten(), self.num_experts))
-    out = mlp(
-        hidden_states.to(dtype),
-        self.gate_up_proj.to(dtype),
-        self.down_proj.to(dtype),
-        *routing_plan,
-        self.config.hidden_act,
-    )
-    # The weights are ones; they carry a gradient only for a router that learns.
-    return out * top_k_weights.to(dtype) if top_k_weights.requires_grad else out
+            dynamics_forward = KERNELS[self.config._kernels_implementation].dynamics
+            return dynamics_forward(self, hidden_states, velocity, mu_residual)
+        mu = self.mu + self.mu_proj(hidden_states)
+        mu_residual = mu if mu_residual is None else mu_residual + mu
+        return hidden_states, velocity, mu, mu + 0.1 * mu_residual, mu_residual
 
 
 @use_experts_implementation
@@ -354,19 +277,7 @@ class ComplexityDeepExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, routing_plan=None) -> Tensor:
         """hidden_states [T, H], top_k_index [T, 1] (an id of num_experts means "not here"), top_k_weights [T, 1]."""
-        return _planned_experts_forward(
-            self,
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            routing_plan,
-            routing_plan_reference,
-            token_routed_mlp_reference,
-        )
-
-
-# Experts implementations that take a routing plan, and the function that makes it.
-ROUTING_PLANS: dict[str, Callable] = {"eager": routing_plan_reference}
+        return eager_experts_forward(self, hidden_states, top_k_index, top_k_weights, routing_plan)
 
 
 class ComplexityDeepMuRouter(nn.Module):
@@ -494,51 +405,7 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + mlp_output, velocity, guidance, mu_residual
 
 
-class ComplexityDeepKernels(NamedTuple):
-    """The functions behind one `kernels_implementation`."""
-
-    qkv: Callable
-    dynamics: Callable
-
-
-KERNELS = {"eager": ComplexityDeepKernels(eager_qkv_forward, eager_dynamics_forward)}
-
-
-def modulo_routing(vocab_size: int, num_experts: int) -> Tensor:
-    """The published table: expert = token id mod E. Returns [V] int64."""
-    return torch.arange(vocab_size) % num_experts
-
-
-def random_routing(vocab_size: int, num_experts: int) -> Tensor:
-    """A fixed random table with equal numbers of ids per expert. Returns [V] int64."""
-    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
-    return modulo_routing(vocab_size, num_experts)[order]
-
-
-def balanced_routing(token_counts: Tensor, num_experts: int) -> Tensor:
-    """Table that balances corpus tokens: greedy longest-processing-time bin packing of `token_counts` [V].
-
-    Ids are given, most frequent first, to the expert with the fewest tokens; ids that never occur go to the expert with
-    the fewest ids. Returns [V] int64.
-    """
-    table = torch.empty(len(token_counts), dtype=torch.int64)
-    counts, order = torch.sort(token_counts.cpu(), descending=True, stable=True)
-    seen = int((counts > 0).sum())
-    heap = [(0, 0, expert) for expert in range(num_experts)]  # (tokens, ids, expert)
-    for count, token in zip(counts[:seen].tolist(), order[:seen].tolist()):
-        tokens, ids, expert = heapq.heappop(heap)
-        table[token] = expert
-        heapq.heappush(heap, (tokens + count, ids + 1, expert))
-    heap = [(ids, tokens, expert) for tokens, ids, expert in heap]
-    heapq.heapify(heap)
-    for token in order[seen:].tolist():
-        ids, tokens, expert = heapq.heappop(heap)
-        table[token] = expert
-        heapq.heappush(heap, (ids + 1, tokens, expert))
-    return table
-
-
-class ComplexityDeepPreTrainedModel(PreTrainedModel):
+class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
     config_class = ComplexityDeepConfig
     config: ComplexityDeepConfig
     base_model_prefix = "model"
@@ -658,69 +525,6 @@ class ComplexityDeepPreTrainedModel(PreTrainedModel):
         )
         idle = experts - experts // self.config.num_experts
         return {"total": trained + frozen, "trained": trained, "active": trained + frozen - idle}
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load native and published checkpoints alike; see `PreTrainedModel.from_pretrained`.
-
-        Args:
-            kernels_implementation (`str`, *optional*): `"eager"` or `"triton"`, as in `set_kernels_implementation`.
-
-        Raises `ValueError` for a folder of another architecture, of a published version that cannot be computed
-        exactly, or with missing weights; `OSError` for a truncated file. The dtype is the checkpoint's own by default.
-        """
-        kernels_implementation = kwargs.pop("kernels_implementation", None)
-        output_loading_info = kwargs.pop("output_loading_info", False)
-        path, checkpoint = pretrained_model_name_or_path, None
-        if path is not None and kwargs.get("gguf_file") is None and not kwargs.get("adapter_kwargs"):
-            hub_keys = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-            hub = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
-            checkpoint = Checkpoint.find(path, variant=kwargs.get("variant"), **hub)
-        if checkpoint is not None:
-            config = kwargs.get("config")
-            if not isinstance(config, ComplexityDeepConfig):
-                config = cls.config_class.from_pretrained(config or path, **hub)
-            checkpoint.check(config)
-            if checkpoint.is_published and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
-                kwargs.pop("torch_dtype", None)
-                kwargs["dtype"] = checkpoint.dtype  # published configs name another dtype than their file holds
-            if checkpoint.state_dict is not None:
-                path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
-        model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
-        if checkpoint is not None:
-            body = ("layers.", "embed_tokens.", "norm.")  # a new head on an old body is legitimate
-            missing = [key for key in info["missing_keys"] if key.removeprefix("model.").startswith(body)]
-            if checkpoint.absent_mu:
-                with torch.no_grad():
-                    for key in [key for key in missing if ".mu" in key]:
-                        model.get_parameter_or_buffer(key).zero_()
-                        missing.remove(key)
-            if missing:
-                raise ValueError(
-                    f"{checkpoint.source} is incomplete: it lacks {len(missing)} weights of this model, e.g. "
-                    f"{missing[0]}; check that config.json belongs to these weights."
-                )
-        if kernels_implementation is not None:
-            model.set_kernels_implementation(kernels_implementation)
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
-        """Save in the native layout, or with `save_original_format=True` in the published one (v0.13.0, layout a).
-
-        The library's default is the original format; here that would break Trainer's resume, which restores a
-        checkpoint without converting it.
-        """
-        if save_original_format:
-            if kwargs.get("push_to_hub"):
-                raise ValueError("save_original_format=True writes a local folder only; upload that folder afterwards.")
-            kwargs["state_dict"] = published_state_dict(self)
-        super().save_pretrained(save_directory, save_original_format=False, **kwargs)
-        if save_original_format and kwargs.get("is_main_process", True):
-            path = Path(save_directory) / "config.json"
-            fields = json.loads(path.read_text(encoding="utf-8")) | published_config(self.config)
-            temporary = path.with_name(".config.json.tmp")
-            temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
 
 
 class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
@@ -953,11 +757,6 @@ class ComplexityDeepForSequenceClassification(GenericForSequenceClassification, 
         self.model = ComplexityDeepModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
-
-
-def default_kernels_implementation() -> str:
-    """`"triton"` where there are a CUDA device and Triton, else `"eager"`."""
-    return "triton" if "triton" in KERNELS and torch.cuda.is_available() else "eager"
 
 
 DeepForCausalLM = ComplexityDeepForCausalLM  # name in the published package

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+
 from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from complexity_deep import ComplexityDeepForCausalLM, ComplexityDeepModel
-from complexity_deep.modeling_complexity_deep import modulo_routing
 from safetensors.torch import load_file, save_file
-from support import GOLDEN, random_ids, tiny_config, tiny_model
 from transformers import Trainer, TrainingArguments
+
+from complexity_deep import ComplexityDeepForCausalLM, ComplexityDeepModel
+from complexity_deep.routing_complexity_deep import modulo_routing
+from support import GOLDEN, random_ids, tiny_config, tiny_model
 
 load = ComplexityDeepForCausalLM.from_pretrained
 
@@ -180,7 +181,7 @@ def test_sharded_native_round_trip(tmp_path):
     assert (tmp_path / "model.safetensors.index.json").exists()
     torch.testing.assert_close(load(tmp_path)(ids).logits, model(ids).logits)
     next(tmp_path.glob("model-00002-*")).unlink()
-    with pytest.raises(OSError, match="lacks model-00002-.*which its index lists"):
+    with pytest.raises(OSError, match=r"lacks model-00002-.*which its index lists"):
         load(tmp_path)
 
 
@@ -230,7 +231,7 @@ def test_damaged_and_foreign_files_are_refused(published_folder, tmp_path):
         with pytest.raises(OSError, match="truncated or not a safetensors file"):
             load(published_folder)
     save_file({"bert.encoder.weight": torch.zeros(2)}, file)
-    with pytest.raises(ValueError, match="not a Complexity-Deep checkpoint: it has no embed_tokens.weight"):
+    with pytest.raises(ValueError, match=r"not a Complexity-Deep checkpoint: it has no embed_tokens\.weight"):
         load(published_folder)
     file.write_bytes(whole)
     rewrite(published_folder, without("layers.2.self_attn.k_proj"))

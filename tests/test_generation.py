@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from support import random_ids, tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
 from transformers.generation import GenerationConfig
 from transformers.utils import is_optimum_quanto_available
+
+from support import random_ids, tiny_model
 
 NEW = 12
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from complexity_deep import ComplexityDeepForCausalLM
 from safetensors.torch import load_file
+
+from complexity_deep import ComplexityDeepForCausalLM
 from support import GOLDEN
 
 FOLDERS = ("v0.13-tiny", "v0.13-dense", "v0.13-tiny-bf16", "v0.13-tiny-converted")

@@ -1,0 +1,199 @@
+"""Who computes what: PyTorch or Triton, chosen by registered name and never by a branch in a module's forward.
+
+kernels_implementation    "eager" | "triton"                        mu-guided projections with RoPE, and dynamics
+experts_implementation    "eager" | "cggr" | the library's own      the token-routed experts
+"""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import logging
+
+from .kernels.kernel_reference import (
+    inl_update_reference,
+    qk_norm_rope_reference,
+    routing_plan_reference,
+    token_routed_mlp_reference,
+)
+
+try:
+    from .kernels.fused_dynamics import inl_dynamics_block
+    from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
+    from .kernels.token_routed_gemm import routing_plan, token_routed_mlp
+except ImportError:  # Triton is not installed: "eager" is what there is
+    TRITON_DEVICES = ()
+else:
+    # In the interpreter the kernels run on the CPU, for tests.
+    TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+logger = logging.get_logger(__name__)
+
+
+def _is_plain_linear(*modules: nn.Module) -> bool:
+    """Whether the weights may be used directly: no adapter, quantization, offloading or parallel hook on any module."""
+    return all(
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, Tensor)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)  # accelerate and tensor parallelism replace it
+        for module in modules
+    )
+
+
+def eager_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor | None, cos: Tensor, sin: Tensor):
+    """Mu-guided projections, QK norm and RoPE through the modules themselves, so that adapters on them count.
+
+    hidden_states, mu: [B, S, H]; mu is None below the first guided layer. cos, sin: [B or 1, S, D].
+    Returns query [B, S, A, D], key and value [B, S, K, D].
+    """
+
+    def project(projection: nn.Module, guidance: str) -> Tensor:
+        states = projection(hidden_states)
+        if mu is not None:
+            states = states + getattr(attention, guidance)(mu)
+        return states.view(*states.shape[:-1], -1, attention.head_dim)  # [B, S, heads, D]
+
+    query, key = project(attention.q_proj, "mu_to_q"), project(attention.k_proj, "mu_to_k")
+    value = project(attention.v_proj, "mu_to_v")
+    if attention.q_norm is not None:
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key = qk_norm_rope_reference(query, key, None, None, cos, sin, 0.0)
+    return query, key, value
+
+
+def eager_dynamics_forward(dynamics: nn.Module, hidden_states: Tensor, velocity: Tensor, mu_residual: Tensor | None):
+    """One dynamics step through the modules themselves; all tensors [B, S, H]. Returns (h', v', mu, m, R')."""
+    mu = dynamics.mu + dynamics.mu_proj(hidden_states)
+    controller_hidden = F.silu(dynamics.controller_in(torch.cat((hidden_states, velocity), dim=-1)))  # [B, S, C]
+    controls = dynamics.controller_out(controller_hidden).chunk(3, dim=-1)  # alpha, beta, gate, each [B, S, H]
+    hidden_states, velocity, guidance, mu_residual = inl_update_reference(
+        hidden_states, velocity, mu_residual, *controls, mu, dynamics.dt
+    )
+    return hidden_states, velocity, mu, guidance, mu_residual
+
+
+def _runs_on_triton(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors; all else goes to their PyTorch twins, so a model can move freely."""
+    return all(x.device.type in TRITON_DEVICES and x.dtype != torch.float64 for x in tensors)
+
+
+def triton_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor | None, cos: Tensor, sin: Tensor):
+    """`eager_qkv_forward` as one product over [x, mu] and one norm-and-RoPE kernel, where the weights are plain."""
+    names = ("q_proj", "k_proj", "v_proj", *(("mu_to_q", "mu_to_k", "mu_to_v") if mu is not None else ()))
+    modules = [getattr(attention, name) for name in names]
+    if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules):
+        return eager_qkv_forward(attention, hidden_states, mu, cos, sin)
+    qkv = mu_guided_qkv(hidden_states, mu, tuple(module.weight for module in modules))
+    heads = qkv.view(*qkv.shape[:-1], -1, attention.head_dim)  # [B, S, A + 2K, D]
+    kv_heads = attention.k_proj.out_features // attention.head_dim
+    query, key, value = heads.split((heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    norms = (None, None, 0.0)
+    if attention.q_norm is not None:
+        norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps
+    query, key = qk_norm_rope(query, key, *norms[:2], cos, sin, norms[2])
+    return query, key, value
+
+
+def triton_dynamics_forward(dynamics: nn.Module, hidden_states: Tensor, velocity: Tensor, mu_residual: Tensor | None):
+    """`eager_dynamics_forward` as one fused kernel and its matrix products, where the weights are plain."""
+    modules = dynamics.mu_proj, dynamics.controller_in, dynamics.controller_out
+    if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules):
+        return eager_dynamics_forward(dynamics, hidden_states, velocity, mu_residual)
+    hidden_states, velocity, guidance, mu_residual, mu = inl_dynamics_block(
+        hidden_states,
+        velocity,
+        mu_residual,
+        dynamics.mu,
+        dynamics.mu_proj.weight,
+        dynamics.controller_in.weight,
+        dynamics.controller_in.bias,
+        dynamics.controller_out.weight,
+        dynamics.controller_out.bias,
+        dynamics.dt,
+    )
+    return hidden_states, velocity, mu, guidance, mu_residual
+
+
+class RoutingPlan(NamedTuple):
+    """Tokens sorted by expert, computed once per forward where all layers route alike.
+
+    order [T] int32: token at each sorted position. offsets [E + 1] int32: where each expert's rows begin and end.
+    """
+
+    order: Tensor
+    offsets: Tensor
+
+
+def _planned_experts_forward(experts, hidden_states, top_k_index, top_k_weights, routing_plan, make_plan, mlp):
+    """Run `mlp` with one expert per token, the shape that a token-routed layer always has."""
+    dtype = experts.gate_up_proj.dtype
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    weights = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+    if routing_plan is None:
+        routing_plan = RoutingPlan(*make_plan(top_k_index.flatten(), experts.num_experts))
+    out = mlp(hidden_states.to(dtype), *weights, *routing_plan, experts.config.hidden_act)
+    # The routing weights are ones; they carry a gradient only for a router that learns.
+    return out * top_k_weights.to(dtype) if top_k_weights.requires_grad else out
+
+
+def eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights, routing_plan=None) -> Tensor:
+    """Sorted tokens and one product per expert in PyTorch: any dtype, size and device.
+
+    hidden_states [T, H]; top_k_index [T, 1], where num_experts means "on another rank"; top_k_weights [T, 1].
+    """
+    return _planned_experts_forward(
+        experts,
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        routing_plan,
+        routing_plan_reference,
+        token_routed_mlp_reference,
+    )
+
+
+def cggr_experts_forward(experts, hidden_states, top_k_index, top_k_weights, routing_plan=None) -> Tensor:
+    """`eager_experts_forward` by the Triton grouped GEMM. Experts split over ranks take the PyTorch path."""
+    is_split = getattr(experts, "_is_expert_parallel", False)
+    if is_split or not _runs_on_triton(hidden_states, experts.gate_up_proj):
+        return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights, routing_plan)
+    return _planned_experts_forward(
+        experts, hidden_states, top_k_index, top_k_weights, routing_plan, _cggr_plan, token_routed_mlp
+    )
+
+
+def _cggr_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    make = routing_plan if _runs_on_triton(expert_ids) else routing_plan_reference
+    return make(expert_ids, num_experts)
+
+
+class Kernels(NamedTuple):
+    """The functions behind one `kernels_implementation`."""
+
+    qkv: Callable
+    dynamics: Callable
+
+
+KERNELS = {"eager": Kernels(eager_qkv_forward, eager_dynamics_forward)}
+# Experts implementations that take a routing plan, and the function that makes it.
+ROUTING_PLANS: dict[str, Callable] = {"eager": routing_plan_reference}
+if TRITON_DEVICES:
+    KERNELS["triton"] = Kernels(triton_qkv_forward, triton_dynamics_forward)
+    ROUTING_PLANS["cggr"] = _cggr_plan
+    ALL_EXPERTS_FUNCTIONS.register("cggr", cggr_experts_forward)
+
+
+def default_kernels_implementation() -> str:
+    """`"triton"` where there are a CUDA device and Triton, else `"eager"`."""
+    if not torch.cuda.is_available():
+        return "eager"
+    if "triton" not in KERNELS:
+        logger.warning_once("Triton is not installed: this model runs on plain PyTorch operations, which are slower.")
+    return "triton" if "triton" in KERNELS else "eager"
