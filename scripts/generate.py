@@ -11,9 +11,10 @@ line ends.
 import argparse
 import sys
 
-import complexity_deep  # noqa: F401 (registers the architecture, so that published folders need no remote code)
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+import complexity_deep  # noqa: F401 (registers the architecture, so that published folders need no remote code)
 
 
 def parse_args() -> argparse.Namespace:

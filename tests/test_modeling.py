@@ -77,7 +77,8 @@ class TestEveryConfiguration:
         mask = torch.tensor([[0] * 4 + [1] * 9])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         expected = model(ids).logits
-        close(model(padded, attention_mask=mask).logits[:, 4:], expected)
+        # without position_ids every position is shifted, which the fp32 RoPE tables round differently
+        close(model(padded, attention_mask=mask).logits[:, 4:], expected, 1e-5)
         close(model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:], expected)
 
     @pytest.mark.parametrize("training", (False, True))
