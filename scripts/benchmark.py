@@ -1,0 +1,295 @@
+"""Measure this model beside its peers, all in one run, and print what was measured.
+
+    python scripts/benchmark.py generate --model-config configs/30m.json             forward and decode, CPU or GPU
+    python scripts/benchmark.py train --model-config configs/1.5b.json --batch-size 8 --sequence-length 2048
+    python scripts/benchmark.py kernels                                               needs a CUDA device
+
+The peers are Qwen3-MoE and Llama of the same shape (Llama as wide as all experts together), from transformers. Prints a
+markdown table for people and one JSON line last; adds rows to benchmarks/results.csv with device, versions and commit,
+and writes a chart beside it. The kernel tests run first on a CUDA device: no figure is reported on red.
+"""
+
+import argparse
+import csv
+import datetime
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+
+import complexity_deep  # noqa: F401 (registers the architecture)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FIELDS = (
+    "benchmark", "case", "variant", "median_ms", "p20_ms", "p80_ms", "tokens_per_s", "tflops", "percent_of_matmul",
+    "gb_per_s", "percent_of_copy", "peak_gib", "device", "torch", "transformers", "triton", "commit", "date",
+)  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("benchmark", choices=("kernels", "train", "generate"), help="what to measure")
+    parser.add_argument("--model-config", default=str(REPOSITORY / "configs/30m.json"), help="shape of every model")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows per step")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to decode (generate)")
+    parser.add_argument("--repeats", type=int, default=7, help="timed repeats, after two warm-ups")
+    parser.add_argument("--compile", action="store_true", help="compile the models (train), or the decode (generate)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--output-dir", default=str(REPOSITORY / "benchmarks"), help="where results.csv and charts go")
+    parser.add_argument("--skip-tests", action="store_true", help="do not run the kernel tests first")
+    return parser.parse_args()
+
+
+def peers(model_config: str) -> dict[str, transformers.PreTrainedConfig]:
+    """This model and its peers of the same shape."""
+    ours = AutoConfig.from_pretrained(model_config)
+    names = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings "
+    names += "tie_word_embeddings pad_token_id bos_token_id eos_token_id"
+    shape = {name: getattr(ours, name) for name in names.split()}
+    experts = {"num_experts": ours.num_experts, "moe_intermediate_size": ours.moe_intermediate_size}
+    head_dim = ours.hidden_size // ours.num_attention_heads
+    return {
+        "complexity-deep": ours,
+        "qwen3-moe": Qwen3MoeConfig(**shape, **experts, head_dim=head_dim, num_experts_per_tok=1, norm_topk_prob=True),
+        "llama": LlamaConfig(**shape, intermediate_size=ours.intermediate_size),
+    }
+
+
+def zipf_ids(vocab_size: int, *shape: int, device: str) -> torch.Tensor:
+    """Token ids with Zipf(1) frequencies, rank = id: what a tokenizer sorted by frequency gives."""
+    weights = 1.0 / torch.arange(1, vocab_size + 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    count = torch.Size(shape).numel()
+    return torch.multinomial(weights, count, replacement=True, generator=generator).view(shape).to(device)
+
+
+def timed(step, repeats: int, device: str, warmup: int = 2) -> list[float]:
+    """Milliseconds of each of `repeats` calls, by CUDA events on a GPU."""
+    for _ in range(warmup):
+        step()
+    times = []
+    for _ in range(repeats):
+        if device.startswith("cuda"):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            step()
+            times.append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+def ceilings(device: str) -> tuple[float, float]:
+    """Measured matmul rate in TFLOP/s (bf16 on a GPU, sustained over half a second) and copy rate in GB/s."""
+    cuda = device.startswith("cuda")
+    n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    matmul = statistics.median(timed(lambda: a @ b, 300 if cuda else 10, device)[-50:])
+    source = torch.empty(2**30 if cuda else 2**26, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = statistics.median(timed(lambda: target.copy_(source), 20, device))
+    return 2 * n**3 / matmul / 1e9, 2 * source.numel() / copy / 1e6
+
+
+def row(benchmark: str, case: str, variant: str, times: list[float], tokens: int, flops: float = 0.0, **more) -> dict:
+    low, median, high = (statistics.quantiles(times, n=5)[i] if len(times) > 1 else times[0] for i in (0, 0, 3))
+    median = statistics.median(times)
+    result = {"benchmark": benchmark, "case": case, "variant": variant}
+    result |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "tokens_per_s": tokens / median * 1e3}
+    return result | ({"tflops": flops / median / 1e9} if flops else {}) | more
+
+
+def build(config, device: str):
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def flops_per_token(model, sequence_length: int) -> float:
+    """Training FLOPs: 6 per active parameter, and causal attention at half the square."""
+    config = model.config
+    if hasattr(model, "parameter_counts"):
+        active = model.parameter_counts()["active"]
+    else:
+        active = sum(p.numel() for p in model.parameters())
+        experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+        active -= experts - experts // getattr(config, "num_experts", 1)
+    return 6 * active + 6 * config.num_hidden_layers * sequence_length * config.hidden_size
+
+
+def benchmark_train(args) -> list[dict]:
+    rows = []
+    for name, config in tqdm(peers(args.model_config).items(), desc="train", file=sys.stderr):
+        torch.manual_seed(0)
+        model = build(config, args.device).train()
+        step_model = torch.compile(model) if args.compile else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device.startswith("cuda"))
+        ids = zipf_ids(config.vocab_size, args.batch_size, args.sequence_length, device=args.device)
+        if args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+
+        def step(step_model=step_model, optimizer=optimizer, ids=ids):
+            step_model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        times = timed(step, args.repeats, args.device, warmup=3)
+        case = f"{Path(args.model_config).stem} {args.batch_size}x{args.sequence_length} step"
+        variant = name + (", compiled" if args.compile else ", eager")
+        more = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if args.device.startswith("cuda") else {}
+        flops = flops_per_token(model, args.sequence_length) * ids.numel()
+        rows.append(row("train", case, variant, times, ids.numel(), flops, **more))
+        del model, step_model, optimizer, step
+        gc.collect()
+        torch.compiler.reset()
+        if args.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    return rows
+
+
+@torch.no_grad()
+def benchmark_generate(args) -> list[dict]:
+    rows = []
+    shape = Path(args.model_config).stem
+    for name, config in tqdm(peers(args.model_config).items(), desc="generate", file=sys.stderr):
+        torch.manual_seed(0)
+        model = build(config, args.device).eval()
+        ids = zipf_ids(config.vocab_size, args.batch_size, args.sequence_length, device=args.device)
+        times = timed(
+            lambda model=model, ids=ids: model(ids, use_cache=False, logits_to_keep=1), args.repeats, args.device
+        )
+        case = f"{shape} {args.batch_size}x{args.sequence_length} forward"
+        flops = flops_per_token(model, args.sequence_length) / 3 * ids.numel()
+        rows.append(row("generate", case, name, times, ids.numel(), flops))
+
+        model.generation_config.eos_token_id = None  # decode all the tokens
+        options = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
+        options |= {"cache_implementation": "static"} if args.compile else {}
+
+        def decode(count: int, model=model, ids=ids, options=options):
+            model.generate(ids, max_new_tokens=count, min_new_tokens=count, pad_token_id=1, **options)
+
+        whole = timed(lambda: decode(args.new_tokens), args.repeats, args.device)
+        prefill = statistics.median(timed(lambda: decode(1), args.repeats, args.device))
+        steps = [(time - prefill) / (args.new_tokens - 1) for time in whole]
+        case = f"{shape} batch {args.batch_size} decode step"
+        variant = name + (", static cache, compiled" if args.compile else ", dynamic cache")
+        rows.append(row("generate", case, variant, steps, args.batch_size))
+        del model
+        gc.collect()
+    return sorted(rows, key=lambda entry: entry["case"], reverse=True)  # stable: this model first in each case
+
+
+def benchmark_kernels(args) -> list[dict]:
+    if not args.device.startswith("cuda"):
+        sys.exit("benchmark.py kernels needs a CUDA device.")
+    from benchmark_kernels import all_cases  # beside this file
+
+    return [row(**case) for case in all_cases(args.repeats)]
+
+
+def provenance() -> dict:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "device": f"{device}" if torch.cuda.is_available() else f"{device}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": triton.__version__ if triton else "",
+        "commit": commit.stdout.strip() or "none",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def report(rows: list[dict], args, matmul: float, copy: float) -> None:
+    """Print the table and the JSON line, append to results.csv, write the chart."""
+    source = provenance()
+    for entry in rows:
+        if entry.get("tflops"):
+            entry["percent_of_matmul"] = 100 * entry["tflops"] / matmul
+        if entry.get("gb_per_s"):
+            entry["percent_of_copy"] = 100 * entry["gb_per_s"] / copy
+        entry |= source
+    print(f"\n{source['device']}, torch {source['torch']}, transformers {source['transformers']}, {source['commit']}")
+    print(f"matmul ceiling {matmul:.4g} TFLOP/s, copy ceiling {copy:.4g} GB/s\n")
+    shown = [field for field in FIELDS[1:12] if any(entry.get(field) is not None for entry in rows)]
+    print("| " + " | ".join(shown) + " | vs first |\n" + "|---" * (len(shown) + 1) + "|")
+    first = {}
+    for entry in rows:
+        first.setdefault(entry["case"], entry["median_ms"])
+        cells = [f"{v:.4g}" if isinstance(v := entry.get(field, ""), float) else str(v) for field in shown]
+        print("| " + " | ".join(cells) + f" | {first[entry['case']] / entry['median_ms']:.3g}x |")
+
+    directory = Path(args.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "results.csv"
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if is_new:
+            writer.writeheader()
+        writer.writerows({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in entry.items()} for entry in rows)
+    chart(rows, directory / f"{args.benchmark}.png")
+    print(json.dumps({"matmul_tflops": matmul, "copy_gb_per_s": copy, "rows": rows}))
+
+
+def chart(rows: list[dict], path: Path) -> None:
+    """One group of bars per case: milliseconds relative to this model or kernel, the first variant of the case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(entry["case"] for entry in rows))
+    height = sum(1 for _ in rows) * 0.28 + len(cases) * 0.3 + 1
+    figure, axis = plt.subplots(figsize=(9, height))
+    position, ticks, labels = 0.0, [], []
+    for case in cases:
+        entries = [entry for entry in rows if entry["case"] == case]
+        for index, entry in enumerate(entries):
+            ratio = entry["median_ms"] / entries[0]["median_ms"]
+            axis.barh(position, ratio, color="tab:orange" if index == 0 else "tab:gray")
+            axis.text(ratio, position, f" {entry['median_ms']:.3g} ms", va="center", fontsize=7)
+            ticks.append(position)
+            labels.append(f"{case}: {entry['variant']}" if index == 0 else entry["variant"])
+            position -= 1
+        position -= 0.7
+    axis.set_yticks(ticks, labels, fontsize=7)
+    axis.axvline(1.0, color="black", linewidth=0.5)
+    axis.set_xlabel(f"time relative to the first variant of the case (less is better), {rows[0]['device']}")
+    axis.margins(x=0.15)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.device.startswith("cuda") and not args.skip_tests:
+        names = ("token_routed_gemm", "fused_dynamics", "mu_guided_qkv")
+        tests = [str(REPOSITORY / f"tests/test_{name}.py") for name in names]
+        if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=REPOSITORY).returncode:
+            sys.exit("The kernel tests fail: no figure is reported.")
+    run = {"kernels": benchmark_kernels, "train": benchmark_train, "generate": benchmark_generate}[args.benchmark]
+    matmul, copy = ceilings(args.device)
+    report(run(args), args, matmul, copy)
+
+
+if __name__ == "__main__":
+    main(parse_args())
