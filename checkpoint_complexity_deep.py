@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, ConversionOps, Transpose, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
 
 PUBLISHED_VERSION = "0.13.0"
@@ -22,32 +22,50 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 _TABLE = re.compile(r"(?:^|\.)layers\.\d+\.mlp\.token_to_expert$")
 
 
-class _FirstOfEqual(ConversionOps):
-    """Collapse the per-layer routing tables into one; `Checkpoint.check` has refused tables that differ."""
+class _PublishedConversion(ConversionOps):
+    """A conversion of its own type: PEFT rewrites the library's operations for adapters, which have no published form.
+
+    It is never reversed; `published_state_dict` writes the published layout.
+    """
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        (tensors,) = input_dict.values()
-        return {target_patterns[0]: tensors[0] if isinstance(tensors, list) else tensors}
+        tensors = [input_dict[pattern] for pattern in source_patterns]
+        first_of_each = [tensor[0] if isinstance(tensor, list) else tensor for tensor in tensors]
+        return {target_patterns[0]: self.merge(*first_of_each)}
 
     @property
     def reverse_op(self):
-        return self  # never reversed: `published_state_dict` writes the published layout
+        return self
 
 
-# Longer patterns first, and `(?!\.)` keeps the dense `mlp.down_proj.weight` out (transformers 5.17 adds no boundary).
+class _Experts(_PublishedConversion):
+    """[E, in, out], or gate and up apart (before 0.12.0), to [E, out, in]."""
+
+    @staticmethod
+    def merge(*tensors: torch.Tensor) -> torch.Tensor:
+        return torch.cat(tensors, dim=-1).transpose(1, 2).contiguous()
+
+
+class _RoutingTable(_PublishedConversion):
+    """One table per layer to one for all; `Checkpoint.check` has refused tables that differ."""
+
+    @staticmethod
+    def merge(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+# `(?!\.)` keeps the dense `mlp.down_proj.weight` out (transformers 5.17 adds no boundary of its own).
 register_checkpoint_conversion_mapping(
     "complexity-deep",
     [
         WeightRenaming(r"dynamics\.controller\.0\.", "dynamics.controller_in."),  # before 0.12.0
         WeightRenaming(r"dynamics\.controller\.2\.", "dynamics.controller_out."),
-        WeightConverter(r"layers\.\d+\.mlp\.token_to_expert", "token_to_expert", operations=[_FirstOfEqual()]),
-        WeightConverter(r"mlp\.gate_up_proj(?!\.)", "mlp.experts.gate_up_proj", operations=[Transpose(1, 2)]),
-        WeightConverter(  # before 0.12.0
-            [r"mlp\.gate_proj(?!\.)", r"mlp\.up_proj(?!\.)"],
-            "mlp.experts.gate_up_proj",
-            operations=[Concatenate(dim=2), Transpose(1, 2)],
+        WeightConverter(r"layers\.\d+\.mlp\.token_to_expert", "token_to_expert", operations=[_RoutingTable()]),
+        WeightConverter(r"mlp\.gate_up_proj(?!\.)", "mlp.experts.gate_up_proj", operations=[_Experts()]),
+        WeightConverter(
+            [r"mlp\.gate_proj(?!\.)", r"mlp\.up_proj(?!\.)"], "mlp.experts.gate_up_proj", operations=[_Experts()]
         ),
-        WeightConverter(r"mlp\.down_proj(?!\.)", "mlp.experts.down_proj", operations=[Transpose(1, 2)]),
+        WeightConverter(r"mlp\.down_proj(?!\.)", "mlp.experts.down_proj", operations=[_Experts()]),
     ],
     overwrite=True,  # this file is imported anew for every remote-code checkpoint
 )

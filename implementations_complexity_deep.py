@@ -34,6 +34,20 @@ else:
 logger = logging.get_logger(__name__)
 
 
+class ComplexityDeepFrozenLinear(nn.Linear):
+    """A linear map that no gradient can reach (published checkpoints hold some): saved and loaded, never trained.
+
+    Its weight is a buffer, so that it stays out of the optimizer and of DDP's wait for gradients, also after
+    `from_pretrained`, which turns `requires_grad` on for every parameter.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+        weight = self.weight.data
+        del self.weight
+        self.register_buffer("weight", weight)
+
+
 def _is_plain_linear(*modules: nn.Module) -> bool:
     """Whether the weights may be used directly: no adapter, quantization, offloading or parallel hook on any module."""
     return all(
@@ -46,12 +60,21 @@ def _is_plain_linear(*modules: nn.Module) -> bool:
     )
 
 
+def _has_adapter_without_mu(attention: nn.Module) -> bool:
+    """Whether an adapter wraps layer 0's guidance: it is given zeros for mu, so that DDP gets its (zero) gradients."""
+    guidance = [getattr(attention, name, None) for name in ("mu_to_q", "mu_to_k", "mu_to_v")]
+    return attention.layer_idx == 0 and any(type(g) not in (ComplexityDeepFrozenLinear, type(None)) for g in guidance)
+
+
 def eager_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor | None, cos: Tensor, sin: Tensor):
     """Mu-guided projections, QK norm and RoPE through the modules themselves, so that adapters on them count.
 
     hidden_states, mu: [B, S, H]; mu is None below the first guided layer. cos, sin: [B or 1, S, D].
     Returns query [B, S, A, D], key and value [B, S, K, D].
     """
+
+    if mu is None and _has_adapter_without_mu(attention):
+        mu = torch.zeros_like(hidden_states)
 
     def project(projection: nn.Module, guidance: str) -> Tensor:
         states = projection(hidden_states)
@@ -87,7 +110,7 @@ def triton_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor |
     """`eager_qkv_forward` as one product over [x, mu] and one norm-and-RoPE kernel, where the weights are plain."""
     names = ("q_proj", "k_proj", "v_proj", *(("mu_to_q", "mu_to_k", "mu_to_v") if mu is not None else ()))
     modules = [getattr(attention, name) for name in names]
-    if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules):
+    if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules) or _has_adapter_without_mu(attention):
         return eager_qkv_forward(attention, hidden_states, mu, cos, sin)
     qkv = mu_guided_qkv(hidden_states, mu, tuple(module.weight for module in modules))
     heads = qkv.view(*qkv.shape[:-1], -1, attention.head_dim)  # [B, S, A + 2K, D]

@@ -42,6 +42,7 @@ from .configuration_complexity_deep import ComplexityDeepConfig
 from .implementations_complexity_deep import (
     KERNELS,
     ROUTING_PLANS,
+    ComplexityDeepFrozenLinear,
     RoutingPlan,
     default_kernels_implementation,
     eager_experts_forward,
@@ -125,22 +126,6 @@ class ComplexityDeepRotaryEmbedding(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)  # [B, S, D]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
-
-
-class ComplexityDeepFrozenLinear(nn.Module):
-    """A linear map that no gradient can reach (published checkpoints hold some): saved and loaded, never trained.
-
-    Its weight is a buffer, so that it stays out of the optimizer, adapters and DDP's wait for gradients, also after
-    `from_pretrained`, which turns `requires_grad` on for every parameter.
-    """
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("weight", torch.empty(out_features, in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
 
 
 def repeat_kv(hidden_states: Tensor, n_rep: int) -> Tensor:
