@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
@@ -279,7 +280,7 @@ class CheckpointMixin:
             checkpoint = Checkpoint.find(path, variant=kwargs.get("variant"), **hub)
         if checkpoint is not None:
             config = kwargs.get("config")
-            if not isinstance(config, cls.config_class):
+            if not isinstance(config, PreTrainedConfig):
                 config = cls.config_class.from_pretrained(config or path, **hub)
             checkpoint.check(config)
             if checkpoint.is_published and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):

@@ -1,11 +1,14 @@
 """Complexity-Deep model configuration."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+
+if TYPE_CHECKING:  # never run, but the remote-code loader reads it and so keeps every shipped file beside this one
+    from .modeling_complexity_deep import ComplexityDeepModel  # noqa: F401
 
 # Every file that a saved model needs to be loaded by `trust_remote_code=True`, relative to this one.
 SHIPPED_FILES = (
@@ -15,6 +18,9 @@ SHIPPED_FILES = (
     "implementations_complexity_deep.py",
     "routing_complexity_deep.py",
     "kernels/kernel_reference.py",
+    "kernels/token_routed_gemm.py",
+    "kernels/fused_dynamics.py",
+    "kernels/mu_guided_qkv.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_complexity_deep.ComplexityDeepConfig",

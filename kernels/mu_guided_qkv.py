@@ -1,0 +1,425 @@
+"""Mu-guided QKV in Triton: the six projections as one product, then QK norm and RoPE in one pass.
+
+T tokens (batch B * sequence S), H hidden size, A query heads, K key/value heads, D head dim, N = (A + 2K) D.
+
+    qkv = x [Wq ‖ Wk ‖ Wv]ᵀ + m [Uq ‖ Uk ‖ Uv]ᵀ            [T, N]; W, U stored [out, in], ‖ stacks rows
+    n   = w * u / sqrt(mean(u², last axis) + eps)           u one head of q or k; n = u where there is no weight w
+    y   = n * cos + [-n_second ‖ n_first] * sin             rotate-half RoPE
+
+`mu_guided_qkv` is the first line, one inner axis of 2H. Up to 32 tokens the time is reading the weights:
+mu_guided_qkv_few_kernel reads all six where they lie. Many tokens on Hopper: mu_guided_qkv_kernel, a TMA GEMM that
+walks x and then m without joining them. Else the library's GEMM. Saved for backward: x, m and the weights.
+
+`qk_norm_rope` is the other two lines and equals `qk_norm_rope_reference`. It reads q and k as strided views of qkv and
+writes [B, S, heads, D]; a program takes a few tokens with all their heads, so cos and sin are read once. All fp32
+inside, rounded once. Saved for backward: the views of q and k; the norm is recomputed. The gradients of the two norm
+weights grow in registers and are summed over programs in a fixed order (no atomics).
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
+    raise
+
+FEW_TOKENS = 32  # up to here reading the weights is all that takes time
+MANY_TOKENS = 2048  # from here on our GEMM, which needs no copy of [x ‖ m], beats the library's with its copies
+# Programs that walk over the tokens, by sweep on an H200; fixed, so that results do not depend on the device. One warp
+# each: a token's heads are 6 to 12 KB, and more warps exchange more than they load.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 65535, 2112
+
+
+@triton.jit
+def _dot_rows(acc, x_ptr, w_ptr, o_t, o_n, T, N, H, BK: tl.constexpr):
+    """acc [BT, BN] += x [BT, H] w[o_n]ᵀ, w row-major [N, H]."""
+    o_k = tl.arange(0, BK)
+    x_at = x_ptr + o_t[:, None] * H + o_k[None, :]  # [BT, BK]
+    w_at = w_ptr + o_n[:, None].to(tl.int64) * H + o_k[None, :]  # [BN, BK]
+    for k in range(0, H, BK):
+        m_k = (o_k < H - k)[None, :]
+        x = tl.load(x_at + k, mask=(o_t < T)[:, None] & m_k, other=0.0)
+        w = tl.load(w_at + k, mask=(o_n < N)[:, None] & m_k, other=0.0)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def mu_guided_qkv_few_kernel(
+    x_ptr, m_ptr, q_ptr, k_ptr, v_ptr, mu_q_ptr, mu_k_ptr, mu_v_ptr, out_ptr,
+    T, H, Q, KV, HAS_MU: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [T, Q + 2 KV]; a program owns BN rows of one of the three projections."""
+    pid = tl.program_id(0)
+    q_blocks, kv_blocks = tl.cdiv(Q, BN), tl.cdiv(KV, BN)
+    is_q, is_k = pid < q_blocks, pid < q_blocks + kv_blocks
+    block = tl.where(is_q, pid, tl.where(is_k, pid - q_blocks, pid - q_blocks - kv_blocks))
+    column = tl.where(is_q, 0, tl.where(is_k, Q, Q + KV))  # where the projection begins in out
+    N = tl.where(is_q, Q, KV)
+    w_ptr = tl.where(is_q, q_ptr, tl.where(is_k, k_ptr, v_ptr))
+    o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    o_n = block * BN + tl.arange(0, BN)
+    acc = _dot_rows(tl.zeros([BT, BN], tl.float32), x_ptr, w_ptr, o_t, o_n, T, N, H, BK)
+    if HAS_MU:
+        mu_ptr = tl.where(is_q, mu_q_ptr, tl.where(is_k, mu_k_ptr, mu_v_ptr))
+        acc = _dot_rows(acc, m_ptr, mu_ptr, o_t, o_n, T, N, H, BK)
+    at = out_ptr + o_t[:, None] * (Q + 2 * KV) + column + o_n[None, :]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_n < N)[None, :])
+
+
+@triton.jit
+def mu_guided_qkv_kernel(
+    x_desc, w_desc, out_desc, T, N, H, X_FIRST: tl.constexpr, PROGRAMS: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out [T, N] = [x ‖ m] [W ‖ U]ᵀ; x_desc [2, T, H] holds x and m, w_desc [2N, H] W over U; persistent programs."""
+    blocks_t, blocks_n = tl.cdiv(T, BT), tl.cdiv(N, BN)
+    steps = H // BK
+    for tile in tl.range(tl.program_id(0), blocks_t * blocks_n, PROGRAMS):
+        first = tile // (GROUP * blocks_n) * GROUP  # GROUP row blocks share the columns' weights in the cache
+        rows = tl.minimum(blocks_t - first, GROUP)
+        i_t = first + tile % rows
+        i_n = tile % (GROUP * blocks_n) // rows
+        acc = tl.zeros([BT, BN], tl.float32)
+        for step in range(2 * steps):
+            source = step // steps  # first x with W, then m with U
+            k = (step - source * steps) * BK
+            x = x_desc.load([source if X_FIRST else 1 - source, i_t * BT, k]).reshape(BT, BK)
+            w = w_desc.load([source * N + i_n * BN, k])
+            acc = tl.dot(x, w.T, acc)
+        out_desc.store([i_t * BT, i_n * BN], acc.to(out_desc.dtype))
+
+
+@triton.jit
+def _load_half(ptr, stride_head, o_a, o_d, A, half):
+    """[BA, BD] of one half of the heads of one token, in fp32."""
+    mask = (o_a < A)[:, None] & (o_d < half)[None, :]
+    return tl.load(ptr + o_a[:, None] * stride_head + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_half(ptr, stride_head, x, o_a, o_d, A, half):
+    mask = (o_a < A)[:, None] & (o_d < half)[None, :]
+    tl.store(ptr + o_a[:, None] * stride_head + o_d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_vector(ptr, o_d, half):
+    """The two halves of a [D] vector, each [1, BD]."""
+    first = tl.load(ptr + o_d, mask=o_d < half, other=0.0).to(tl.float32)
+    second = tl.load(ptr + half + o_d, mask=o_d < half, other=0.0).to(tl.float32)
+    return first[None, :], second[None, :]
+
+
+@triton.jit
+def _norm_rope_fwd(x_ptr, stride_head, y_ptr, w_ptr, cos1, cos2, sin1, sin2, A, half, eps, BA: tl.constexpr, BD: tl.constexpr):
+    o_d = tl.arange(0, BD)
+    for head in range(0, A, BA):
+        o_a = head + tl.arange(0, BA)
+        x1 = _load_half(x_ptr, stride_head, o_a, o_d, A, half)
+        x2 = _load_half(x_ptr + half, stride_head, o_a, o_d, A, half)
+        if w_ptr is not None:
+            w1, w2 = _load_vector(w_ptr, o_d, half)
+            rstd = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * half) + eps)[:, None]
+            x1, x2 = x1 * rstd * w1, x2 * rstd * w2
+        _store_half(y_ptr, 2 * half, x1 * cos1 - x2 * sin1, o_a, o_d, A, half)
+        _store_half(y_ptr + half, 2 * half, x2 * cos2 + x1 * sin2, o_a, o_d, A, half)
+
+
+@triton.jit
+def qk_norm_rope_fwd_kernel(
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    T, S, A, K, half, eps, q_stride_b, q_stride_s, q_stride_a, k_stride_b, k_stride_s, k_stride_a, cos_stride_b,
+    BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0)
+    for offset in range(0, T - first, tl.num_programs(0)):
+        token = first.to(tl.int64) + offset
+        b, s = token // S, token % S
+        rotary = b * cos_stride_b + s * 2 * half
+        cos1, cos2 = _load_vector(cos_ptr + rotary, tl.arange(0, BD), half)
+        sin1, sin2 = _load_vector(sin_ptr + rotary, tl.arange(0, BD), half)
+        _norm_rope_fwd(
+            q_ptr + b * q_stride_b + s * q_stride_s, q_stride_a, q_out_ptr + token * A * 2 * half,
+            q_weight_ptr, cos1, cos2, sin1, sin2, A, half, eps, BA, BD,
+        )  # fmt: skip
+        _norm_rope_fwd(
+            k_ptr + b * k_stride_b + s * k_stride_s, k_stride_a, k_out_ptr + token * K * 2 * half,
+            k_weight_ptr, cos1, cos2, sin1, sin2, K, half, eps, BK, BD,
+        )  # fmt: skip
+
+
+@triton.jit
+def _norm_rope_bwd(
+    dy_ptr, dy_stride, x_ptr, stride_head, dx_ptr, w_ptr, dw1, dw2, cos1, cos2, sin1, sin2, A, half, eps,
+    BA: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Writes dx of one token's heads; returns dw1, dw2 [BA, BD] with this token added (summed over heads by the caller)."""
+    o_d = tl.arange(0, BD)
+    for head in range(0, A, BA):
+        o_a = head + tl.arange(0, BA)
+        dy1 = _load_half(dy_ptr, dy_stride, o_a, o_d, A, half)
+        dy2 = _load_half(dy_ptr + half, dy_stride, o_a, o_d, A, half)
+        dx1, dx2 = dy1 * cos1 + dy2 * sin2, dy2 * cos2 - dy1 * sin1
+        if w_ptr is not None:
+            x1 = _load_half(x_ptr, stride_head, o_a, o_d, A, half)
+            x2 = _load_half(x_ptr + half, stride_head, o_a, o_d, A, half)
+            w1, w2 = _load_vector(w_ptr, o_d, half)
+            rstd = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * half) + eps)[:, None]
+            x1, x2 = x1 * rstd, x2 * rstd
+            dw1 += dx1 * x1
+            dw2 += dx2 * x2
+            dx1, dx2 = dx1 * w1, dx2 * w2
+            mean = ((tl.sum(dx1 * x1, 1) + tl.sum(dx2 * x2, 1)) / (2 * half))[:, None]
+            dx1, dx2 = rstd * (dx1 - x1 * mean), rstd * (dx2 - x2 * mean)
+        _store_half(dx_ptr, 2 * half, dx1, o_a, o_d, A, half)
+        _store_half(dx_ptr + half, 2 * half, dx2, o_a, o_d, A, half)
+    return dw1, dw2
+
+
+@triton.jit
+def qk_norm_rope_bwd_kernel(
+    dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dw_ptr,
+    T, S, A, K, half, eps, q_stride_b, q_stride_s, q_stride_a, k_stride_b, k_stride_s, k_stride_a,
+    dq_stride_b, dq_stride_s, dq_stride_a, dk_stride_b, dk_stride_s, dk_stride_a, cos_stride_b,
+    BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    o_d = tl.arange(0, BD)
+    dq1 = tl.zeros([BA, BD], tl.float32)
+    dq2 = tl.zeros([BA, BD], tl.float32)
+    dk1 = tl.zeros([BK, BD], tl.float32)
+    dk2 = tl.zeros([BK, BD], tl.float32)
+    first = tl.program_id(0)
+    for offset in range(0, T - first, tl.num_programs(0)):
+        token = first.to(tl.int64) + offset
+        b, s = token // S, token % S
+        rotary = b * cos_stride_b + s * 2 * half
+        cos1, cos2 = _load_vector(cos_ptr + rotary, o_d, half)
+        sin1, sin2 = _load_vector(sin_ptr + rotary, o_d, half)
+        dq1, dq2 = _norm_rope_bwd(
+            dq_out_ptr + b * dq_stride_b + s * dq_stride_s, dq_stride_a,
+            q_ptr + b * q_stride_b + s * q_stride_s, q_stride_a, dq_ptr + token * A * 2 * half,
+            q_weight_ptr, dq1, dq2, cos1, cos2, sin1, sin2, A, half, eps, BA, BD,
+        )  # fmt: skip
+        dk1, dk2 = _norm_rope_bwd(
+            dk_out_ptr + b * dk_stride_b + s * dk_stride_s, dk_stride_a,
+            k_ptr + b * k_stride_b + s * k_stride_s, k_stride_a, dk_ptr + token * K * 2 * half,
+            k_weight_ptr, dk1, dk2, cos1, cos2, sin1, sin2, K, half, eps, BK, BD,
+        )  # fmt: skip
+    dw_ptr += tl.program_id(0) * 4 * half + o_d  # dw [programs, 2, D]
+    tl.store(dw_ptr, tl.sum(dq1, 0), mask=o_d < half)
+    tl.store(dw_ptr + half, tl.sum(dq2, 0), mask=o_d < half)
+    tl.store(dw_ptr + 2 * half, tl.sum(dk1, 0), mask=o_d < half)
+    tl.store(dw_ptr + 3 * half, tl.sum(dk2, 0), mask=o_d < half)
+
+
+def _head_blocks(query: Tensor, key: Tensor) -> dict:
+    """Tile sizes: all heads of a token at once, up to 16."""
+    power = triton.next_power_of_2
+    BA, BK, BD = min(16, power(query.shape[2])), min(16, power(key.shape[2])), power(query.shape[3] // 2)
+    return {"BA": BA, "BK": BK, "BD": BD}
+
+
+def _inner_contiguous(x: Tensor) -> Tensor:
+    """Strided views are read in place as long as one head is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("complexity_deep::qk_norm_rope", mutates_args=())
+def _qk_norm_rope(
+    query: Tensor, key: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    (B, S, A, D), K = query.shape, key.shape[2]
+    query, key, cos, sin = _inner_contiguous(query), _inner_contiguous(key), cos.contiguous(), sin.contiguous()
+    q_out, k_out = query.new_empty(B, S, A, D), key.new_empty(B, S, K, D)
+    qk_norm_rope_fwd_kernel[(min(B * S, FORWARD_PROGRAMS),)](
+        query, key, query_weight, key_weight, cos, sin, q_out, k_out, B * S, S, A, K, D // 2, eps,
+        *query.stride()[:3], *key.stride()[:3], 0 if cos.shape[0] == 1 else cos.stride(0), **_head_blocks(query, key), num_warps=1,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+@_qk_norm_rope.register_fake
+def _(query, key, query_weight, key_weight, cos, sin, eps):
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@torch.library.custom_op("complexity_deep::qk_norm_rope_backward", mutates_args=())
+def _qk_norm_rope_backward(
+    dq: Tensor, dk: Tensor, query: Tensor, key: Tensor, query_weight: Tensor | None, key_weight: Tensor | None,
+    cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (B, S, A, D), K = query.shape, key.shape[2]
+    dq, dk, query, key = (_inner_contiguous(x) for x in (dq, dk, query, key))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    programs = min(B * S, BACKWARD_PROGRAMS)
+    dq_in, dk_in = query.new_empty(B, S, A, D), key.new_empty(B, S, K, D)
+    dw = torch.empty(programs, 2, D, dtype=torch.float32, device=query.device)
+    qk_norm_rope_bwd_kernel[(programs,)](
+        dq, dk, query, key, query_weight, key_weight, cos, sin, dq_in, dk_in, dw, B * S, S, A, K, D // 2, eps,
+        *query.stride()[:3], *key.stride()[:3], *dq.stride()[:3], *dk.stride()[:3],
+        0 if cos.shape[0] == 1 else cos.stride(0), **_head_blocks(query, key), num_warps=1,
+    )  # fmt: skip
+    dw = dw.sum(0)
+    # a weight that is absent has no gradient, but an op must return a tensor
+    dw = (query.new_empty(0) if w is None else x.to(w.dtype, copy=True) for w, x in zip((query_weight, key_weight), dw))
+    return dq_in, dk_in, *dw
+
+
+@_qk_norm_rope_backward.register_fake
+def _(dq, dk, query, key, query_weight, key_weight, cos, sin, eps):
+    dw = (query.new_empty(0 if w is None else w.shape) for w in (query_weight, key_weight))
+    return query.new_empty(query.shape), key.new_empty(key.shape), *dw
+
+
+def _save_qk(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _qk_grad(ctx, dq, dk):
+    query_weight, key_weight = ctx.saved_tensors[2:4]
+    dq, dk, dq_weight, dk_weight = _qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, ctx.eps)
+    dq_weight, dk_weight = None if query_weight is None else dq_weight, None if key_weight is None else dk_weight
+    return dq, dk, dq_weight, dk_weight, None, None, None
+
+
+_qk_norm_rope.register_autograd(_qk_grad, setup_context=_save_qk)
+
+
+def _fits_hopper(x: Tensor, m: Tensor | None, columns: int) -> bool:
+    """Whether mu_guided_qkv_kernel applies and fills the chip; elsewhere the library's GEMM is faster."""
+    return (
+        x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device)[0] == 9
+        and m is not None and x.data_ptr() != m.data_ptr() and (x.data_ptr() | m.data_ptr()) % 16 == 0 and x.dtype != torch.float32
+        and x.shape[0] >= MANY_TOKENS and x.shape[1] % 64 == 0 and columns % 256 == 0
+    )  # fmt: skip
+
+
+def _launch_hopper(x: Tensor, m: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    """`weights` [2N, H]. One descriptor spans x and m where they lie, its outer stride being their distance: no copy."""
+    (T, H), N = x.shape, out.shape[1]
+    BT, BN, BK = 128, 256, 64
+    low, high = sorted((x, m), key=Tensor.data_ptr)
+    distance = (high.data_ptr() - low.data_ptr()) // x.element_size()
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    mu_guided_qkv_kernel[(programs,)](
+        TensorDescriptor(low, [2, T, H], [distance, H, 1], [1, BT, BK]),
+        TensorDescriptor(weights, [2 * N, H], [H, 1], [BN, BK]),
+        TensorDescriptor(out, [T, N], [N, 1], [BT, BN]),
+        T, N, H, X_FIRST=low is x, PROGRAMS=programs, BT=BT, BN=BN, BK=BK, GROUP=8, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("complexity_deep::mu_guided_qkv", mutates_args=())
+def _mu_guided_qkv(
+    x: Tensor, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None,
+) -> Tensor:  # fmt: skip
+    (T, H), Q, KV = x.shape, q.shape[0], k.shape[0]
+    out = x.new_empty(T, Q + 2 * KV)
+    if _fits_hopper(x, m, out.shape[1]):
+        return _launch_hopper(x, m, torch.cat((q, k, v, mu_q, mu_k, mu_v)), out)
+    if T > FEW_TOKENS:
+        weights = torch.cat((q, k, v))
+        if m is not None:
+            x, weights = torch.cat((x, m), 1), torch.cat((weights, torch.cat((mu_q, mu_k, mu_v))), 1)
+        return torch.mm(x, weights.T, out=out)
+    # by sweep: more tokens want a tile that holds them all, one token wants many small programs
+    BT, BN, BK, warps, stages = (16, 16, 256, 2, 4) if T <= 16 else (32, 16, 256, 4, 3)
+    if x.dtype == torch.float32:
+        BK = 64
+    mu_guided_qkv_few_kernel[(triton.cdiv(Q, BN) + 2 * triton.cdiv(KV, BN), triton.cdiv(T, BT))](
+        x, m, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV,
+        HAS_MU=m is not None, BT=BT, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+@_mu_guided_qkv.register_fake
+def _(x, m, q, k, v, mu_q, mu_k, mu_v):
+    return x.new_empty(x.shape[0], q.shape[0] + 2 * k.shape[0])
+
+
+@torch.library.custom_op("complexity_deep::mu_guided_qkv_backward", mutates_args=())
+def _mu_guided_qkv_backward(
+    grad: Tensor, x: Tensor, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None, weight_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dm [T, H]; gradients of [q ‖ k ‖ v] and of [mu_q ‖ mu_k ‖ mu_v], each [N, H]; empty where not wanted."""
+    dm, dw, dw_mu = (x.new_empty(0) for _ in range(3))
+    dx = grad @ torch.cat((q, k, v))
+    if m is not None:
+        dm = grad @ torch.cat((mu_q, mu_k, mu_v))
+    if weight_grads:
+        dw = grad.T @ x
+        dw_mu = dw_mu if m is None else grad.T @ m
+    return dx, dm, dw, dw_mu
+
+
+@_mu_guided_qkv_backward.register_fake
+def _(grad, x, m, q, k, v, mu_q, mu_k, mu_v, weight_grads):
+    N = grad.shape[1] if weight_grads else 0
+    dw = (x.new_empty(N, x.shape[1]) if wanted else x.new_empty(0) for wanted in (N, N and m is not None))
+    return x.new_empty(x.shape), x.new_empty(0 if m is None else m.shape), *dw
+
+
+def _save_qkv(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.sizes = [w.shape[0] for w in inputs[2:5]]
+    ctx.has_mu = inputs[1] is not None
+
+
+def _qkv_grad(ctx, grad):
+    weight_grads = any(ctx.needs_input_grad[2:8])  # a frozen base model skips half of the work
+    dx, dm, dw, dw_mu = _mu_guided_qkv_backward(grad.contiguous(), *ctx.saved_tensors, weight_grads)
+    none = (None,) * 3
+    dw = dw.split(ctx.sizes) if weight_grads else none
+    return dx, dm if ctx.has_mu else None, *dw, *(dw_mu.split(ctx.sizes) if weight_grads and ctx.has_mu else none)
+
+
+_mu_guided_qkv.register_autograd(_qkv_grad, setup_context=_save_qkv)
+
+
+def qk_norm_rope(
+    query: Tensor, key: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Equals `qk_norm_rope_reference`.
+
+    Args:
+        query: [B, S, A, D]. key: [B, S, K, D]; both may be strided views, one head being contiguous.
+        query_weight, key_weight: [D] or None (no norm). cos, sin: [B or 1, S, D], without gradient.
+
+    Returns: query [B, S, A, D] and key [B, S, K, D], rotated, contiguous.
+    """
+    if query.ndim != 4 or key.ndim != 4 or query.shape[-1] != key.shape[-1] or query.shape[-1] % 2:
+        raise ValueError(f"qk_norm_rope needs [B, S, heads, even D], got {tuple(query.shape)} and {tuple(key.shape)}")
+    return _qk_norm_rope(query, key, query_weight, key_weight, cos, sin, eps)
+
+
+def mu_guided_qkv(x: Tensor, m: Tensor | None, weights: tuple[Tensor, ...]) -> Tensor:
+    """[x ‖ m] times the six projections.
+
+    Args:
+        x: [..., H]. m: [..., H], or None (layer 0; the last three weights are then not used).
+        weights: [out, H] each: q, k, v, mu_to_q, mu_to_k, mu_to_v; k and v of one size.
+
+    Returns: [..., (A + 2K) D], the columns of q, k and v side by side.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, m, weights = x.to(dtype), None if m is None else m.to(dtype), [w.to(dtype) for w in weights]
+    q, k, v, *mu_weights = (w.contiguous() for w in weights)
+    if m is None:
+        mu_weights = (None, None, None)
+    else:
+        m = m.reshape(-1, m.shape[-1]).contiguous()
+    if any(w.dtype != x.dtype for w in weights) or (m is not None and m.dtype != x.dtype):
+        raise ValueError(f"mu_guided_qkv needs one dtype, got {x.dtype} and {[w.dtype for w in weights]}")
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return _mu_guided_qkv(rows, m, q, k, v, *mu_weights).view(*x.shape[:-1], -1)
