@@ -29,7 +29,8 @@ test: $(VENV)/.installed .venv-floor/.installed
 	$(BIN)/python -m pytest -q
 	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -q -m "not gpu" $(FLOOR_TESTS)
 
-FLOOR_TESTS := tests/test_golden.py tests/test_modeling.py tests/test_generation.py tests/test_checkpoints.py tests/test_remote_code.py
+FLOOR_TESTS := tests/test_golden.py tests/test_modeling.py tests/test_generation.py tests/test_checkpoints.py \
+	tests/test_remote_code.py tests/test_distributed.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

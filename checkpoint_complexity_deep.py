@@ -269,9 +269,11 @@ class CheckpointMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load native and published checkpoints alike; see `PreTrainedModel.from_pretrained`.
 
+        `kernels_implementation` ("eager" or "triton") is that of `set_kernels_implementation`.
         Raises `ValueError` for a folder of another architecture, of a published version that cannot be computed
         exactly, or with missing weights; `OSError` for a truncated file. The dtype is the checkpoint's own by default.
         """
+        kernels_implementation = kwargs.pop("kernels_implementation", None)
         output_loading_info = kwargs.pop("output_loading_info", False)
         path, checkpoint = pretrained_model_name_or_path, None
         if path is not None and kwargs.get("gguf_file") is None and not kwargs.get("adapter_kwargs"):
@@ -302,6 +304,8 @@ class CheckpointMixin:
                     f"{checkpoint.source} is incomplete: it lacks {len(missing)} weights of this model, e.g. "
                     f"{missing[0]}; check that config.json belongs to these weights."
                 )
+        if kernels_implementation is not None:
+            model.set_kernels_implementation(kernels_implementation)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):

@@ -151,6 +151,19 @@ class ComplexityDeepConfig(PreTrainedConfig):
         for field in [key for key in kwargs if key.startswith("safety_")]:
             kwargs.pop(field)
         self._check()
+        # The plan of this model: the library warns of rules for modules that are not there.
+        absent = {
+            ".mlp.experts": not self.is_routed,
+            ".mlp.shared_expert.": not (self.is_routed and self.shared_expert_intermediate_size),
+            ".mlp.gate_proj": self.is_routed,
+            ".mlp.up_proj": self.is_routed,
+            ".mlp.down_proj": self.is_routed,
+            "_norm": not self.use_qk_norm,
+            ".mu_to_": not self.use_mu_guidance,
+        }
+        absent = [part for part, is_absent in absent.items() if is_absent]
+        plan = type(self).base_model_tp_plan
+        self.base_model_tp_plan = {k: v for k, v in plan.items() if not any(part in k for part in absent)}
         super().__post_init__(**kwargs)
 
     def _check(self):

@@ -1,0 +1,93 @@
+"""The whole model on the Triton kernels: on the GPU where there is one, else in Triton's interpreter on the CPU."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import GOLDEN, random_ids, tiny_model
+
+from complexity_deep import ComplexityDeepForCausalLM
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("folder", ("v0.13-tiny", "v0.13-dense"))
+def test_golden_logits_and_gradients(folder):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = ComplexityDeepForCausalLM.from_pretrained(
+        GOLDEN / folder, dtype=torch.float32, kernels_implementation="triton", experts_implementation="cggr"
+    ).to(DEVICE)
+    expected = {key: tensor.to(DEVICE) for key, tensor in load_file(GOLDEN / folder / "golden.safetensors").items()}
+    outputs = model(expected["input_ids"], labels=expected["input_ids"])
+    assert (outputs.logits - expected["logits"]).abs().max() < 5e-5
+    outputs.loss.backward()
+    for name, parameter in model.named_parameters():
+        key = f"grad.{name}"
+        if ".mlp.experts." in name:
+            reference = expected[key.replace(".experts.", ".")].transpose(1, 2)
+        else:
+            reference = expected[key]
+        assert (parameter.grad - reference).norm() <= 1e-5 * reference.norm(), name
+
+
+def test_gradients_reach_what_the_published_triton_path_leaves_untouched():
+    model = tiny_model(std=0.1, num_hidden_layers=1, mu_router_gradient=True, mu_router_base_logit=2.0).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    ids = torch.arange(3, 43).view(1, 40).to(DEVICE)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if any(part in name for part in ("experts", "mu_router", "post_attention_layernorm", "o_proj", "embed")):
+            assert parameter.grad.norm() > 0, name
+    for weight in (model.model.layers[0].mlp.experts.gate_up_proj, model.model.layers[0].mlp.experts.down_proj):
+        assert (weight.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_decoding_equals_the_full_forward():
+    model = tiny_model(num_hidden_layers=2).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    ids, cache = random_ids(1, 6).to(DEVICE), None
+    with torch.no_grad():
+        full = model(ids).logits
+        for start, size in ((0, 3), (3, 1), (4, 2)):
+            part = model(ids[:, start : start + size], past_key_values=cache, use_cache=True)
+            cache = part.past_key_values
+            torch.testing.assert_close(part.logits, full[:, start : start + size], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", ({}, {"use_mu_routing": False}), ids=str)
+def test_fullgraph_compile_checkpointing_and_autocast(options):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, ids = tiny_model(std=0.1, **options).cuda().train(), random_ids(2, 64).cuda()
+
+    def gradients(forward, autocast=False):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = forward(ids, labels=ids).loss
+        loss.backward()
+        return torch.cat([p.grad.float().flatten() for p in model.parameters()])
+
+    expected = gradients(model)
+    assert torch.equal(gradients(model), expected)  # deterministic
+    assert (gradients(torch.compile(model, fullgraph=True)) - expected).norm() < 1e-4 * expected.norm()
+    assert (gradients(model, autocast=True) - expected).norm() < 0.05 * expected.norm()
+    model.gradient_checkpointing_enable()
+    assert (gradients(model) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_a_decode_step_captures_in_a_cuda_graph():
+    model = tiny_model(std=0.1, dtype=torch.bfloat16).cuda()
+    ids = random_ids(1, 1).cuda()
+    with torch.no_grad():
+        for _ in range(3):
+            expected = model(ids, use_cache=False).logits
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(ids, use_cache=False).logits
+        captured.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(captured, expected)
