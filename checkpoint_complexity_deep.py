@@ -8,6 +8,7 @@ checkpoint conversion mapping, so that dtype, device map and sharding options of
 
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, ConversionOps, Transpose, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
 
 PUBLISHED_VERSION = "0.13.0"
@@ -23,53 +24,45 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 _TABLE = re.compile(r"(?:^|\.)layers\.\d+\.mlp\.token_to_expert$")
 
 
-class _PublishedConversion(ConversionOps):
-    """A conversion of its own type: PEFT rewrites the library's operations for adapters, which have no published form.
-
-    It is never reversed; `published_state_dict` writes the published layout.
-    """
+class _OneTableForAll(ConversionOps):
+    """Collapse the per-layer routing tables into one; `Checkpoint.check` has refused tables that differ."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        tensors = [input_dict[pattern] for pattern in source_patterns]
-        first_of_each = [tensor[0] if isinstance(tensor, list) else tensor for tensor in tensors]
-        return {target_patterns[0]: self.merge(*first_of_each)}
+        (tables,) = input_dict.values()
+        return {target_patterns[0]: tables[0] if isinstance(tables, list) else tables}
 
     @property
     def reverse_op(self):
-        return self
+        return self  # never reversed: `published_state_dict` writes the published layout
 
 
-class _Experts(_PublishedConversion):
-    """[E, in, out], or gate and up apart (before 0.12.0), to [E, out, in]."""
+@contextmanager
+def published_layouts(is_published: bool):
+    """Let the library convert published layouts while loading one.
 
-    @staticmethod
-    def merge(*tensors: torch.Tensor) -> torch.Tensor:
-        return torch.cat(tensors, dim=-1).transpose(1, 2).contiguous()
-
-
-class _RoutingTable(_PublishedConversion):
-    """One table per layer to one for all; `Checkpoint.check` has refused tables that differ."""
-
-    @staticmethod
-    def merge(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-
-# `(?!\.)` keeps the dense `mlp.down_proj.weight` out (transformers 5.17 adds no boundary of its own).
-register_checkpoint_conversion_mapping(
-    "complexity-deep",
-    [
+    Only then: a mapping that stays registered makes PEFT rewrite adapters, and saving reverse it.
+    """
+    if not is_published:
+        yield
+        return
+    # `(?!\.)` keeps the dense `mlp.down_proj.weight` out (transformers 5.17 adds no boundary of its own).
+    mapping = [
         WeightRenaming(r"dynamics\.controller\.0\.", "dynamics.controller_in."),  # before 0.12.0
         WeightRenaming(r"dynamics\.controller\.2\.", "dynamics.controller_out."),
-        WeightConverter(r"layers\.\d+\.mlp\.token_to_expert", "token_to_expert", operations=[_RoutingTable()]),
-        WeightConverter(r"mlp\.gate_up_proj(?!\.)", "mlp.experts.gate_up_proj", operations=[_Experts()]),
-        WeightConverter(
-            [r"mlp\.gate_proj(?!\.)", r"mlp\.up_proj(?!\.)"], "mlp.experts.gate_up_proj", operations=[_Experts()]
+        WeightConverter(r"layers\.\d+\.mlp\.token_to_expert", "token_to_expert", operations=[_OneTableForAll()]),
+        WeightConverter(r"mlp\.gate_up_proj(?!\.)", "mlp.experts.gate_up_proj", operations=[Transpose(1, 2)]),
+        WeightConverter(  # before 0.12.0
+            [r"mlp\.gate_proj(?!\.)", r"mlp\.up_proj(?!\.)"],
+            "mlp.experts.gate_up_proj",
+            operations=[Concatenate(dim=2), Transpose(1, 2)],
         ),
-        WeightConverter(r"mlp\.down_proj(?!\.)", "mlp.experts.down_proj", operations=[_Experts()]),
-    ],
-    overwrite=True,  # this file is imported anew for every remote-code checkpoint
-)
+        WeightConverter(r"mlp\.down_proj(?!\.)", "mlp.experts.down_proj", operations=[Transpose(1, 2)]),
+    ]
+    register_checkpoint_conversion_mapping("complexity-deep", mapping, overwrite=True)
+    try:
+        yield
+    finally:
+        register_checkpoint_conversion_mapping("complexity-deep", [], overwrite=True)
 
 
 @dataclass
@@ -284,13 +277,15 @@ class CheckpointMixin:
             config = kwargs.get("config")
             if not isinstance(config, PreTrainedConfig):
                 config = cls.config_class.from_pretrained(config or path, **hub)
-            checkpoint.check(config)
+            if not output_loading_info:  # whoever asks for it judges for himself
+                checkpoint.check(config)
             if checkpoint.is_published and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
                 kwargs.pop("torch_dtype", None)
                 kwargs["dtype"] = checkpoint.dtype  # published configs name another dtype than their file holds
             if checkpoint.state_dict is not None:
                 path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
-        model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        with published_layouts(checkpoint is not None and checkpoint.is_published):
+            model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         if checkpoint is not None:
             body = ("layers.", "embed_tokens.", "norm.")  # a new head on an old body is legitimate
             missing = [key for key in info["missing_keys"] if key.removeprefix("model.").startswith(body)]
@@ -299,7 +294,7 @@ class CheckpointMixin:
                     for key in [key for key in missing if ".mu" in key]:
                         model.get_parameter_or_buffer(key).zero_()
                         missing.remove(key)
-            if missing:
+            if missing and not output_loading_info:
                 raise ValueError(
                     f"{checkpoint.source} is incomplete: it lacks {len(missing)} weights of this model, e.g. "
                     f"{missing[0]}; check that config.json belongs to these weights."

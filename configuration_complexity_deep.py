@@ -81,7 +81,13 @@ class ComplexityDeepConfig(PreTrainedConfig):
     """
 
     model_type = "complexity-deep"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "expert_ids", "velocities", "mus"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "router_logits",
+        "expert_ids",
+        "velocities",
+        "mus",
+    ]
 
     base_model_tp_plan: ClassVar[dict] = {
         "layers.*.self_attn.q_proj": "colwise",

@@ -43,9 +43,8 @@ class ComplexityDeepFrozenLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
-        weight = self.weight.data
         del self.weight
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", torch.zeros(out_features, in_features))
 
 
 def _is_plain_linear(*modules: nn.Module) -> bool:

@@ -52,11 +52,13 @@ from .routing_complexity_deep import balanced_routing, modulo_routing, random_ro
 
 @dataclass
 class ComplexityDeepModelOutputWithPast(BaseModelOutputWithPast):
-    """Base model output; the last three fields come with `output_expert_ids`, `output_velocities`, `output_mus`.
+    """Base model output; the last four fields come with `output_router_logits`, `output_expert_ids` and so on.
 
-    expert_ids: per layer [B, S] int64. velocities, mus: per layer [B, S, H], velocity after and mu of that layer.
+    router_logits: per layer [T, E], the scores that mu routing takes the argmax of. expert_ids: per layer [B, S] int64.
+    velocities, mus: per layer [B, S, H], velocity after and mu of that layer.
     """
 
+    router_logits: tuple[Tensor, ...] | None = None
     expert_ids: tuple[Tensor, ...] | None = None
     velocities: tuple[Tensor, ...] | None = None
     mus: tuple[Tensor, ...] | None = None
@@ -64,8 +66,9 @@ class ComplexityDeepModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class ComplexityDeepCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Language-model output; the last three fields are those of `ComplexityDeepModelOutputWithPast`."""
+    """Language-model output; the last four fields are those of `ComplexityDeepModelOutputWithPast`."""
 
+    router_logits: tuple[Tensor, ...] | None = None
     expert_ids: tuple[Tensor, ...] | None = None
     velocities: tuple[Tensor, ...] | None = None
     mus: tuple[Tensor, ...] | None = None
@@ -283,16 +286,16 @@ class ComplexityDeepMuRouter(nn.Module):
         else:
             self.register_buffer("weight", weight)
 
-    def forward(self, mu: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """mu [T, H], expert_ids [T] -> (expert ids [T], weights [T] that are ones, or None)."""
+    def forward(self, mu: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """mu [T, H], expert_ids [T] -> (scores [T, E], weights [T] that are ones, or None, expert ids [T])."""
         logits = F.linear(mu, self.weight)  # [T, E]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = self.base_logit * F.one_hot(expert_ids, self.num_experts).to(logits.dtype) + logits
         expert_ids = scores.argmax(dim=-1)
         if not self.learns:
-            return expert_ids, None
+            return scores, None, expert_ids
         chosen = scores.softmax(dim=-1).gather(-1, expert_ids[:, None]).squeeze(-1)
-        return expert_ids, 1.0 + (chosen - chosen.detach())  # exactly one: the forward stays bit-identical
+        return scores, 1.0 + (chosen - chosen.detach()), expert_ids  # ones, exactly: the forward stays bit-identical
 
 
 class ComplexityDeepMLP(nn.Module):
@@ -327,7 +330,7 @@ class ComplexityDeepTokenRoutedMLP(nn.Module):
         shape = hidden_states.shape
         tokens, chosen, weights = hidden_states.reshape(-1, shape[-1]), expert_ids.reshape(-1), None  # [T, H], [T]
         if self.mu_router is not None:
-            chosen, weights = self.mu_router(mu.reshape(-1, shape[-1]), chosen)
+            _, weights, chosen = self.mu_router(mu.reshape(-1, shape[-1]), chosen)
         if weights is None:
             weights = tokens.new_ones(1).expand(tokens.shape[0])
         # Expert parallelism renumbers the experts, so a plan made before it does not hold.
@@ -406,6 +409,7 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": OutputRecorder(ComplexityDeepDecoderLayer, index=0),
         "attentions": OutputRecorder(ComplexityDeepAttention, index=1),
+        "router_logits": OutputRecorder(ComplexityDeepMuRouter, index=0),
         "expert_ids": OutputRecorder(ComplexityDeepTokenRoutedMLP, index=1),
         "velocities": OutputRecorder(ComplexityDeepDynamics, index=1),
         "mus": OutputRecorder(ComplexityDeepDynamics, index=2),
@@ -588,8 +592,8 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
             routing_ids: [B, S] token ids that choose the experts, instead of `input_ids` or of the embedding rows
                 nearest to `inputs_embeds`.
 
-        `output_hidden_states`, `output_attentions`, `output_expert_ids`, `output_velocities` and `output_mus` add the
-        per-layer tensors to the output.
+        `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_ids`, `output_velocities`
+        and `output_mus` add the per-layer tensors to the output.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -699,6 +703,7 @@ class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
             expert_ids=outputs.expert_ids,
             velocities=outputs.velocities,
             mus=outputs.mus,

@@ -8,21 +8,22 @@ Shapes: T tokens, H hidden size, I width of one expert, E experts. Weights are s
 Index arrays (one routing plan serves every layer that routes alike)
     order    [T]   int32  order[r] = token whose row stands at sorted position r (stable: by expert, then by token)
     offsets  [E+1] int32  rows offsets[e] .. offsets[e+1]-1 of the sorted order belong to expert e
-A row tile is up to BLOCK_M sorted rows of one expert. There are never more than min(T, T // BLOCK_M + E) of them, so grids
-are sized without asking the device; each program counts the true number from `offsets` and finds a tile's expert there.
+A row tile is up to BLOCK_M sorted rows of one expert. There are never more than min(T, T // BLOCK_M + E) of them, so
+grids are sized without asking the device; programs count the tiles from `offsets` and find a tile's expert there.
 
-Forward                                             Backward
-    a, gate_up = x[order] @ gate_up_proj[e].T           dgate_up, a      = dy[order] @ down_proj[e], gradient of act(gate) * up
-    y[order]   = a @ down_proj[e].T                     ddown_proj[e]    = dy[order].T @ a
-                                                        dx[order]        = dgate_up @ gate_up_proj[e]
-                                                        dgate_up_proj[e] = dgate_up.T @ x[order]
-Each line is one kernel. Saved for backward: x[order] [T, H] (in place of x), gate_up [T, 2I] (sorted), weights and plan;
-a = act(gate) * up [T, I] is recomputed in the epilogue that reads gate_up anyway. No atomics: every sum has a fixed order.
+Forward                                        Backward
+    a, gate_up = x[order] @ gate_up_proj[e].T      dgate_up, a      = grad of act(gate) * up, of dy[order] @ down_proj[e]
+    y[order]   = a @ down_proj[e].T                ddown_proj[e]    = dy[order].T @ a
+                                                   dx[order]        = dgate_up @ gate_up_proj[e]
+                                                   dgate_up_proj[e] = dgate_up.T @ x[order]
+Each line is one kernel. Saved for backward: x[order] [T, H] (in place of x), gate_up [T, 2I] (sorted), weights and
+plan; a = act(gate) * up [T, I] is recomputed in the epilogue that reads gate_up anyway. No atomics: every sum has one
+order, so results repeat bit for bit.
 
-Three ways to read operands, chosen by shape: up to DECODE_TOKENS tokens, two memory-bound kernels that hold weight rows of
-the hit experts in registers; on Hopper, TMA from sorted copies of x and dy and a persistent grid whose loads run ahead into
-the next tile (on an H200 the copy plus TMA is as fast as gathering rows in the GEMM, and the copy is what backward needs);
-otherwise pointers, with the gather inside the forward GEMM when nothing is kept for backward.
+Three ways to read operands, chosen by shape. Up to DECODE_TOKENS tokens: two memory-bound kernels that hold weight rows
+of the hit experts in registers. On Hopper with enough rows: TMA from sorted copies of x and dy, and a persistent grid
+whose loads run ahead into the next tile (on an H200, copy plus TMA GEMM takes as long as gathering rows in the GEMM, and
+backward needs the copy). Otherwise pointers; the forward GEMM then gathers rows itself unless the copy must be kept.
 """
 
 import functools
@@ -39,7 +40,7 @@ except ImportError:  # the caller names the fallback
     raise
 
 ACTIVATIONS = ("silu", "swish", "gelu", "relu")
-DECODE_TOKENS = 2  # sweep on an H200: 7.5 and 10 us for 1 and 2 tokens; from 4 on, tiles of 16 tokens win (19 against 21 us)
+DECODE_TOKENS = 2  # H200: 7.5 and 10 us for 1 and 2 tokens; at 4, tensor-core tiles of 16 tokens win (19 against 21 us)
 TMA_ROWS = 128  # tokens per expert; with fewer, small tiles read by pointers keep more of the card busy
 
 
@@ -63,7 +64,7 @@ def _count_tiles(offsets, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.conste
 
 @triton.jit
 def _locate(offsets, last_tile, pid, num_m, num_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """Program -> expert, first sorted row, end of the expert's rows, column tile. GROUP_M row tiles share weights in L2."""
+    """Program -> expert, first row, end of the expert's rows, column tile; GROUP_M row tiles share weights in L2."""
     first = pid // (GROUP_M * num_n) * GROUP_M
     size = tl.minimum(num_m - first, GROUP_M)
     tile = first + pid % (GROUP_M * num_n) % size
@@ -75,7 +76,7 @@ def _locate(offsets, last_tile, pid, num_m, num_n, BLOCK_M: tl.constexpr, GROUP_
 
 @triton.jit
 def _load(source, rows, col, stride, valid, end_col, COLS: tl.constexpr, EVEN: tl.constexpr):
-    """Rows `rows` of a row-major matrix, columns col .. col+COLS-1; zero where not valid or, unless EVEN, past end_col."""
+    """Rows of a row-major matrix, columns col .. col+COLS-1; zero where not valid and, unless EVEN, past end_col."""
     cols = col + tl.arange(0, COLS)
     mask = valid[:, None] if EVEN else valid[:, None] & (cols < end_col)[None, :]
     return tl.load(source + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=mask, other=0.0)
@@ -105,9 +106,7 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gather_rows_kernel(
-    source, order, out, num_rows, size, PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def gather_rows_kernel(source, order, out, num_rows, size, PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[r] = source[order[r]], rows of `size`."""
     _wait(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -125,17 +124,14 @@ def gate_up_fwd_kernel(
     TMA: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """weight [E, 2I, H]; x [T, H], sorted or (GATHER) by token -> act_out [T, I], and gate_up [T, 2I] if KEEP; sorted."""
+    """weight [E, 2I, H], x [T, H] (sorted, or by token if GATHER) -> sorted act_out [T, I], gate_up [T, 2I] if KEEP."""
     _wait(PDL)
     last_tile, num_m = _count_tiles(offsets, num_experts, EXPERTS, BLOCK_M)
     num_n = tl.cdiv(inter, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=TMA):
         expert, row, end, tile_n = _locate(offsets, last_tile, pid, num_m, num_n, BLOCK_M, GROUP_M)
         rows, column = row + tl.arange(0, BLOCK_M), tile_n * BLOCK_N
-        if GATHER:
-            a_rows = tl.load(order + rows, mask=rows < end, other=0)
-        else:
-            a_rows = rows
+        a_rows = tl.load(order + rows, mask=rows < end, other=0) if GATHER else rows
         # BLOCK_N gate rows, then the same BLOCK_N up rows: one product of twice the width serves both
         half = tl.arange(0, 2 * BLOCK_N)
         b_cols = column + half % BLOCK_N
@@ -167,7 +163,7 @@ def routed_linear_kernel(
     EXPERTS: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """out[order[r]] = W[e] a[r], a sorted; W[e] = weight[e] ([E, out, in]) or, TRANSPOSED, weight[e].T ([E, in, out])."""
+    """out[order[r]] = W[e] a[r], a sorted; W[e] = weight[e] ([E, out, in]) or, TRANSPOSED, its transpose ([E, in, out])."""
     _wait(PDL)
     last_tile, num_m = _count_tiles(offsets, num_experts, EXPERTS, BLOCK_M)
     num_n = tl.cdiv(out_size, BLOCK_N)
@@ -186,7 +182,8 @@ def routed_linear_kernel(
                     b = weight.load([expert * in_size + k, column])
                 else:
                     inner = k + tl.arange(0, BLOCK_K)
-                    b = _load(weight, expert * in_size + inner, column, out_size, inner < in_size, out_size, BLOCK_N, False)
+                    b_rows = expert * in_size + inner
+                    b = _load(weight, b_rows, column, out_size, inner < in_size, out_size, BLOCK_N, False)
                 acc = tl.dot(a, b, acc, input_precision="ieee")
             else:
                 if TMA:
@@ -221,7 +218,7 @@ def gate_up_bwd_kernel(
     EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """grad = dy sorted [T, H], weight = down_proj [E, H, I], gate_up [T, 2I] -> act_out [T, I] and grad_gate_up [T, 2I]."""
+    """dy sorted [T, H], down_proj [E, H, I], gate_up [T, 2I] -> act_out [T, I] and grad_gate_up [T, 2I]."""
     _wait(PDL)
     last_tile, num_m = _count_tiles(offsets, num_experts, EXPERTS, BLOCK_M)
     num_n = tl.cdiv(inter, BLOCK_N)
@@ -299,7 +296,7 @@ def gate_up_decode_kernel(
     x, weight, order, offsets, act_out, num_experts, hidden, inter,
     EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """act_out [T, I], sorted: BLOCK_N whole gate and up rows of one hit expert stay in registers while its tokens pass."""
+    """act_out [T, I], sorted: BLOCK_N gate and up rows of one hit expert stay in registers while its tokens pass."""
     _wait(PDL)
     expert, start, end = _locate_hit(offsets, tl.program_id(1), num_experts, EXPERTS)
     if start < end:
@@ -336,7 +333,7 @@ def down_decode_kernel(
 
 @triton.jit
 def routing_plan_kernel(ids, order, offsets, num_tokens, num_experts, BLOCK: tl.constexpr):
-    """Few tokens: a token's sorted position is the number of tokens before it, offsets[e] the number of ids below e."""
+    """Few tokens: a token's sorted position is the number of tokens before it; offsets[e], of ids below e."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = token - tl.cdiv(num_tokens, BLOCK) * BLOCK  # programs past the tokens count for `offsets`
     key = tl.where(expert < 0, tl.load(ids + token, mask=token < num_tokens, other=0).to(tl.int32), expert)
@@ -401,7 +398,7 @@ def _config(op: str, tokens: int, experts: int, dtype: torch.dtype, tma: bool) -
             "gate_up": [128, 128, 64, 8, 3] if tokens >= 1024 else [128, 64, 64, 4, 4],
             "linear": [128, 256, 64, 8, 3] if tokens >= 1024 else [128, 128, 64, 4, 4],
             "gate_up_bwd": [128, 256, 64, 8, 3] if tokens >= 8192 else [128, 128, 64, 8, 4],
-            "weight_grad": [128, 256, 64, 8, 3] if rows >= 2048 else [128, 128, 64, 4, 3],
+            "weight_grad": [128, 256, 64, 8, 3] if rows >= 2048 else [128, 128, 64, 4, 3] if rows > 256 else [128, 128, 32, 4, 4],
         }[op]
         if op == "gate_up_bwd" and tokens < 1024:
             tile = [64, 128, 64, 4, 5]
@@ -461,8 +458,8 @@ def _gate_up(x, weight, order, offsets, act_out, gate_up, activation, gather, tm
         weight = TensorDescriptor.from_tensor(weight.view(-1, inter, hidden), block)
         x = _matrix(x, config["BLOCK_M"], config["BLOCK_K"])
     gate_up_fwd_kernel[grid](
-        x, weight, order, offsets, act_out, gate_up, experts, hidden, inter, EXPERTS=triton.next_power_of_2(experts),
-        ACTIVATION=activation, KEEP=gate_up.numel() > 0, GATHER=gather, TMA=tma, EVEN_K=hidden % config["BLOCK_K"] == 0,
+        x, weight, order, offsets, act_out, gate_up, experts, hidden, inter,
+        EXPERTS=triton.next_power_of_2(experts), ACTIVATION=activation, KEEP=gate_up.numel() > 0, GATHER=gather, TMA=tma, EVEN_K=hidden % config["BLOCK_K"] == 0,
         **config, **_pdl(act_out.device),
     )  # fmt: skip
 
@@ -563,8 +560,8 @@ def _(x, gate_up_proj, down_proj, order, offsets, activation, keep):
 
 @torch.library.custom_op("complexity_deep::token_routed_mlp_backward", mutates_args=())
 def token_routed_mlp_backward(
-    grad: Tensor, x_sorted: Tensor, gate_up: Tensor, gate_up_proj: Tensor, down_proj: Tensor, order: Tensor, offsets: Tensor,
-    activation: str, need_x: bool, need_gate_up_proj: bool, need_down_proj: bool,
+    grad: Tensor, x_sorted: Tensor, gate_up: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
+    order: Tensor, offsets: Tensor, activation: str, need_x: bool, need_gate_up_proj: bool, need_down_proj: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, gate_up_proj and down_proj; an unneeded one is empty."""
     (tokens, hidden), (experts, _, inter) = grad.shape, down_proj.shape
@@ -581,8 +578,9 @@ def token_routed_mlp_backward(
         source = _matrix(grad_sorted, config["BLOCK_M"], config["BLOCK_K"])
         weight = _matrix(down_proj, config["BLOCK_K"], config["BLOCK_N"])
     gate_up_bwd_kernel[_grid(tokens, experts, inter, config, grad.device, tma)](
-        source, weight, offsets, gate_up, act, grad_gate_up, experts, hidden, inter, EXPERTS=triton.next_power_of_2(experts),
-        ACTIVATION=activation, TMA=tma, EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **_pdl(grad.device),
+        source, weight, offsets, gate_up, act, grad_gate_up, experts, hidden, inter,
+        EXPERTS=triton.next_power_of_2(experts), ACTIVATION=activation, TMA=tma,
+        EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **_pdl(grad.device),
     )  # fmt: skip
     if need_down_proj:
         _weight_grad(grad_sorted, act, offsets, grad_down_proj, tma)
@@ -635,10 +633,12 @@ def token_routed_mlp(
             "expected x [T, H], gate_up_proj [E, 2I, H], down_proj [E, H, I], got "
             f"{tuple(x.shape)}, {tuple(gate_up_proj.shape)}, {tuple(down_proj.shape)}"
         )
-    if not x.dtype == gate_up_proj.dtype == down_proj.dtype or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"expected one of fp32, bf16, fp16 for all, got {x.dtype}, {gate_up_proj.dtype}, {down_proj.dtype}")
+    dtypes = {x.dtype, gate_up_proj.dtype, down_proj.dtype}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        raise ValueError(f"expected fp32, bf16 or fp16, the same for all three tensors, got {dtypes}")
     if order.shape[0] != x.shape[0] or offsets.shape[0] != experts + 1:
-        raise ValueError(f"plan of {order.shape[0]} tokens and {offsets.shape[0] - 1} experts, got {x.shape[0]} and {experts}")
+        plan = f"{order.shape[0]} tokens and {offsets.shape[0] - 1} experts"
+        raise ValueError(f"plan of {plan} for {x.shape[0]} tokens and {experts} experts")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     keep = torch.is_grad_enabled() and (x.requires_grad or gate_up_proj.requires_grad or down_proj.requires_grad)

@@ -37,7 +37,12 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Fill fresh memory with NaN, so that an element no kernel wrote fails."""
-    nan = lambda x: x.fill_(float("nan")) if x.is_floating_point() else x  # noqa: E731
+
+    def nan(x):
+        if x.is_floating_point():
+            x.detach().fill_(float("nan"))
+        return x
+
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         make = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, make=make, **k: nan(make(*a, **k)))
@@ -83,15 +88,36 @@ def error(found, truth):
     return float(difference / scale) if scale > 0 else float(difference)
 
 
+def near_a_limit(x):
+    """Where fp32 and fp64 may fall on different sides of a clamp: the gradient jumps there, in either."""
+    if "w_in" in x:
+        z, mu = (
+            F.silu(F.linear(torch.cat((x["h"], x["v"]), -1), x["w_in"], x["b_in"])),
+            x["mu"] + F.linear(x["h"], x["w_mu"]),
+        )
+    else:
+        z, mu = x["z"], x["mu"]
+    alpha, beta, _ = F.linear(z, x["w_out"], x["b_out"]).chunk(3, -1)
+    beta = F.softplus(beta)
+    velocity = alpha.sigmoid() * x["v"] - beta.clamp(max=2) * (x["h"] - mu)
+    return ((beta - 2).abs() < 1e-4) | ((velocity.abs() - 10).abs() < 1e-4)
+
+
 def assert_close(function, reference, inputs, dtype, upstream):
     rounded = {k: x if x is None else x.to(dtype).double() for k, x in inputs.items()}
     upstream = [g.to(dtype).double() for g in upstream]
+    for gradient in upstream[:2]:
+        gradient[near_a_limit(rounded)] = 0
     truth = run(reference, rounded, torch.float64, upstream)
     found = run(function, rounded, dtype, upstream)
     twin = run(reference, rounded, dtype, upstream) if dtype != torch.float32 else None
     for name, expected in truth.items():
         limit = 1e-5 if twin is None else 2 * error(twin[name], expected)
-        assert found[name].dtype == dtype and error(found[name], expected) <= limit, (name, error(found[name], expected), limit)
+        assert found[name].dtype == dtype and error(found[name], expected) <= limit, (
+            name,
+            error(found[name], expected),
+            limit,
+        )
     return truth
 
 
@@ -146,7 +172,9 @@ def test_unused_outputs(used):
         copies = {k: x.detach().to(dtype).requires_grad_() for k, x in inputs.items()}
         outputs = pick(function)(*copies.values(), 0.1)
         grads = [g.to(dtype) for g in upstream[: len(outputs)]]
-        leaves.append(torch.autograd.grad(outputs, list(copies.values()), grads, allow_unused=True, materialize_grads=True))
+        leaves.append(
+            torch.autograd.grad(outputs, list(copies.values()), grads, allow_unused=True, materialize_grads=True)
+        )
     for name, found, expected in zip(inputs, *leaves):
         assert error(found, expected) <= 1e-5, name
 
@@ -194,7 +222,9 @@ def test_custom_op_contract():
     inputs, _ = prepare(block_inputs, (6,), 32, 16, True)
     arguments = [x.float().requires_grad_() for x in inputs.values()]
     op = torch.ops.complexity_deep.inl_dynamics_block.default
-    torch.library.opcheck(op, (*arguments, 0.1, True), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(
+        op, (*arguments, 0.1, True), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
 
 
 @gpu

@@ -235,8 +235,10 @@ def test_loss_is_the_shifted_mean_and_honours_num_items_in_batch():
 
 def test_outputs_hidden_states_and_return_dict():
     model, ids = tiny_model(), random_ids(1, 5)
-    outputs = model(ids, output_hidden_states=True, output_expert_ids=True, output_velocities=True, output_mus=True)
+    per_layer = ("hidden_states", "router_logits", "expert_ids", "velocities", "mus")
+    outputs = model(ids, **{f"output_{name}": True for name in per_layer})
     assert len(outputs.hidden_states) == 4
+    assert torch.equal(outputs.router_logits[1].argmax(-1), outputs.expert_ids[1].flatten())
     assert len(outputs.expert_ids) == len(outputs.velocities) == len(outputs.mus) == 3
     close(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
     as_tuple = model(ids, return_dict=False)
@@ -266,7 +268,7 @@ def test_mu_overrides_the_expert_and_ties_go_to_the_lowest():
     tied[0] = tied[2] = 20.0
     router.weight = tied
     ones = torch.ones(4, 64) / 64
-    assert router(ones, torch.tensor([1, 3, 1, 3]))[0].tolist() == [0, 0, 0, 0]
+    assert router(ones, torch.tensor([1, 3, 1, 3]))[2].tolist() == [0, 0, 0, 0]
 
 
 def test_routing_plan_is_made_once_per_forward_without_mu_routing(monkeypatch):
