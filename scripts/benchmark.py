@@ -46,11 +46,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the models (train), or the decode (generate)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--output-dir", default=str(REPOSITORY / "benchmarks"), help="where results.csv and charts go")
+    parser.add_argument("--only", choices=("complexity-deep", "qwen3-moe", "llama"), help="measure one model")
     parser.add_argument("--skip-tests", action="store_true", help="do not run the kernel tests first")
     return parser.parse_args()
 
 
-def peers(model_config: str) -> dict[str, transformers.PreTrainedConfig]:
+def peers(model_config: str, only: str | None) -> dict[str, transformers.PreTrainedConfig]:
     """This model and its peers of the same shape."""
     ours = AutoConfig.from_pretrained(model_config)
     names = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings "
@@ -58,11 +59,12 @@ def peers(model_config: str) -> dict[str, transformers.PreTrainedConfig]:
     shape = {name: getattr(ours, name) for name in names.split()}
     experts = {"num_experts": ours.num_experts, "moe_intermediate_size": ours.moe_intermediate_size}
     head_dim = ours.hidden_size // ours.num_attention_heads
-    return {
+    configs = {
         "complexity-deep": ours,
         "qwen3-moe": Qwen3MoeConfig(**shape, **experts, head_dim=head_dim, num_experts_per_tok=1, norm_topk_prob=True),
         "llama": LlamaConfig(**shape, intermediate_size=ours.intermediate_size),
     }
+    return configs if only is None else {only: configs[only]}
 
 
 def zipf_ids(vocab_size: int, *shape: int, device: str) -> torch.Tensor:
@@ -133,7 +135,7 @@ def flops_per_token(model, sequence_length: int) -> float:
 
 def benchmark_train(args) -> list[dict]:
     rows = []
-    for name, config in tqdm(peers(args.model_config).items(), desc="train", file=sys.stderr):
+    for name, config in tqdm(peers(args.model_config, args.only).items(), desc="train", file=sys.stderr):
         torch.manual_seed(0)
         model = build(config, args.device).train()
         step_model = torch.compile(model) if args.compile else model
@@ -165,7 +167,7 @@ def benchmark_train(args) -> list[dict]:
 def benchmark_generate(args) -> list[dict]:
     rows = []
     shape = Path(args.model_config).stem
-    for name, config in tqdm(peers(args.model_config).items(), desc="generate", file=sys.stderr):
+    for name, config in tqdm(peers(args.model_config, args.only).items(), desc="generate", file=sys.stderr):
         torch.manual_seed(0)
         model = build(config, args.device).eval()
         ids = zipf_ids(config.vocab_size, args.batch_size, args.sequence_length, device=args.device)
