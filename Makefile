@@ -20,7 +20,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python scripts/train_tokenizer.py --source embedded --vocab-size 4096 --output-dir runs/demo/tokenizer
+	$(BIN)/python scripts/train_tokenizer.py --sources embedded --vocab-size 4096 --held-out-fraction 0.05 \
+		--output-dir runs/demo/tokenizer
 	$(BIN)/python scripts/pretrain.py --config recipes/demo.yaml
 	$(BIN)/python scripts/generate.py runs/demo/model "The built-in function" --max-new-tokens 60
 

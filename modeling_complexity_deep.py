@@ -600,11 +600,9 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         if inputs_embeds is None:
             self._check_ids(input_ids, "input_ids")
             inputs_embeds = self.embed_tokens(input_ids)
-        if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            position_ids = position_ids.unsqueeze(0)
-        # The mask comes before the cache: with a cache in hand the library takes a packed row for one document.
+        # The mask comes before the cache: with a cache in hand the library takes a packed row for one document. It is
+        # made before the default positions: given any, the library looks for packed rows, which costs a host
+        # synchronisation and, under compile, the fast causal attention.
         make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         attention_mask = make_mask(
             config=self.config,
@@ -613,6 +611,10 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 

@@ -14,11 +14,12 @@ Per token (T tokens, H hidden size, C controller width):
 
 Saved for backward: h, v, z, mu_l (and the block's pre-activation of z). Recomputed: the logits and all that follows.
 The backward's logits [T, 3H] do pass through memory for a moment, where their gradients overwrite them for the GEMMs
-of z, W_out and b_out: kept inside like the forward's they cost 480 us, this way 340 (T 16384, H 2048, H200, bf16).
+of z, W_out and b_out: kept inside like the forward's they cost 475 us, this way 350 (T 16384, H 2048, H200, bf16).
 Nothing is summed by atomics: the same input gives the same bits. Products take the model's dtype and accumulate in
 fp32, all else is fp32; fp32 inputs use fp32 products (no TF32).
 """
 
+import functools
 import os
 
 import torch
@@ -231,14 +232,14 @@ def _launch_dynamics(h, v, r, z, mu, w, b, dt: float, highway: bool):
     T, H = h.shape
     h_out, v_out = torch.empty_like(h), torch.empty_like(h)
     m_out, r_out = (torch.empty_like(h), torch.empty_like(h)) if highway else (h.new_empty(0), h.new_empty(0))
-    BT, BH = (16, 16) if T <= FEW_TOKENS else (64, 32)  # few tokens: the time is reading W_out, spread it over the chip
+    # few tokens: the time is reading W_out, spread it over the chip; many: 188 us by sweep on an H200 (193 to 330 else)
+    BT, BH = (16, 16) if T <= FEW_TOKENS else (64, 32)
     if h.dtype == torch.float32:
         BT = min(BT, 32)
     inl_dynamics_fwd_kernel[triton.cdiv(H, BH), triton.cdiv(T, BT)](
         h, v, r, z, mu, w, b, h_out, v_out, m_out, r_out, T, H, z.shape[1], dt,
         HAS_RESIDUAL=r is not None, HIGHWAY=highway, PTX=PTX,
         BT=BT, BH=BH, BC=max(16, triton.next_power_of_2(z.shape[1])), num_warps=4,
-        **({"maxnreg": 96} if PTX and h.dtype != torch.float32 else {}),  # 194 us instead of 209: one more program each
     )  # fmt: skip
     return h_out, v_out, m_out, r_out
 
@@ -253,7 +254,7 @@ def _launch_dynamics_backward(grads, h, v, z, mu, w, b, dt: float, has_residual:
     dh, dv = torch.empty_like(h), torch.empty_like(h)
     dr = torch.empty_like(h) if has_residual else h.new_empty(0)
     logits = torch.addmm(b, z, w.T)  # [T, 3H]
-    BT, BH = 32, 64
+    BT, BH = 32, 64  # 285 us by sweep on an H200 (285 to 390 else)
     blocks = triton.cdiv(T, BT)
     dmu_sums = torch.empty(blocks, H, dtype=torch.float32, device=h.device) if sums else None
     inl_dynamics_bwd_kernel[triton.cdiv(H, BH), blocks](
@@ -278,13 +279,25 @@ def _launch_projection(h, v, w_in, b_in, w_mu, mu_vec):
     mu_blocks = triton.cdiv(H, BN) if few else 0
     grid = (mu_blocks + triton.cdiv(C, BN), triton.cdiv(T, BT))
     inl_projection_kernel[grid](
-        h, v, w_in, b_in, w_mu, mu_vec, z_pre, z, mu, T, H, C, mu_blocks, PTX, BT, BN, BK, num_warps=warps,
-        num_stages=stages
-    )
+        h, v, w_in, b_in, w_mu, mu_vec, z_pre, z, mu, T, H, C, mu_blocks,
+        PTX=PTX, BT=BT, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return z_pre, z, mu
 
 
+def _on_its_device(function):
+    """Triton launches on the current device, which need not be the tensors' when a model is spread over several."""
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+            return function(*args)
+
+    return wrapped
+
+
 @torch.library.custom_op("complexity_deep::inl_dynamics", mutates_args=())
+@_on_its_device
 def _inl_dynamics(
     h: Tensor, v: Tensor, r: Tensor | None, z: Tensor, mu: Tensor, w: Tensor, b: Tensor, dt: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -297,6 +310,7 @@ def _(h, v, r, z, mu, w, b, dt):
 
 
 @torch.library.custom_op("complexity_deep::inl_dynamics_backward", mutates_args=())
+@_on_its_device
 def _inl_dynamics_backward(
     dh: Tensor | None, dv: Tensor | None, dm: Tensor | None, dr: Tensor | None,
     h: Tensor, v: Tensor, z: Tensor, mu: Tensor, w: Tensor, b: Tensor, dt: float, has_residual: bool,
@@ -329,6 +343,7 @@ _inl_dynamics.register_autograd(_dynamics_grad, setup_context=_save_dynamics)
 
 
 @torch.library.custom_op("complexity_deep::inl_dynamics_block", mutates_args=())
+@_on_its_device
 def _inl_dynamics_block(
     h: Tensor, v: Tensor, r: Tensor | None, mu_vec: Tensor, w_mu: Tensor,
     w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, dt: float, highway: bool,
@@ -345,6 +360,7 @@ def _(h, v, r, mu_vec, w_mu, w_in, b_in, w_out, b_out, dt, highway):
 
 
 @torch.library.custom_op("complexity_deep::inl_dynamics_block_backward", mutates_args=())
+@_on_its_device
 def _inl_dynamics_block_backward(
     dh: Tensor | None, dv: Tensor | None, dm: Tensor | None, dr: Tensor | None, dmu: Tensor | None,
     h: Tensor, v: Tensor, mu: Tensor, z_pre: Tensor, z: Tensor,
@@ -396,7 +412,9 @@ def _prepare(hidden_states: Tensor, rows: tuple, weights: tuple, width: int) -> 
     """Check, bring to one dtype under autocast, and flatten the leading axes of `rows`."""
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    tensors = [None if x is None else x.to(dtype) for x in (hidden_states, *rows, *weights)]         if torch.is_autocast_enabled(device) else [hidden_states, *rows, *weights]
+    tensors = [hidden_states, *rows, *weights]
+    if torch.is_autocast_enabled(device):
+        tensors = [None if x is None else x.to(dtype) for x in tensors]
     found = [x.dtype for x in tensors if x is not None]
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or any(x != dtype for x in found):
         raise ValueError(f"inl_dynamics needs all tensors in one of float32, bfloat16, float16, got {found}")
@@ -417,7 +435,7 @@ def inl_dynamics(
     controller_out_bias: Tensor,
     dt: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Equals `inl_dynamics_reference`: (h', v', m, R'), each [..., H], from the controller's hidden state z [..., C]."""
+    """Equals `inl_dynamics_reference`: (h', v', m, R'), each [..., H], from the controller's z [..., C]."""
     shape = hidden_states.shape
     rows, weights = (velocity, mu_residual, controller_hidden, mu), (controller_out_weight, controller_out_bias)
     tensors = _prepare(hidden_states, rows, weights, controller_hidden.shape[-1])

@@ -12,7 +12,7 @@ A row tile is up to BLOCK_M sorted rows of one expert. There are never more than
 grids are sized without asking the device; programs count the tiles from `offsets` and find a tile's expert there.
 
 Forward                                        Backward
-    a, gate_up = x[order] @ gate_up_proj[e].T      dgate_up, a      = grad of act(gate) * up, of dy[order] @ down_proj[e]
+    a, gate_up = x[order] @ gate_up_proj[e].T      dgate_up, a      = dy[order] @ down_proj[e], through act(gate) * up
     y[order]   = a @ down_proj[e].T                ddown_proj[e]    = dy[order].T @ a
                                                    dx[order]        = dgate_up @ gate_up_proj[e]
                                                    dgate_up_proj[e] = dgate_up.T @ x[order]
@@ -22,8 +22,8 @@ order, so results repeat bit for bit.
 
 Three ways to read operands, chosen by shape. Up to DECODE_TOKENS tokens: two memory-bound kernels that hold weight rows
 of the hit experts in registers. On Hopper with enough rows: TMA from sorted copies of x and dy, and a persistent grid
-whose loads run ahead into the next tile (on an H200, copy plus TMA GEMM takes as long as gathering rows in the GEMM, and
-backward needs the copy). Otherwise pointers; the forward GEMM then gathers rows itself unless the copy must be kept.
+whose loads run ahead into the next tile (on an H200, copy plus TMA GEMM takes as long as gathering rows in the GEMM,
+and backward needs the copy). Otherwise pointers; the forward GEMM then gathers rows itself unless the copy is kept.
 """
 
 import functools
@@ -163,7 +163,7 @@ def routed_linear_kernel(
     EXPERTS: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """out[order[r]] = W[e] a[r], a sorted; W[e] = weight[e] ([E, out, in]) or, TRANSPOSED, its transpose ([E, in, out])."""
+    """out[order[r]] = W[e] a[r], a sorted; weight holds W, [E, out, in], or, TRANSPOSED, its transpose [E, in, out]."""
     _wait(PDL)
     last_tile, num_m = _count_tiles(offsets, num_experts, EXPERTS, BLOCK_M)
     num_n = tl.cdiv(out_size, BLOCK_N)
@@ -362,7 +362,7 @@ def routing_count_kernel(ids, counts, num_tokens, num_experts, EXPERTS: tl.const
 def routing_place_kernel(
     ids, counts, ends, order, offsets, num_tokens, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """ends [E, blocks] = running sum of counts: where the tokens of each expert in each block end in the sorted order."""
+    """ends [E, blocks] = running sum of counts: where each expert's tokens of each block end in the sorted order."""
     pid, blocks = tl.program_id(0), tl.num_programs(0)
     index, experts = tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
     token = pid * BLOCK + index
@@ -393,17 +393,21 @@ def _config(op: str, tokens: int, experts: int, dtype: torch.dtype, tma: bool) -
         tile = [int(size) for size in pinned.split(",")]
     elif dtype == torch.float32:
         tile = [64, 32, 32, 4, 2]  # no tensor cores in full fp32
-    elif tma:
-        tile = {
-            "gate_up": [128, 128, 64, 8, 3] if tokens >= 1024 else [128, 64, 64, 4, 4],
-            "linear": [128, 256, 64, 8, 3] if tokens >= 1024 else [128, 128, 64, 4, 4],
-            "gate_up_bwd": [128, 256, 64, 8, 3] if tokens >= 8192 else [128, 128, 64, 8, 4],
-            "weight_grad": [128, 256, 64, 8, 3] if rows >= 2048 else [128, 128, 64, 4, 3] if rows > 256 else [128, 128, 32, 4, 4],
-        }[op]
-        if op == "gate_up_bwd" and tokens < 1024:
-            tile = [64, 128, 64, 4, 5]
     elif op == "weight_grad":
-        tile = [128, 128, 64, 8, 3] if rows >= 128 else [64, 128, 32, 4, 3]
+        if tma and rows <= 256:  # short contractions: a small BLOCK_K shortens the masked tail
+            tile = [128, 128, 32, 4, 4]
+        elif tma:
+            tile = [128, 128, 64, 4, 3] if rows < 2048 else [128, 256, 64, 8, 3]
+        else:
+            tile = [64, 128, 32, 4, 3] if rows < 128 else [128, 128, 64, 8, 3]
+    elif tma and tokens < 1024:
+        tile = {"gate_up": [128, 64, 64, 4, 4], "gate_up_bwd": [64, 128, 64, 4, 5], "linear": [128, 128, 64, 4, 4]}[op]
+    elif tma:
+        tile = [128, 256, 64, 8, 3]
+        if op == "gate_up":
+            tile = [128, 128, 64, 8, 3]
+        elif op == "gate_up_bwd" and tokens < 8192:
+            tile = [128, 128, 64, 8, 4]
     elif rows <= 16:
         tile = [16, 32, 128, 4, 4]
     elif rows < 128:
@@ -415,10 +419,10 @@ def _config(op: str, tokens: int, experts: int, dtype: torch.dtype, tma: bool) -
 
 
 def _use_tma(tokens: int, hidden: int, inter: int, experts: int, *tensors: Tensor) -> bool:
-    """TMA needs a Hopper card, 2-byte elements, 16-byte aligned rows, and whole tiles along every contraction."""
+    """TMA path: a Hopper card (tiles fill its 227 KB), 2-byte elements, 16-byte aligned rows, whole tiles in K."""
     return (
         tokens >= TMA_ROWS * experts
-        and _device(tensors[0].device)[1] >= 9
+        and _device(tensors[0].device)[1] == 9
         and tensors[0].element_size() == 2
         and hidden % 64 == 0
         and inter % 64 == 0
@@ -459,8 +463,8 @@ def _gate_up(x, weight, order, offsets, act_out, gate_up, activation, gather, tm
         x = _matrix(x, config["BLOCK_M"], config["BLOCK_K"])
     gate_up_fwd_kernel[grid](
         x, weight, order, offsets, act_out, gate_up, experts, hidden, inter,
-        EXPERTS=triton.next_power_of_2(experts), ACTIVATION=activation, KEEP=gate_up.numel() > 0, GATHER=gather, TMA=tma, EVEN_K=hidden % config["BLOCK_K"] == 0,
-        **config, **_pdl(act_out.device),
+        EXPERTS=triton.next_power_of_2(experts), ACTIVATION=activation, KEEP=gate_up.numel() > 0, GATHER=gather,
+        TMA=tma, EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **_pdl(act_out.device),
     )  # fmt: skip
 
 
@@ -495,11 +499,11 @@ def _decode(x, gate_up_proj, down_proj, order, offsets, act_out, out, activation
     options = {"EXPERTS": triton.next_power_of_2(experts)} | _pdl(x.device)
     gate_up_decode_kernel[(triton.cdiv(inter, rows[0]), slots)](
         x, gate_up_proj, order, offsets, act_out, experts, hidden, inter,
-        ACTIVATION=activation, BLOCK_N=rows[0], BLOCK_K=blocks[0], num_warps=2, **options,
+        ACTIVATION=activation, BLOCK_N=rows[0], BLOCK_K=blocks[0], num_warps=max(2, blocks[0] // 2048), **options,
     )  # fmt: skip
     down_decode_kernel[(triton.cdiv(hidden, rows[1]), slots)](
         act_out, down_proj, order, offsets, out, experts, hidden, inter,
-        BLOCK_N=rows[1], BLOCK_K=blocks[1], num_warps=1, **options,
+        BLOCK_N=rows[1], BLOCK_K=blocks[1], num_warps=max(1, blocks[1] // 4096), **options,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ and writes a chart beside it. The kernel tests run first on a CUDA device: no fi
 import argparse
 import csv
 import datetime
+import functools
 import gc
 import json
 import platform
@@ -108,7 +109,7 @@ def ceilings(device: str) -> tuple[float, float]:
 
 
 def row(benchmark: str, case: str, variant: str, times: list[float], tokens: int, flops: float = 0.0, **more) -> dict:
-    low, median, high = (statistics.quantiles(times, n=5)[i] if len(times) > 1 else times[0] for i in (0, 0, 3))
+    low, high = (statistics.quantiles(times, n=5, method="inclusive")[i] if times[1:] else times[0] for i in (0, 3))
     median = statistics.median(times)
     result = {"benchmark": benchmark, "case": case, "variant": variant}
     result |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "tokens_per_s": tokens / median * 1e3}
@@ -199,9 +200,28 @@ def benchmark_generate(args) -> list[dict]:
 def benchmark_kernels(args) -> list[dict]:
     if not args.device.startswith("cuda"):
         sys.exit("benchmark.py kernels needs a CUDA device.")
-    from benchmark_kernels import all_cases  # beside this file
+    from kernel_cases_dynamics import dynamics_decode_rows, dynamics_rows, qkv_decode_rows, qkv_rows
+    from kernel_cases_experts import cggr_rows
 
-    return [row(**case) for case in all_cases(args.repeats)]
+    torch.manual_seed(0)
+    sizes = (1, 32, 512, 4096, 16384, 65536)
+    cases = [functools.partial(cggr_rows, tokens) for tokens in sizes]
+    cases += [functools.partial(cggr_rows, 65536, experts, only=["cggr"]) for experts in (64, 256)]
+    cases += [dynamics_rows, qkv_rows]
+    cases += [functools.partial(rows, tokens) for rows in (dynamics_decode_rows, qkv_decode_rows) for tokens in (1, 32)]
+    measured = [entry for case in tqdm(cases, desc="kernels", file=sys.stderr) for entry in case()]
+    return [
+        row(
+            "kernels",
+            f"{entry['op']}, {entry['tokens']} tokens, {entry['pass']}",
+            entry["variant"],
+            [entry["low"], entry["ms"], entry["high"]],
+            entry["tokens"],
+            entry.get("flops", 0),
+            **({"peak_gib": entry["bytes"] / 2**30} if entry.get("bytes") else {}),
+        )
+        for entry in measured
+    ]
 
 
 def provenance() -> dict:

@@ -1,4 +1,4 @@
-"""Fused dynamics against fp64: the twin in fp64 is the truth, the twin in the same dtype sets what half precision may cost."""
+"""Fused dynamics: the twin in fp64 is the truth, the twin in the same dtype sets what half precision may cost."""
 
 import os
 
@@ -88,8 +88,8 @@ def error(found, truth):
     return float(difference / scale) if scale > 0 else float(difference)
 
 
-def near_a_limit(x):
-    """Where fp32 and fp64 may fall on different sides of a clamp: the gradient jumps there, in either."""
+def near_a_limit(x, margin):
+    """Where rounding decides the side of a clamp: the gradient jumps there, whoever computes it."""
     if "w_in" in x:
         z, mu = (
             F.silu(F.linear(torch.cat((x["h"], x["v"]), -1), x["w_in"], x["b_in"])),
@@ -100,14 +100,14 @@ def near_a_limit(x):
     alpha, beta, _ = F.linear(z, x["w_out"], x["b_out"]).chunk(3, -1)
     beta = F.softplus(beta)
     velocity = alpha.sigmoid() * x["v"] - beta.clamp(max=2) * (x["h"] - mu)
-    return ((beta - 2).abs() < 1e-4) | ((velocity.abs() - 10).abs() < 1e-4)
+    return ((beta - 2).abs() < 2 * margin) | ((velocity.abs() - 10).abs() < 10 * margin)
 
 
 def assert_close(function, reference, inputs, dtype, upstream):
     rounded = {k: x if x is None else x.to(dtype).double() for k, x in inputs.items()}
     upstream = [g.to(dtype).double() for g in upstream]
     for gradient in upstream[:2]:
-        gradient[near_a_limit(rounded)] = 0
+        gradient[near_a_limit(rounded, 1e-5 if dtype == torch.float32 else 0.02)] = 0
     truth = run(reference, rounded, torch.float64, upstream)
     found = run(function, rounded, dtype, upstream)
     twin = run(reference, rounded, dtype, upstream) if dtype != torch.float32 else None

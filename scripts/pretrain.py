@@ -1,0 +1,270 @@
+"""Pretrain a causal language model on text, from scratch, with Trainer.
+
+    python scripts/pretrain.py --config recipes/demo.yaml
+    python scripts/pretrain.py --config recipes/demo.yaml --max-steps 20 --output-dir /tmp/try
+    torchrun --nproc-per-node 2 scripts/pretrain.py --config recipes/30m.yaml
+
+A recipe holds ScriptArguments and any of transformers' TrainingArguments; the command line overrides it. The model's
+shape comes from a config file (any architecture that AutoConfig knows), its vocabulary from the tokenizer. Giving the
+same command again resumes from the newest intact checkpoint, with no document repeated or skipped.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from atomic_checkpoint import AtomicCheckpointMixin, last_good_checkpoint
+from packed_dataset import PackedCollator, PackedDocuments, ResumableLoader, held_out_rows
+from text_sources import InputError, load_sources
+from training_report import TrainingProgress, flops_per_token, write_report
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    logging,
+    set_seed,
+)
+from trl import TrlParser
+
+try:
+    import complexity_deep  # noqa: F401  (importing it makes AutoConfig know "complexity-deep")
+except ImportError as error:
+    sys.exit(f"The package is not installed ({error}): run `pip install -e .[train]` in the repository first.")
+
+# A vocabulary is often padded to a multiple of at most this, for the sake of the matmul; more than that is a mix-up.
+LARGEST_VOCABULARY_PADDING = 128
+
+
+@dataclass
+class ScriptArguments:
+    """Model and data; everything about optimisation is in TrainingArguments."""
+
+    model_config: str = field(metadata={"help": "JSON file with the model's shape, for example configs/demo.json."})
+    tokenizer: str = field(metadata={"help": "Tokenizer folder written by train_tokenizer.py, or a Hub id."})
+    sources: list[str] = field(
+        default_factory=lambda: ["HuggingFaceFW/fineweb-edu:sample-10BT"],
+        metadata={"help": "Text sources: 'embedded', a file pattern, or owner/name:configuration on the Hub."},
+    )
+    source_weights: list[float] | None = field(
+        default=None, metadata={"help": "Share of documents from each source; without it they follow each other."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    validation_sources: list[str] | None = field(
+        default=None, metadata={"help": "Sources to validate on; without them, documents are held out of `sources`."}
+    )
+    held_out_fraction: float = field(
+        default=0.01, metadata={"help": "Share of documents held out for validation, chosen by the hash of their text."}
+    )
+    held_out_rows: int = field(default=256, metadata={"help": "Validate on at most this many rows."})
+    row_length: int | None = field(
+        default=None, metadata={"help": "Tokens per training row; by default the model's max_position_embeddings."}
+    )
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Documents shuffled together; as many are read again when a run resumes."}
+    )
+    mask_across_documents: bool = field(
+        default=True, metadata={"help": "Let no token attend to another document of its row."}
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention backend: eager, sdpa, flash_attention_2, ..."}
+    )
+
+
+class PretrainTrainer(AtomicCheckpointMixin, Trainer):
+    """Trainer that keeps its place in the text, and decays matrices only."""
+
+    def __init__(self, *, text_settings: dict, progress: TrainingProgress, **kwargs):
+        super().__init__(**kwargs)
+        self.text_settings = text_settings
+        self.progress = progress
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(progress)
+
+    def get_train_dataloader(self) -> ResumableLoader:
+        # Not prepared by accelerate, which would read every row on every process: the dataset knows its share already.
+        return ResumableLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+            # Its own, because a starting loader draws from it, and a resumed run starts its loader once more.
+            generator=torch.Generator(),
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.args.max_steps:
+            return [], None  # Trainer takes one step more when it resumes a run that is already over
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def log(self, logs, start_time=None):
+        self.progress.measure(logs, self.state)
+        super().log(logs, start_time)
+
+    def _place_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"data_state_{self.args.process_index}.json"
+
+    def save_extra_state(self, checkpoint: Path) -> None:
+        checkpoint.mkdir(parents=True, exist_ok=True)  # this process may be here before the one that writes the weights
+        state = {"settings": self.text_settings, "cursors": self.train_dataset.cursors}
+        self._place_file(checkpoint).write_text(json.dumps(state))
+
+    def load_extra_state(self, checkpoint: Path) -> None:
+        try:
+            state = json.loads(self._place_file(checkpoint).read_text())
+        except FileNotFoundError:
+            raise InputError(f"{checkpoint} was written by fewer processes; resume with as many as before.") from None
+        for name, value in self.text_settings.items():
+            if state["settings"].get(name) != value:
+                raise InputError(
+                    f"{checkpoint} was written with {name} = {state['settings'].get(name)}, but it is now {value}: the "
+                    "place in the text would be lost. Resume with the same value, or name another output_dir."
+                )
+        self.train_dataset.cursors = state["cursors"]
+
+
+def load_tokenizer(path: str):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"There is no tokenizer at '{path}': write one with scripts/train_tokenizer.py --output-dir {path}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"The tokenizer '{path}' has no eos_token to end documents with.")
+    return tokenizer
+
+
+def new_model(path: str, tokenizer, attn_implementation: str) -> PreTrainedModel:
+    """A model with fresh weights in fp32; a vocab_size of null in the file means the tokenizer's."""
+    try:
+        shape = json.loads(Path(path).read_text())
+        model_type = shape.pop("model_type")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"'{path}' is not a readable JSON model config with a model_type ({error!r}).") from error
+    vocabulary = len(tokenizer)
+    shape["vocab_size"] = shape.get("vocab_size") or vocabulary
+    if not vocabulary <= shape["vocab_size"] <= vocabulary + LARGEST_VOCABULARY_PADDING:
+        raise InputError(
+            f"The vocabulary of '{path}' is {shape['vocab_size']:,} and the tokenizer has {vocabulary:,} tokens: set "
+            "vocab_size to null to take the tokenizer's, or train a tokenizer of that size."
+        )
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        shape[name] = getattr(tokenizer, name)
+    try:
+        config = AutoConfig.for_model(model_type, **shape)
+    except ValueError as error:
+        raise InputError(f"'{path}' is not a model that can be built: {error}") from error
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+
+
+def load_data(script_args: ScriptArguments, training_args: TrainingArguments, tokenizer, row_length: int):
+    """The training rows of this process and the held-out rows of all of them."""
+    stream = load_sources(script_args.sources, script_args.source_weights, script_args.text_column, training_args.seed)
+    held_out_stream = stream
+    held_out_fraction = training_fraction = script_args.held_out_fraction
+    if script_args.validation_sources:
+        held_out_stream = load_sources(script_args.validation_sources, text_column=script_args.text_column)
+        held_out_fraction, training_fraction = 1.0, 0.0
+    training_rows = PackedDocuments(
+        stream,
+        tokenizer,
+        row_length,
+        shuffle_buffer=script_args.shuffle_buffer,
+        seed=training_args.seed,
+        held_out_fraction=training_fraction,
+        rank=training_args.process_index,
+        world_size=training_args.world_size,
+        workers=max(1, training_args.dataloader_num_workers),
+    )
+    validation_rows = held_out_rows(
+        held_out_stream, tokenizer, row_length, script_args.held_out_rows, held_out_fraction
+    )
+    return training_rows, validation_rows
+
+
+def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None:
+    if training_args.max_steps <= 0:
+        raise InputError("max_steps is needed: text is a stream, and the number of its rows is not known beforehand.")
+    set_seed(training_args.seed)
+    logging.disable_progress_bar()  # the one for writing weights would break into the training bar at every checkpoint
+    with training_args.main_process_first(local=False, desc="looking for a checkpoint"):
+        checkpoint = last_good_checkpoint(training_args.output_dir)
+    training_args.ignore_data_skip = True  # the stream goes to its place by itself, without reading what was used
+    training_args.eval_on_start = checkpoint is None
+
+    tokenizer = load_tokenizer(script_args.tokenizer)
+    model = new_model(script_args.model_config, tokenizer, script_args.attn_implementation)
+    row_length = script_args.row_length or model.config.max_position_embeddings
+    if row_length > model.config.max_position_embeddings:
+        raise InputError(
+            f"row_length {row_length} is more than the model's {model.config.max_position_embeddings} positions."
+        )
+    tokenizer.model_max_length = row_length
+    training_rows, validation_rows = load_data(script_args, training_args, tokenizer, row_length)
+
+    rows_per_step = (
+        training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    )
+    trainer = PretrainTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=training_rows,
+        eval_dataset=validation_rows,
+        data_collator=PackedCollator(script_args.mask_across_documents),
+        processing_class=tokenizer,
+        text_settings={
+            "sources": script_args.sources,
+            "source_weights": script_args.source_weights,
+            **training_rows.settings,
+        },
+        progress=TrainingProgress(
+            rows_per_step * row_length, flops_per_token(model, row_length), training_args.world_size
+        ),
+    )
+    if checkpoint:
+        print(f"Resuming from {checkpoint}")
+        trainer.load_extra_state(checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = trainer.evaluate()
+
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        perplexity = math.exp(metrics["eval_loss"])
+        facts = {
+            "model config, tokenizer": f"{script_args.model_config}, {script_args.tokenizer}",
+            "text": ", ".join(script_args.sources),
+            "steps x rows x tokens": f"{training_args.max_steps:,} x {rows_per_step} x {row_length}",
+            "documents read by process 0": f"{sum(c['documents_read'] for c in training_rows.cursors):,}",
+        }
+        write_report(training_args.output_dir, model, trainer.state.log_history, facts)
+        print(f"{training_args.output_dir}: held-out perplexity {perplexity:.2f}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, TrainingArguments))
+    try:
+        arguments = parser.parse_args_and_config()
+    except (OSError, ValueError, yaml.YAMLError) as error:  # an unknown key, a file that is not there or not YAML
+        parser.error(str(error))
+    try:
+        main(*arguments)
+    except InputError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")

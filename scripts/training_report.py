@@ -1,0 +1,108 @@
+"""What a person sees of a training run: the progress bar while it runs, a page and a picture when it is over."""
+
+import math
+import statistics
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProgressCallback
+
+matplotlib.use("Agg")  # no display is needed to write a file
+from matplotlib import pyplot
+
+# Dense bf16 FLOP/s of the SXM boards, from NVIDIA's data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def peak_flops() -> float | None:
+    """Peak of the current GPU where it is known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for board, peak in PEAK_FLOPS.items() if board in name), None)
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """Parameters that one token passes through: all of them, unless the model knows better."""
+    return model.parameter_counts()["active"] if hasattr(model, "parameter_counts") else model.num_parameters()
+
+
+def flops_per_token(model: PreTrainedModel, row_length: int) -> float:
+    """Forward and backward FLOPs: 6 per active parameter, 12 x layers x width x length for attention (PaLM, app. B)."""
+    config = model.config
+    embedding = (
+        0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    )  # a lookup is no matmul
+    return 6 * (active_parameters(model) - embedding) + 12 * config.num_hidden_layers * config.hidden_size * row_length
+
+
+class TrainingProgress(ProgressCallback):
+    """Trainer's bar with loss, tokens/s and MFU beside the ETA, counting a resumed run from where it resumes."""
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float, world_size: int):
+        super().__init__()
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak = (peak_flops() or 0) * world_size
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.clock, self.clocked_step = time.perf_counter(), state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", dynamic_ncols=True
+            )
+        self.current_step = state.global_step
+
+    def measure(self, logs: dict, state) -> None:
+        """Add the throughput since the last measurement to the logs."""
+        if "loss" not in logs:
+            return
+        now = time.perf_counter()
+        tokens = (state.global_step - self.clocked_step) * self.tokens_per_step
+        logs["tokens_per_second"] = tokens / (now - self.clock)
+        if self.peak:
+            logs["mfu"] = logs["tokens_per_second"] * self.flops_per_token / self.peak
+        self.clock, self.clocked_step = now, state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or "loss" not in logs:
+            return
+        shown = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{logs['tokens_per_second']:,.0f}"}
+        if "mfu" in logs:
+            shown["MFU"] = f"{logs['mfu']:.1%}"
+        self.training_bar.set_postfix(shown)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            tqdm.write(f"step {state.global_step}: held-out perplexity {math.exp(metrics['eval_loss']):,.2f}")
+
+
+def write_report(output_dir: str, model: PreTrainedModel, log_history: list[dict], facts: dict[str, str]) -> None:
+    """Write loss_curve.png and training_summary.md into the output folder."""
+    training = [entry for entry in log_history if "loss" in entry]
+    held_out = [entry for entry in log_history if "eval_loss" in entry]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot([entry["step"] for entry in training], [entry["loss"] for entry in training], label="training")
+    axes.plot([entry["step"] for entry in held_out], [entry["eval_loss"] for entry in held_out], "o", label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{model.config.model_type} pretraining")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(Path(output_dir, "loss_curve.png"), dpi=150)
+    pyplot.close(figure)
+
+    rows = {
+        "parameters": f"{model.num_parameters():,} ({active_parameters(model):,} active per token)",
+        **facts,
+        "tokens per second (median)": f"{statistics.median(entry['tokens_per_second'] for entry in training):,.0f}",
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU x {torch.get_num_threads()}",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    lines = [f"# {Path(output_dir).name}: pretraining summary", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", "| step | held-out loss | held-out perplexity |", "|---:|---:|---:|"]
+    lines += [f"| {e['step']} | {e['eval_loss']:.4f} | {math.exp(e['eval_loss']):,.2f} |" for e in held_out]
+    lines += ["", "![training and held-out loss](loss_curve.png)", ""]
+    Path(output_dir, "training_summary.md").write_text("\n".join(lines))
