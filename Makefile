@@ -27,8 +27,8 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed .venv-floor/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
-	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -q -m "not gpu" $(FLOOR_TESTS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -q -n 2 --dist loadfile $(FLOOR_TESTS)
 
 FLOOR_TESTS := tests/test_golden.py tests/test_modeling.py tests/test_generation.py tests/test_checkpoints.py \
 	tests/test_remote_code.py tests/test_distributed.py

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, Transpose, WeightConverter, WeightRenaming
@@ -25,7 +26,7 @@ _TABLE = re.compile(r"(?:^|\.)layers\.\d+\.mlp\.token_to_expert$")
 
 
 class _OneTableForAll(ConversionOps):
-    """Collapse the per-layer routing tables into one; `Checkpoint.check` has refused tables that differ."""
+    """Collapse the per-layer routing tables into one; `Checkpoint.check_version` has refused tables that differ."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         (tables,) = input_dict.values()
@@ -70,12 +71,13 @@ class Checkpoint:
     """Names, dtypes and shapes of a checkpoint's tensors, read from the headers alone.
 
     `keys` maps a name without its leading `model.` to (dtype string, shape). `tables` are the per-layer routing tables.
-    `state_dict` is set only for a published `model.pt`, which has no header.
+    `state_dict` holds the tensors themselves, where the library cannot read them from `files`.
     """
 
     source: str
     keys: dict = field(default_factory=dict)
     tables: list = field(default_factory=list)
+    files: list = field(default_factory=list)
     state_dict: dict | None = None
 
     @classmethod
@@ -108,7 +110,7 @@ class Checkpoint:
             return cls._from_pickle(file)
         else:
             return None
-        checkpoint = cls(source=str(path))
+        checkpoint = cls(source=str(path), files=files)
         for file in files:
             try:
                 with safe_open(file, framework="pt") as tensors:
@@ -142,6 +144,22 @@ class Checkpoint:
                 checkpoint.tables.append(tensor)
         return checkpoint
 
+    def convert_experts(self) -> None:
+        """Read all tensors and bring the experts to the native layout.
+
+        For tensor and expert parallelism: the library shards a tensor as it lies in the file, before it transposes it.
+        """
+        if self.state_dict is None:
+            self.state_dict = {name: tensor for file in self.files for name, tensor in load_file(file).items()}
+        for name in [name for name in self.state_dict if name.endswith((".mlp.gate_proj", ".mlp.up_proj"))]:
+            prefix = name.rpartition(".")[0]
+            if name.endswith("gate_proj"):  # before 0.12.0
+                gate_up = self.state_dict.pop(name), self.state_dict.pop(f"{prefix}.up_proj")
+                self.state_dict[f"{prefix}.gate_up_proj"] = torch.cat(gate_up, dim=-1)
+        for name in [name for name in self.state_dict if name.endswith((".mlp.gate_up_proj", ".mlp.down_proj"))]:
+            native = self.state_dict.pop(name).transpose(1, 2).contiguous()  # [E, in, out] -> [E, out, in]
+            self.state_dict[name.replace(".mlp.", ".mlp.experts.")] = native
+
     def has(self, suffix: str) -> bool:
         return any(name.endswith(suffix) for name in self.keys)
 
@@ -155,12 +173,15 @@ class Checkpoint:
     def dtype(self) -> torch.dtype | None:
         return _SAFETENSORS_DTYPES.get(self.keys.get("embed_tokens.weight", (None,))[0])
 
-    def check(self, config) -> None:
-        """Raise one clear `ValueError` where these tensors are not a model that `config` can compute exactly."""
+    def check_architecture(self, config) -> None:
+        """Raise a clear `ValueError` where these tensors belong to another architecture."""
         expected = ["embed_tokens.weight", "self_attn.o_proj.weight"] + ["dynamics.mu"] * config.use_dynamics
         absent = [name for name in expected if not self.has(name)]
         if absent:
             raise ValueError(f"{self.source} is not a Complexity-Deep checkpoint: it has no {' and no '.join(absent)}.")
+
+    def check_version(self, config) -> None:
+        """Raise a clear `ValueError` where the published version that wrote this cannot be computed exactly."""
         if not self.is_published:
             return
         version = self._version(config)
@@ -277,11 +298,15 @@ class CheckpointMixin:
             config = kwargs.get("config")
             if not isinstance(config, PreTrainedConfig):
                 config = cls.config_class.from_pretrained(config or path, **hub)
-            if not output_loading_info:  # whoever asks for it judges for himself
-                checkpoint.check(config)
+            if not output_loading_info:  # whoever asks for it sees what is missing
+                checkpoint.check_architecture(config)
+            checkpoint.check_version(config)
             if checkpoint.is_published and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
                 kwargs.pop("torch_dtype", None)
                 kwargs["dtype"] = checkpoint.dtype  # published configs name another dtype than their file holds
+            parallel = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
+            if checkpoint.is_published and any(kwargs.get(key) is not None for key in parallel):
+                checkpoint.convert_experts()
             if checkpoint.state_dict is not None:
                 path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
         with published_layouts(checkpoint is not None and checkpoint.is_published):

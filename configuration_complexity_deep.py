@@ -1,3 +1,4 @@
+# Copyright 2026 the Complexity-Deep for Transformers developers. Licensed under the Apache License 2.0.
 """Complexity-Deep model configuration."""
 
 from pathlib import Path
@@ -146,6 +147,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     scaled_residual_init: bool = False
     use_cache: bool = True
+    output_router_logits: bool = False
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 1
     bos_token_id: int | None = 2
@@ -216,6 +218,10 @@ class ComplexityDeepConfig(PreTrainedConfig):
     def moe_intermediate_size(self) -> int:
         """Width I of one expert (other engines read this name)."""
         return self.intermediate_size // self.num_experts
+
+    @moe_intermediate_size.setter
+    def moe_intermediate_size(self, width: int) -> None:
+        self.intermediate_size = width * self.num_experts
 
     @property
     def num_experts_per_tok(self) -> int:

@@ -12,9 +12,7 @@ import argparse
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-
-import complexity_deep  # noqa: F401 (registers the architecture, so that published folders need no remote code)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TextStreamer
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +38,12 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     try:
+        if "auto_map" not in PreTrainedConfig.get_config_dict(args.model)[0]:
+            import complexity_deep  # noqa: F401 (a published folder brings no code of its own)
         model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).to(args.device)
+        print(
+            f"{args.model}: {model.num_parameters():,} parameters, code from {type(model).__module__}", file=sys.stderr
+        )
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=True)
     except (OSError, ValueError) as error:
         sys.exit(f"{args.model} cannot be loaded: {error}")

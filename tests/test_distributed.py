@@ -238,6 +238,12 @@ def test_tensor_parallel_equals_one_process(ranks, checkpoints, tmp_path, varian
     check_sharded(ranks(sharded_job, checkpoints / variant, tmp_path, {"tp_size": 2}), 32, experts)
 
 
+def test_tensor_parallel_from_the_published_layout_equals_one_process(ranks, checkpoints, tmp_path):
+    model = ComplexityDeepForCausalLM.from_pretrained(checkpoints / "published")
+    model.save_pretrained(tmp_path / "original", save_original_format=True)
+    check_sharded(ranks(sharded_job, tmp_path / "original", tmp_path / "saved", {"tp_size": 2}), 32, 4)
+
+
 needs_expert_dispatch = pytest.mark.skipif(
     "ep_dispatch_experts" not in ALL_PARALLEL_STYLES,
     reason=f"transformers {transformers.__version__} splits experts only behind a router module that returns "

@@ -13,17 +13,20 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("kernels", ("eager", "triton"))
-@pytest.mark.parametrize("target", TARGETS)
+# In the interpreter the Triton kernels take long; what they must not do is go round an adapter on a projection.
+CASES = [(target, "eager") for target in TARGETS] + [("attention", "triton")]
+
+
+@pytest.mark.parametrize("target, kernels", CASES)
 def test_lora_trains_counts_reloads_and_merges(target, kernels, tmp_path):
     pytest.importorskip("triton") if kernels == "triton" else None
 
     def base():
-        model = tiny_model(std=0.1)
+        model = tiny_model(std=0.1, num_hidden_layers=2)
         model.set_kernels_implementation(kernels)
         return model
 
-    ids = random_ids(2, 40)
+    ids = random_ids(1, 12)
     plain = base()(ids).logits
     model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=8, **TARGETS[target]))
     torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-4)  # B starts at zero
