@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, ConversionOps, Transpose, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
 
 PUBLISHED_VERSION = "0.13.0"
@@ -25,23 +25,43 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 _TABLE = re.compile(r"(?:^|\.)layers\.\d+\.mlp\.token_to_expert$")
 
 
-class _OneTableForAll(ConversionOps):
-    """Collapse the per-layer routing tables into one; `Checkpoint.check_version` has refused tables that differ."""
+class _PublishedConversion(ConversionOps):
+    """A conversion of its own type, since PEFT rewrites the library's own for adapters, which have no published form.
+
+    Never reversed: `published_state_dict` writes the published layout.
+    """
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        (tables,) = input_dict.values()
-        return {target_patterns[0]: tables[0] if isinstance(tables, list) else tables}
+        tensors = [input_dict[pattern] for pattern in source_patterns]
+        first_of_each = [tensor[0] if isinstance(tensor, list) else tensor for tensor in tensors]
+        return {target_patterns[0]: self.merge(*first_of_each)}
 
     @property
     def reverse_op(self):
-        return self  # never reversed: `published_state_dict` writes the published layout
+        return self
+
+
+class _Experts(_PublishedConversion):
+    """[E, in, out], or gate and up apart (before 0.12.0), to [E, out, in]."""
+
+    @staticmethod
+    def merge(*tensors: torch.Tensor) -> torch.Tensor:
+        return torch.cat(tensors, dim=-1).transpose(1, 2).contiguous()
+
+
+class _RoutingTable(_PublishedConversion):
+    """One table per layer to one for all; `Checkpoint.check_version` has refused tables that differ."""
+
+    @staticmethod
+    def merge(table: torch.Tensor) -> torch.Tensor:
+        return table
 
 
 @contextmanager
 def published_layouts(is_published: bool):
     """Let the library convert published layouts while loading one.
 
-    Only then: a mapping that stays registered makes PEFT rewrite adapters, and saving reverse it.
+    Only then: the library reverses a mapping that stays registered when it saves.
     """
     if not is_published:
         yield
@@ -50,14 +70,12 @@ def published_layouts(is_published: bool):
     mapping = [
         WeightRenaming(r"dynamics\.controller\.0\.", "dynamics.controller_in."),  # before 0.12.0
         WeightRenaming(r"dynamics\.controller\.2\.", "dynamics.controller_out."),
-        WeightConverter(r"layers\.\d+\.mlp\.token_to_expert", "token_to_expert", operations=[_OneTableForAll()]),
-        WeightConverter(r"mlp\.gate_up_proj(?!\.)", "mlp.experts.gate_up_proj", operations=[Transpose(1, 2)]),
-        WeightConverter(  # before 0.12.0
-            [r"mlp\.gate_proj(?!\.)", r"mlp\.up_proj(?!\.)"],
-            "mlp.experts.gate_up_proj",
-            operations=[Concatenate(dim=2), Transpose(1, 2)],
+        WeightConverter(r"layers\.\d+\.mlp\.token_to_expert", "token_to_expert", operations=[_RoutingTable()]),
+        WeightConverter(r"mlp\.gate_up_proj(?!\.)", "mlp.experts.gate_up_proj", operations=[_Experts()]),
+        WeightConverter(
+            [r"mlp\.gate_proj(?!\.)", r"mlp\.up_proj(?!\.)"], "mlp.experts.gate_up_proj", operations=[_Experts()]
         ),
-        WeightConverter(r"mlp\.down_proj(?!\.)", "mlp.experts.down_proj", operations=[Transpose(1, 2)]),
+        WeightConverter(r"mlp\.down_proj(?!\.)", "mlp.experts.down_proj", operations=[_Experts()]),
     ]
     register_checkpoint_conversion_mapping("complexity-deep", mapping, overwrite=True)
     try:
@@ -290,7 +308,7 @@ class CheckpointMixin:
         kernels_implementation = kwargs.pop("kernels_implementation", None)
         output_loading_info = kwargs.pop("output_loading_info", False)
         path, checkpoint = pretrained_model_name_or_path, None
-        if path is not None and kwargs.get("gguf_file") is None and not kwargs.get("adapter_kwargs"):
+        if path is not None and kwargs.get("gguf_file") is None:
             hub_keys = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
             hub = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
             checkpoint = Checkpoint.find(path, variant=kwargs.get("variant"), **hub)
@@ -319,7 +337,8 @@ class CheckpointMixin:
                     for key in [key for key in missing if ".mu" in key]:
                         model.get_parameter_or_buffer(key).zero_()
                         missing.remove(key)
-            if missing and not output_loading_info:
+            has_adapter = getattr(model, "_hf_peft_config_loaded", False)  # then `info` is about the adapter
+            if missing and not output_loading_info and not has_adapter:
                 raise ValueError(
                     f"{checkpoint.source} is incomplete: it lacks {len(missing)} weights of this model, e.g. "
                     f"{missing[0]}; check that config.json belongs to these weights."

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from complexity_deep import ComplexityDeepForCausalLM
 from support import random_ids, tiny_model
 
 TARGETS = {
@@ -43,3 +45,13 @@ def test_lora_trains_counts_reloads_and_merges(target, kernels, tmp_path):
     torch.testing.assert_close(reloaded(ids).logits, adapted, rtol=1e-5, atol=1e-5)
     merged = reloaded.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, adapted, rtol=1e-5, atol=1e-4)
+
+
+def test_an_adapter_folder_loads_through_the_auto_class(published_folder, tmp_path):
+    model = ComplexityDeepForCausalLM.from_pretrained(published_folder)
+    adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "mu_to_v"]))
+    ids = random_ids(1, 12)
+    expected = adapted(ids).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")  # names the published folder as its base
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
