@@ -152,10 +152,12 @@ class Checkpoint:
                 "convert it to safetensors in an environment you trust."
             ) from None
         for key in ("model_state_dict", "model"):
-            if isinstance(loaded.get(key), dict):
+            if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
                 loaded = loaded[key]
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise ValueError(f"{file} holds no state dict of tensors; it is not a Complexity-Deep checkpoint.")
         checkpoint = cls(source=str(file), state_dict=loaded)
-        names = {value: key for key, value in _SAFETENSORS_DTYPES.items()}
+        names = {value: key for key, value in _SAFETENSORS_DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
         for name, tensor in loaded.items():
             checkpoint.keys[name.removeprefix("model.")] = (names.get(tensor.dtype, "I64"), tuple(tensor.shape))
             if _TABLE.search(name):
@@ -202,6 +204,19 @@ class Checkpoint:
         """Raise a clear `ValueError` where the published version that wrote this cannot be computed exactly."""
         if not self.is_published:
             return
+        if not config.is_routed and self.has("mlp.gate_up_proj"):
+            raise ValueError(
+                f"{self.source} holds token-routed experts, but its config.json asks for a dense MLP "
+                f"(use_token_routed_mlp={config.use_token_routed_mlp}, num_experts={config.num_experts}); the published "
+                "layout of a single expert is not supported."
+            )
+        if self.tables and int(self.tables[0].max()) >= config.num_experts:
+            raise ValueError(
+                f"{self.source} routes tokens to expert {int(self.tables[0].max())}, but config.json has only "
+                f"{config.num_experts} experts."
+            )
+        if any(dtype in ("I8", "U8") for dtype, _ in self.keys.values()):
+            raise ValueError(f"{self.source} is an INT8 export, which is not supported; use a float export.")
         version = self._version(config)
         if version is not None:
             raise ValueError(f"{self.source} cannot be loaded exactly: {version}")
@@ -245,11 +260,20 @@ class Checkpoint:
         return self.is_published and not self.has("self_attn.mu_to_q.weight")
 
 
+def _base_of_adapter(path: str, **hub) -> str | None:
+    """The base model that an adapter folder names; the library loads it before the adapter."""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    file = cached_file(path, "adapter_config.json", **quiet, **hub)
+    return json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path") if file else None
+
+
 def published_state_dict(model) -> dict[str, torch.Tensor]:
     """State dict of `model` (a ComplexityDeepForCausalLM) in published layout a (v0.13.0), no storage shared.
 
     Raises `ValueError` for options that the published package cannot compute.
     """
+    if not hasattr(model, "lm_head"):
+        raise ValueError(f"The published format holds a causal language model, but this is a {type(model).__name__}.")
     config = model.config
     unsupported = [
         name
@@ -291,6 +315,7 @@ def published_config(config) -> dict:
         "version": PUBLISHED_VERSION,
         "rope_theta": config.rope_parameters["rope_theta"],
         "use_sdpa": True,
+        "use_token_routed_mlp": config.is_routed,
     }
 
 
@@ -311,26 +336,33 @@ class CheckpointMixin:
         if path is not None and kwargs.get("gguf_file") is None:
             hub_keys = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
             hub = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
-            checkpoint = Checkpoint.find(path, variant=kwargs.get("variant"), **hub)
+            source = path
+            checkpoint = Checkpoint.find(source, variant=kwargs.get("variant"), **hub)
+            if checkpoint is None and (source := _base_of_adapter(path, **hub)) is not None:
+                hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
+                checkpoint = Checkpoint.find(source, variant=kwargs.get("variant"), **hub)
         if checkpoint is not None:
             config = kwargs.get("config")
             if not isinstance(config, PreTrainedConfig):
-                config = cls.config_class.from_pretrained(config or path, **hub)
+                config = cls.config_class.from_pretrained(config or source, **hub)
             if not output_loading_info:  # whoever asks for it sees what is missing
                 checkpoint.check_architecture(config)
             checkpoint.check_version(config)
-            if checkpoint.is_published and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
+            if checkpoint.is_published and (kwargs.get("dtype") or kwargs.get("torch_dtype")) in (None, "auto"):
                 kwargs.pop("torch_dtype", None)
                 kwargs["dtype"] = checkpoint.dtype  # published configs name another dtype than their file holds
             parallel = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
             if checkpoint.is_published and any(kwargs.get(key) is not None for key in parallel):
                 checkpoint.convert_experts()
             if checkpoint.state_dict is not None:
+                if not isinstance(kwargs.get("config"), PreTrainedConfig):
+                    for key in [key for key in kwargs if key in config.to_dict() and key not in ("dtype", "config")]:
+                        setattr(config, key, kwargs.pop(key))
                 path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
         with published_layouts(checkpoint is not None and checkpoint.is_published):
             model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         if checkpoint is not None:
-            body = ("layers.", "embed_tokens.", "norm.")  # a new head on an old body is legitimate
+            body = ("layers.", "embed_tokens.", "norm.", "token_to_expert")  # a new head on an old body is legitimate
             missing = [key for key in info["missing_keys"] if key.removeprefix("model.").startswith(body)]
             if checkpoint.absent_mu:
                 with torch.no_grad():

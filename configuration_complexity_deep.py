@@ -139,9 +139,9 @@ class ComplexityDeepConfig(PreTrainedConfig):
     shared_expert_intermediate_size: int = 0
     use_mu_guidance: bool = True
     use_dynamics: bool = True
-    dynamics_alpha: float = 0.9
+    dynamics_alpha: float | int = 0.9
     dynamics_beta: float | int = 0.1
-    dynamics_gate: float = 0.5
+    dynamics_gate: float | int = 0.5
     dynamics_dt: float | int = 0.1
     dynamics_controller_hidden: int = 64
     initializer_range: float = 0.02
@@ -158,6 +158,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
             kwargs.pop(field, None)
         for field in [key for key in kwargs if key.startswith("safety_")]:
             kwargs.pop(field)
+        kwargs.pop("_kernels_implementation", None)  # of the machine, not of the model
         self._check()
         # The plan of this model: the library warns of rules for modules that are not there.
         absent = {
@@ -176,6 +177,16 @@ class ComplexityDeepConfig(PreTrainedConfig):
 
     def _check(self):
         """Raise one clear `ValueError` for a shape or option that cannot be built."""
+        sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        sizes += "num_experts max_position_embeddings dynamics_controller_hidden"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        if self.shared_expert_intermediate_size < 0:
+            raise ValueError(
+                "shared_expert_intermediate_size must be 0 (none) or more, but is "
+                f"{self.shared_expert_intermediate_size}."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
@@ -192,8 +203,6 @@ class ComplexityDeepConfig(PreTrainedConfig):
                 f"head_dim = hidden_size / num_attention_heads must be even for RoPE, but is {head_dim} "
                 f"({self.hidden_size} / {self.num_attention_heads})."
             )
-        if self.num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, but is {self.num_experts}.")
         if self.is_routed and self.intermediate_size % self.num_experts:
             raise ValueError(
                 f"intermediate_size ({self.intermediate_size}) must be divisible by num_experts ({self.num_experts}): "
@@ -227,6 +236,12 @@ class ComplexityDeepConfig(PreTrainedConfig):
     def num_experts_per_tok(self) -> int:
         """Experts a token passes through: always one."""
         return 1
+
+    def to_dict(self) -> dict:
+        """All fields but the kernels in use, which belong to this machine and not to the model."""
+        fields = super().to_dict()
+        fields.pop("_kernels_implementation", None)
+        return fields
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Save `config.json`, with an `auto_map`, and beside it every code file that loading by remote code needs.

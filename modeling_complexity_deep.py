@@ -598,6 +598,8 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
+            if input_ids.ndim != 2:
+                raise ValueError(f"input_ids must be [batch, sequence], but has shape {tuple(input_ids.shape)}.")
             self._check_ids(input_ids, "input_ids")
             inputs_embeds = self.embed_tokens(input_ids)
         # The mask comes before the cache: with a cache in hand the library takes a packed row for one document. It is
@@ -717,6 +719,8 @@ class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
         """Carry `routing_ids` [B, prompt] through generation: generated tokens are routed by their own ids."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if routing_ids is not None:
+            if routing_ids.ndim != 2:
+                raise ValueError(f"routing_ids must be [batch, prompt], but has shape {tuple(routing_ids.shape)}.")
             cache = model_inputs.get("past_key_values")
             start = int(cache.get_seq_length()) if cache is not None else 0
             step_ids, step_embeds = model_inputs["input_ids"], model_inputs.get("inputs_embeds")

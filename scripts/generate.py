@@ -9,7 +9,9 @@ line ends.
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TextStreamer
@@ -36,6 +38,13 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def prompts() -> Iterator[str]:
+    """Lines from the terminal until an empty one or the end of the input."""
+    with contextlib.suppress(EOFError):
+        while line := input("> ").strip():
+            yield line
+
+
 def main(args: argparse.Namespace) -> None:
     try:
         if "auto_map" not in PreTrainedConfig.get_config_dict(args.model)[0]:
@@ -44,9 +53,12 @@ def main(args: argparse.Namespace) -> None:
         print(
             f"{args.model}: {model.num_parameters():,} parameters, code from {type(model).__module__}", file=sys.stderr
         )
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=True)
     except (OSError, ValueError) as error:
         sys.exit(f"{args.model} cannot be loaded: {error}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=True)
+    except (OSError, ValueError):
+        sys.exit(f"{args.tokenizer or args.model} has no tokenizer that can be loaded; name one with --tokenizer.")
     torch.manual_seed(args.seed)
     sampling = {"do_sample": False}
     if args.temperature > 0:
@@ -70,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
         continue_text(inputs, skip_prompt=False)
         return
     messages = []
-    while line := input("> ").strip():
+    for line in prompts():
         if tokenizer.chat_template is None:
             continue_text(tokenizer(line, return_tensors="pt", return_token_type_ids=False), skip_prompt=True)
             continue

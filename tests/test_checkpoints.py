@@ -146,6 +146,38 @@ def test_save_original_format_refuses_what_the_published_package_cannot_compute(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_kernels_in_use_are_not_saved_with_the_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path)  # a GPU's choice of Triton must not follow the model to a machine without
+    assert "kernels_implementation" not in (tmp_path / "config.json").read_text()
+    rewrite(tmp_path, _kernels_implementation="unknown")
+    assert load(tmp_path).config._kernels_implementation in ("eager", "triton")
+
+
+def test_files_that_would_load_silently_wrong_are_refused(published_folder, tmp_path):
+    with pytest.raises(ValueError, match="holds a causal language model, but this is a ComplexityDeepModel"):
+        ComplexityDeepModel(tiny_config()).save_pretrained(tmp_path / "base", save_original_format=True)
+    rewrite(published_folder, without("token_to_expert"))
+    with pytest.raises(ValueError, match=r"lacks 1 weights of this model, e\.g\. model\.token_to_expert"):
+        load(published_folder)
+    rewrite(published_folder, lambda t: {n: x.to(torch.int8) if x.ndim == 2 else x for n, x in t.items()})
+    with pytest.raises(ValueError, match="INT8 export"):
+        load(published_folder)
+
+
+@pytest.mark.parametrize("content", ([torch.zeros(2)], {"model": {"a": 1}}))
+def test_a_model_pt_without_weights_is_refused(published_folder, content):
+    (published_folder / "model.safetensors").unlink()
+    torch.save(content, published_folder / "model.pt")
+    with pytest.raises(ValueError, match="holds no state dict of tensors"):
+        load(published_folder)
+
+
+def test_config_overrides_reach_a_model_pt(published_folder):
+    torch.save(load_file(published_folder / "model.safetensors"), published_folder / "model.pt")
+    (published_folder / "model.safetensors").unlink()
+    assert load(published_folder, sliding_window=4).config.sliding_window == 4
+
+
 @pytest.mark.parametrize("wrap", (None, "model_state_dict", "model"))
 def test_a_published_model_pt_loads(published_folder, wrap):
     tensors = load_file(published_folder / "model.safetensors")

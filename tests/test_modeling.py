@@ -399,6 +399,8 @@ BAD_CONFIGS = {
     "routing must be one of modulo, balanced, random, but is 'hash'": {"routing": "hash"},
     "dynamics_alpha must lie between 0 and 1": {"dynamics_alpha": 1.5},
     "sliding_window must be": {"sliding_window": 0},
+    "num_key_value_heads must be at least 1, but is 0": {"num_key_value_heads": 0},
+    "shared_expert_intermediate_size must be 0": {"shared_expert_intermediate_size": -1},
 }
 
 
@@ -419,6 +421,10 @@ def test_bad_inputs():
         model(ids.float())
     with pytest.raises(ValueError, match=r"routing_ids must have .* \(1, 4\), but has \(1, 3\)"):
         model(ids, routing_ids=ids[:, :3])
+    with pytest.raises(ValueError, match=r"input_ids must be \[batch, sequence\]"):
+        model(ids[0])
+    with pytest.raises(ValueError, match=r"routing_ids must be \[batch, prompt\]"):
+        model.generate(ids, routing_ids=ids[0], max_new_tokens=1)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(ids, inputs_embeds=model.get_input_embeddings()(ids))
     with pytest.raises(ValueError, match="kernels_implementation must be one of"):

@@ -53,5 +53,6 @@ def test_an_adapter_folder_loads_through_the_auto_class(published_folder, tmp_pa
     ids = random_ids(1, 12)
     expected = adapted(ids).logits
     adapted.save_pretrained(tmp_path / "adapter")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")  # names the published folder as its base
-    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    for loader in (AutoModelForCausalLM, ComplexityDeepForCausalLM):
+        loaded = loader.from_pretrained(tmp_path / "adapter")  # names the published folder as its base
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
