@@ -2,7 +2,8 @@
 
     python scripts/pretrain.py --config recipes/demo.yaml
     python scripts/pretrain.py --config recipes/demo.yaml --max-steps 20 --output-dir /tmp/try
-    torchrun --nproc-per-node 2 scripts/pretrain.py --config recipes/30m.yaml
+    python scripts/pretrain.py --config recipes/30m.yaml --sources 'data/edu/train-*.parquet' --routing balanced
+    accelerate launch --config_file recipes/accelerate/ddp.yaml scripts/pretrain.py --config recipes/150m.yaml
 
 A recipe holds ScriptArguments and any of transformers' TrainingArguments; the command line overrides it. The model's
 shape comes from a config file (any architecture that AutoConfig knows), its vocabulary from the tokenizer. Giving the
@@ -17,31 +18,20 @@ from pathlib import Path
 
 import torch
 import yaml
+from architecture_monitors import ArchitectureMonitors
 from atomic_checkpoint import AtomicCheckpointMixin, last_good_checkpoint
+from new_model import load_tokenizer, new_model
 from packed_dataset import PackedCollator, PackedDocuments, ResumableLoader, held_out_rows
+from routing_balance import compare_routing, count_once
 from text_sources import InputError, load_sources
 from training_report import TrainingProgress, flops_per_token, write_report
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-    logging,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, logging, set_seed
 from trl import TrlParser
 
 try:
     import complexity_deep  # noqa: F401  (importing it makes AutoConfig know "complexity-deep")
 except ImportError as error:
     sys.exit(f"The package is not installed ({error}): run `pip install -e .[train]` in the repository first.")
-
-# A vocabulary is often padded to a multiple of at most this, for the sake of the matmul; more than that is a mix-up.
-LARGEST_VOCABULARY_PADDING = 128
 
 
 @dataclass
@@ -74,6 +64,18 @@ class ScriptArguments:
     mask_across_documents: bool = field(
         default=True, metadata={"help": "Let no token attend to another document of its row."}
     )
+    max_tokens: float | None = field(
+        default=None, metadata={"help": "Train on at least this many tokens, instead of for max_steps steps."}
+    )
+    routing: str | None = field(
+        default=None, metadata={"help": "Routing table of a new model: modulo, random or balanced (else the config's)."}
+    )
+    routing_sample_tokens: float = field(
+        default=20e6, metadata={"help": "Balance the routing table over this many tokens from the start of the text."}
+    )
+    monitor_steps: int = field(
+        default=100, metadata={"help": "Log the architecture's monitors every so many steps; 0 for never."}
+    )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "Attention backend: eager, sdpa, flash_attention_2, ..."}
     )
@@ -89,6 +91,13 @@ class PretrainTrainer(AtomicCheckpointMixin, Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(progress)
+        self.monitors: ArchitectureMonitors | None = None
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.monitors and self.accelerator.sync_gradients:
+            self.monitors.on_gradients()
+        return loss
 
     def get_train_dataloader(self) -> ResumableLoader:
         # Not prepared by accelerate, which would read every row on every process: the dataset knows its share already.
@@ -131,45 +140,10 @@ class PretrainTrainer(AtomicCheckpointMixin, Trainer):
         for name, value in self.text_settings.items():
             if state["settings"].get(name) != value:
                 raise InputError(
-                    f"{checkpoint} was written with {name} = {state['settings'].get(name)}, but it is now {value}: the "
-                    "place in the text would be lost. Resume with the same value, or name another output_dir."
+                    f"{checkpoint} was written with {name} = {state['settings'].get(name)}, but it is now {value}, "
+                    "which would be another run. Resume with the same value, or name another output_dir."
                 )
         self.train_dataset.cursors = state["cursors"]
-
-
-def load_tokenizer(path: str):
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"There is no tokenizer at '{path}': write one with scripts/train_tokenizer.py --output-dir {path}"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"The tokenizer '{path}' has no eos_token to end documents with.")
-    return tokenizer
-
-
-def new_model(path: str, tokenizer, attn_implementation: str) -> PreTrainedModel:
-    """A model with fresh weights in fp32; a vocab_size of null in the file means the tokenizer's."""
-    try:
-        shape = json.loads(Path(path).read_text())
-        model_type = shape.pop("model_type")
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"'{path}' is not a readable JSON model config with a model_type ({error!r}).") from error
-    vocabulary = len(tokenizer)
-    shape["vocab_size"] = shape.get("vocab_size") or vocabulary
-    if not vocabulary <= shape["vocab_size"] <= vocabulary + LARGEST_VOCABULARY_PADDING:
-        raise InputError(
-            f"The vocabulary of '{path}' is {shape['vocab_size']:,} and the tokenizer has {vocabulary:,} tokens: set "
-            "vocab_size to null to take the tokenizer's, or train a tokenizer of that size."
-        )
-    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        shape[name] = getattr(tokenizer, name)
-    try:
-        config = AutoConfig.for_model(model_type, **shape)
-    except ValueError as error:
-        raise InputError(f"'{path}' is not a model that can be built: {error}") from error
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
 
 
 def load_data(script_args: ScriptArguments, training_args: TrainingArguments, tokenizer, row_length: int):
@@ -198,8 +172,11 @@ def load_data(script_args: ScriptArguments, training_args: TrainingArguments, to
 
 
 def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None:
-    if training_args.max_steps <= 0:
-        raise InputError("max_steps is needed: text is a stream, and the number of its rows is not known beforehand.")
+    if (training_args.max_steps > 0) == ((script_args.max_tokens or 0) > 0):
+        raise InputError(
+            "Either max_tokens or max_steps is needed, and only one (0 takes back that of a recipe): text is a stream, "
+            "and the number of its rows is not known beforehand."
+        )
     set_seed(training_args.seed)
     logging.disable_progress_bar()  # the one for writing weights would break into the training bar at every checkpoint
     with training_args.main_process_first(local=False, desc="looking for a checkpoint"):
@@ -208,7 +185,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
     training_args.eval_on_start = checkpoint is None
 
     tokenizer = load_tokenizer(script_args.tokenizer)
-    model = new_model(script_args.model_config, tokenizer, script_args.attn_implementation)
+    model = new_model(script_args.model_config, tokenizer, script_args.attn_implementation, script_args.routing)
     row_length = script_args.row_length or model.config.max_position_embeddings
     if row_length > model.config.max_position_embeddings:
         raise InputError(
@@ -220,6 +197,12 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
     rows_per_step = (
         training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     )
+    if training_args.max_steps <= 0:
+        training_args.max_steps = math.ceil(script_args.max_tokens / (rows_per_step * row_length))
+    routing = model.config.routing if getattr(model.config, "is_routed", False) else None
+    if routing == "balanced" and not checkpoint:  # a checkpoint holds its table
+        what = (training_rows.stream, tokenizer, model.config.vocab_size, script_args.routing_sample_tokens)
+        model.balance_routing(count_once(training_args, *what, training_rows.held_out_fraction))
     trainer = PretrainTrainer(
         model=model,
         args=training_args,
@@ -230,16 +213,23 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
         text_settings={
             "sources": script_args.sources,
             "source_weights": script_args.source_weights,
+            "routing": routing,
             **training_rows.settings,
         },
         progress=TrainingProgress(
             rows_per_step * row_length, flops_per_token(model, row_length), training_args.world_size
         ),
     )
+    if model.config.model_type == "complexity-deep" and script_args.monitor_steps > 0:
+        trainer.monitors = ArchitectureMonitors(trainer, script_args.monitor_steps)
+        trainer.add_callback(trainer.monitors)
     if checkpoint:
         print(f"Resuming from {checkpoint}")
         trainer.load_extra_state(checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        trainer.progress.close()  # else the bar would be drawn once more below the sentence of an error
     metrics = trainer.evaluate()
 
     trainer.save_model(training_args.output_dir)
@@ -252,6 +242,9 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
             "steps x rows x tokens": f"{training_args.max_steps:,} x {rows_per_step} x {row_length}",
             "documents read by process 0": f"{sum(c['documents_read'] for c in training_rows.cursors):,}",
         }
+        if routing:
+            ids = torch.tensor(validation_rows["input_ids"])
+            facts.update(compare_routing(model, ids, training_args.per_device_train_batch_size))
         write_report(training_args.output_dir, model, trainer.state.log_history, facts)
         print(f"{training_args.output_dir}: held-out perplexity {perplexity:.2f}")
     if training_args.push_to_hub:

@@ -1,6 +1,7 @@
 """What a person sees of a training run: the progress bar while it runs, a page and a picture when it is over."""
 
 import math
+import re
 import statistics
 import time
 from pathlib import Path
@@ -55,6 +56,10 @@ class TrainingProgress(ProgressCallback):
             )
         self.current_step = state.global_step
 
+    def close(self) -> None:
+        if self.training_bar is not None:
+            self.training_bar.close()
+
     def measure(self, logs: dict, state) -> None:
         """Add the throughput since the last measurement to the logs."""
         if "loss" not in logs:
@@ -80,8 +85,33 @@ class TrainingProgress(ProgressCallback):
             tqdm.write(f"step {state.global_step}: held-out perplexity {math.exp(metrics['eval_loss']):,.2f}")
 
 
+def draw_expert_loads(output_dir: str, entry: dict) -> None:
+    """Write expert_loads.png, the share of tokens per expert and layer in an entry of architecture_monitors.py."""
+    cells = {}  # a resumed run has its entries sorted by name, where 10 comes before 2
+    for name, tokens in entry.items():
+        if match := re.fullmatch(r"expert_tokens/layer_(\d+)/expert_(\d+)", name):
+            cells[int(match[1]), int(match[2])] = tokens
+    layers, experts = (1 + max(indices) for indices in zip(*cells))
+    loads = torch.tensor([[cells[layer, expert] for expert in range(experts)] for layer in range(layers)])
+    shares = loads / loads.sum(dim=1, keepdim=True)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    left = torch.zeros(len(shares))
+    for expert, share in enumerate(shares.T):
+        axes.barh(range(len(shares)), share, left=left, label=f"expert {expert}", edgecolor="white", linewidth=0.5)
+        left += share
+    for expert in range(1, shares.shape[1]):
+        axes.axvline(expert / shares.shape[1], color="black", linewidth=0.8, linestyle=":")  # an even load
+    axes.set(xlabel="share of tokens", ylabel="layer", yticks=range(len(shares)), xlim=(0, 1))
+    axes.set_title(f"expert loads on held-out text, step {entry['step']}")
+    axes.invert_yaxis()
+    if shares.shape[1] <= 16:  # more do not fit, and single experts cannot be told apart then
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(Path(output_dir, "expert_loads.png"), dpi=150)
+    pyplot.close(figure)
+
+
 def write_report(output_dir: str, model: PreTrainedModel, log_history: list[dict], facts: dict[str, str]) -> None:
-    """Write loss_curve.png and training_summary.md into the output folder."""
+    """Write training_summary.md and its pictures into the output folder."""
     training = [entry for entry in log_history if "loss" in entry]
     held_out = [entry for entry in log_history if "eval_loss" in entry]
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
@@ -105,4 +135,8 @@ def write_report(output_dir: str, model: PreTrainedModel, log_history: list[dict
     lines += ["", "| step | held-out loss | held-out perplexity |", "|---:|---:|---:|"]
     lines += [f"| {e['step']} | {e['eval_loss']:.4f} | {math.exp(e['eval_loss']):,.2f} |" for e in held_out]
     lines += ["", "![training and held-out loss](loss_curve.png)", ""]
+    monitored = [entry for entry in log_history if "expert_imbalance/layer_0" in entry]
+    if monitored:
+        draw_expert_loads(output_dir, monitored[-1])
+        lines += ["![tokens per expert](expert_loads.png)", ""]
     Path(output_dir, "training_summary.md").write_text("\n".join(lines))

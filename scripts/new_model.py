@@ -1,0 +1,53 @@
+"""The tokenizer of a run and a model with fresh weights for it, with every mix-up said in one sentence."""
+
+import json
+from pathlib import Path
+
+import torch
+from text_sources import InputError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+# A vocabulary is often padded to a multiple of at most this, for the sake of the matmul; more than that is a mix-up.
+LARGEST_VOCABULARY_PADDING = 128
+
+
+def load_tokenizer(path: str):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"There is no tokenizer at '{path}': write one with scripts/train_tokenizer.py --output-dir {path}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"The tokenizer '{path}' has no eos_token to end documents with.")
+    return tokenizer
+
+
+def new_model(path: str, tokenizer, attn_implementation: str, routing: str | None = None) -> PreTrainedModel:
+    """A model with fresh weights in fp32; a vocab_size of null in the file means the tokenizer's.
+
+    `routing` replaces the file's. A "balanced" table is that of modulo until its tokens are counted.
+    """
+    try:
+        shape = json.loads(Path(path).read_text())
+        model_type = shape.pop("model_type")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"'{path}' is not a readable JSON model config with a model_type ({error!r}).") from error
+    vocabulary = len(tokenizer)
+    shape["vocab_size"] = shape.get("vocab_size") or vocabulary
+    if not vocabulary <= shape["vocab_size"] <= vocabulary + LARGEST_VOCABULARY_PADDING:
+        raise InputError(
+            f"The vocabulary of '{path}' is {shape['vocab_size']:,} and the tokenizer has {vocabulary:,} tokens: set "
+            "vocab_size to null to take the tokenizer's, or train a tokenizer of that size."
+        )
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        shape[name] = getattr(tokenizer, name)
+    if routing is not None:
+        shape["routing"] = routing
+    try:
+        config = AutoConfig.for_model(model_type, **shape)
+    except ValueError as error:
+        raise InputError(f"'{path}' is not a model that can be built: {error}") from error
+    if shape.get("routing") and not getattr(config, "is_routed", False):
+        raise InputError(f"routing is for token-routed models, and '{path}' is none.")
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)

@@ -1,0 +1,258 @@
+"""Monitors, balanced routing, token budgets and the shipped recipes of scripts/pretrain.py."""
+
+import json
+import runpy
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+from transformers import AutoConfig, TrainingArguments
+from trl import TrlParser
+
+from complexity_deep.routing_complexity_deep import balanced_routing
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import routing_balance  # noqa: E402
+from architecture_monitors import COMPONENTS, component_of, gradient_norms, read_monitors  # noqa: E402
+from packed_dataset import tokenize  # noqa: E402
+from text_sources import InputError, embedded_documents, is_held_out, load_sources  # noqa: E402
+from train_tokenizer import train  # noqa: E402
+
+from support import random_ids, tiny_model  # noqa: E402
+
+ROW = 48
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [text[:600] for text in islice(embedded_documents(), 60)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, texts):
+    """Text, tokenizer, two model shapes and a small recipe."""
+    folder = tmp_path_factory.mktemp("monitors")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train(iter(texts), vocab_size=300, model_max_length=ROW).save_pretrained(folder / "tokenizer")
+    shape = json.loads((ROOT / "configs" / "tiny.json").read_text())
+    shape.update(vocab_size=None, num_hidden_layers=2, use_mu_routing=True)
+    (folder / "model.json").write_text(json.dumps(shape))
+    llama = {"model_type": "llama", "vocab_size": None, "hidden_size": 32, "intermediate_size": 64}
+    llama.update(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128)
+    (folder / "llama.json").write_text(json.dumps(llama))
+    options = {
+        "model_config": str(folder / "model.json"),
+        "tokenizer": str(folder / "tokenizer"),
+        "sources": [str(folder / "text.jsonl")],
+        "held_out_fraction": 0.2,
+        "held_out_rows": 8,
+        "row_length": ROW,
+        "shuffle_buffer": 7,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "max_grad_norm": 0.1,
+        "logging_steps": 1,
+        "monitor_steps": 2,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(options))  # JSON is YAML
+    return folder
+
+
+def pretrain(folder: Path, *options: object) -> None:
+    """The script in this process, which saves its imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain.py", "--config", *map(str, [folder / "recipe.yaml", *options])])
+        runpy.run_path(str(ROOT / "scripts" / "pretrain.py"), run_name="__main__")
+
+
+def log_of(run: Path) -> list[dict]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A run with balanced routing over 5 steps' tokens, and a little more so that a sixth is needed."""
+    run = folder / "run"
+    pretrain(folder, "--output-dir", run, "--max-tokens", 5 * 8 * ROW + 1, "--routing", "balanced")
+    return run
+
+
+def test_monitors_are_logged_and_gradient_norms_add_up(run):
+    log = log_of(run)
+    monitored = {entry["step"]: entry for entry in log if "expert_imbalance/layer_0" in entry}
+    assert list(monitored) == [2, 4, 6], "every 2 steps, and max_tokens gives 6"
+    totals = {entry["step"]: entry["grad_norm"] for entry in log if "loss" in entry}
+    for step, entry in monitored.items():
+        for layer in range(2):
+            tokens = [entry[f"expert_tokens/layer_{layer}/expert_{expert}"] for expert in range(4)]
+            assert sum(tokens) == 4 * ROW
+            assert entry[f"expert_imbalance/layer_{layer}"] == pytest.approx(max(tokens) / ROW)
+            assert entry[f"mu_rerouted/layer_{layer}"] == 0.0  # the router of a new model is zero
+            assert entry[f"velocity_rms/layer_{layer}"] > 0 and entry[f"velocity_clamped/layer_{layer}"] == 0.0
+        norms = {name: entry[f"gradient_norm/{name}"] for name in COMPONENTS}
+        assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(totals[step], rel=1e-4)
+        assert totals[step] > 0.1, "the test is of norms before clipping"
+
+
+def test_the_report_shows_loads_and_both_tables(run):
+    summary = (run / "training_summary.md").read_text()
+    assert "![tokens per expert](expert_loads.png)" in summary
+    assert (run / "expert_loads.png").read_bytes()[:4] == b"\x89PNG"
+    for table in ("modulo", "balanced"):
+        assert f"| expert imbalance on held-out text, {table} table | " in summary
+    assert AutoConfig.from_pretrained(run).routing == "balanced"
+
+
+def test_table_is_counted_on_training_documents_and_kept_on_resume(folder, run, texts, monkeypatch):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    documents = tokenize(tokenizer, [text for text in texts if not is_held_out(text, 0.2)])
+    counts = Counter(token for document in documents for token in document)
+    expected = torch.tensor([counts[token] for token in range(300)])
+    stream = load_sources([str(folder / "text.jsonl")])
+    assert torch.equal(routing_balance.count_tokens(stream, tokenizer, 300, 20e6, 0.2), expected)
+    monkeypatch.setattr(routing_balance, "TOKENIZED_TOGETHER", 8)
+    assert 100 <= routing_balance.count_tokens(stream, tokenizer, 300, 100, 0.2).sum() < expected.sum()
+    table = balanced_routing(expected, 4)
+    assert torch.equal(load_file(run / "model.safetensors")["model.token_to_expert"], table)
+
+    def count_again(*arguments):
+        raise AssertionError("counted again")
+
+    monkeypatch.setattr(routing_balance, "count_tokens", count_again)
+    pretrain(folder, "--output-dir", run, "--max-tokens", 7 * 8 * ROW, "--routing", "balanced")
+    assert log_of(run)[-1]["step"] == 7
+    assert torch.equal(load_file(run / "model.safetensors")["model.token_to_expert"], table)
+    with pytest.raises(SystemExit, match="was written with routing = balanced, but it is now modulo"):
+        pretrain(folder, "--output-dir", run, "--max-tokens", 7 * 8 * ROW)
+
+
+def test_imbalance_by_hand():
+    table = torch.tensor([0, 0, 1])
+    rows = torch.tensor([[0, 1, 2, 2], [0, 1, 0, 1], [2, 2, 2, 2], [2, 2, 0, 2]])
+    total, mean, worst = routing_balance.imbalance(table, 2, rows, rows_per_batch=2)  # 6 + 2, then 1 + 7
+    assert (total, mean, worst) == pytest.approx((9 / 8, (1.5 + 1.75) / 2, 1.75))
+
+
+def test_counting_no_documents(folder):
+    stream = load_sources([str(folder / "text.jsonl")])
+    with pytest.raises(InputError, match="no document to count"):
+        routing_balance.count_tokens(stream, None, 300, 20e6, held_out_fraction=1.0)
+
+
+def test_rerouted_and_clamped_shares():
+    model = tiny_model(use_mu_routing=True).train()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.dynamics.controller_out.weight.zero_()
+            layer.dynamics.mu_proj.weight.zero_()
+            layer.dynamics.mu.fill_(1e4)  # pulls every velocity to the limit ...
+            layer.mlp.mu_router.weight.zero_()[0] = 1.0  # ... and every token to expert 0
+    ids = random_ids(3, 16)
+    measured = read_monitors(model, {"input_ids": ids, "position_ids": torch.arange(16).expand(3, 16)})
+    assert model.training
+    moved = (model.model.token_to_expert[ids] != 0).float().mean().item()
+    for layer in range(3):
+        assert [measured[f"expert_tokens/layer_{layer}/expert_{expert}"] for expert in range(4)] == [48, 0, 0, 0]
+        assert measured[f"expert_imbalance/layer_{layer}"] == 4.0
+        assert measured[f"mu_rerouted/layer_{layer}"] == pytest.approx(moved)
+        assert measured[f"velocity_clamped/layer_{layer}"] == 1.0
+        assert measured[f"velocity_rms/layer_{layer}"] == pytest.approx(10.0)
+        assert measured[f"mu_rms/layer_{layer}"] == pytest.approx(1e4)
+
+
+@pytest.mark.parametrize(
+    "options, absent",
+    [
+        ({}, ("mu_rerouted",)),
+        ({"num_experts": 1}, ("expert_", "mu_rerouted")),
+        ({"use_dynamics": False}, ("velocity_", "gradient_norm/dynamics")),
+        ({"use_dynamics": False, "use_mu_guidance": False}, ("velocity_", "mu_", "gradient_norm/dynamics")),
+    ],
+    ids=["no mu routing", "dense", "no dynamics", "plain"],
+)
+def test_monitors_of_ablated_models(options, absent):
+    model = tiny_model(use_mu_routing=False, **options)
+    ids = random_ids(2, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    measured = {
+        **read_monitors(model, {"input_ids": ids, "position_ids": torch.arange(16).expand(2, 16)}),
+        **gradient_norms(model),
+    }
+    assert measured and not [name for name in measured if name.startswith(absent)]
+
+
+def test_every_parameter_has_its_component():
+    parts = {}
+    for name, _ in tiny_model(mu_router_gradient=True).named_parameters():
+        parts.setdefault(component_of(name), set()).add(name.split("layers.1.")[-1])
+    assert parts.keys() == COMPONENTS.keys()
+    assert {"self_attn.q_norm.weight", "post_attention_layernorm.weight", "model.norm.weight"} <= parts["norms"]
+    assert {"self_attn.mu_to_q.weight", "dynamics.mu", "dynamics.mu_proj.weight"} <= parts["mu_guidance"]
+    assert {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"} <= parts["experts_and_mlp"]
+    assert parts["embeddings"] == {"model.embed_tokens.weight"}
+
+
+def test_other_models_are_not_monitored(folder):
+    run = folder / "llama"
+    pretrain(folder, "--output-dir", run, "--max-steps", 2, "--model-config", folder / "llama.json")
+    assert not [name for entry in log_of(run) for name in entry if "/" in name]
+    assert "imbalance" not in (run / "training_summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ([], "Either max_tokens or max_steps is needed, and only one"),
+        (["--max-steps", "2", "--max-tokens", "1e6"], "Either max_tokens or max_steps is needed, and only one"),
+        (["--max-tokens", "-5"], "Either max_tokens or max_steps is needed, and only one"),
+        (["--max-steps", "2", "--routing", "even"], "routing must be one of modulo, balanced, random, but is 'even'"),
+        (["--max-steps", "2", "--routing", "balanced", "--model-config", "llama.json"], "'llama.json' is none"),
+    ],
+)
+def test_bad_input_gives_one_sentence(folder, options, sentence, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        pretrain(folder, "--output-dir", folder / "bad", *options)
+    assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
+def test_shipped_recipes_parse(recipe):
+    import pretrain as script
+
+    # bf16 and compile reach into the environment of this process, and need a GPU.
+    here = ["--use-cpu", "true", "--bf16", "false", "--torch-compile", "false", "--report-to", "none"]
+    restarts = ["--lr-scheduler-type", "cosine_with_restarts", "--lr-scheduler-kwargs", '{"num_cycles": 4}']
+    parser = TrlParser((script.ScriptArguments, TrainingArguments))
+    for options in ([], ["--sources", "a/*.parquet", *restarts]):
+        script_args, training_args = parser.parse_args_and_config(
+            ["--config", str(ROOT / "recipes" / recipe), *here, *options]
+        )
+    assert (training_args.max_steps > 0) != ((script_args.max_tokens or 0) > 0)
+    assert script_args.sources == ["a/*.parquet"]
+    assert training_args.lr_scheduler_kwargs == {"num_cycles": 4}
+    config = AutoConfig.for_model(**json.loads((ROOT / script_args.model_config).read_text()))
+    assert script_args.row_length <= config.max_position_embeddings
+    if recipe == "1.5b_modern.yaml":
+        assert config.scaled_residual_init and not config.use_mu_routing
+
+
+@pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero2", "DEEPSPEED")])
+def test_accelerate_configs_load(name, kind):
+    path = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    assert load_config_from_file(str(path)).distributed_type == kind
+    words = path.read_text().splitlines()[0].split()
+    assert words[:4] == ["#", "accelerate", "launch", "--config_file"]
+    assert all((ROOT / word).is_file() for word in words if word.endswith((".yaml", ".py")))
