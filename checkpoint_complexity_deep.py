@@ -216,7 +216,7 @@ class Checkpoint:
                 f"{config.num_experts} experts."
             )
         if any(dtype in ("I8", "U8") for dtype, _ in self.keys.values()):
-            raise ValueError(f"{self.source} is an INT8 export, which is not supported; use a float one.")
+            raise ValueError(f"{self.source} is an INT8 export, which is not supported.")
         version = self._version(config)
         if version is not None:
             raise ValueError(f"{self.source} cannot be loaded exactly: {version}")

@@ -99,7 +99,7 @@ def timed(step, repeats: int, device: str, warmup: int = 2) -> list[float]:
 def ceilings(device: str) -> tuple[float, float]:
     """Measured matmul rate in TFLOP/s (bf16 on a GPU, sustained over half a second) and copy rate in GB/s."""
     cuda = device.startswith("cuda")
-    n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
+    n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     matmul = statistics.median(timed(lambda: a @ b, 300 if cuda else 10, device)[-50:])
     source = torch.empty(2**30 if cuda else 2**26, device=device, dtype=torch.uint8)
@@ -172,9 +172,7 @@ def benchmark_generate(args) -> list[dict]:
         torch.manual_seed(0)
         model = build(config, args.device).eval()
         ids = zipf_ids(config.vocab_size, args.batch_size, args.sequence_length, device=args.device)
-        times = timed(
-            lambda model=model, ids=ids: model(ids, use_cache=False, logits_to_keep=1), args.repeats, args.device
-        )
+        times = timed(lambda model=model, ids=ids: model(ids, use_cache=False), args.repeats, args.device)
         case = f"{shape} {args.batch_size}x{args.sequence_length} forward"
         flops = flops_per_token(model, args.sequence_length) / 3 * ids.numel()
         rows.append(row("generate", case, name, times, ids.numel(), flops))
