@@ -207,8 +207,8 @@ class Checkpoint:
         if not config.is_routed and self.has("mlp.gate_up_proj"):
             raise ValueError(
                 f"{self.source} holds token-routed experts, but its config.json asks for a dense MLP "
-                f"(use_token_routed_mlp={config.use_token_routed_mlp}, num_experts={config.num_experts}); the published "
-                "layout of a single expert is not supported."
+                f"(use_token_routed_mlp={config.use_token_routed_mlp}, num_experts={config.num_experts}); the "
+                "published layout of a single expert is not supported."
             )
         if self.tables and int(self.tables[0].max()) >= config.num_experts:
             raise ValueError(
