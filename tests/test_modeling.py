@@ -434,5 +434,5 @@ def test_bad_inputs():
 
 
 def test_a_foreign_config_is_not_taken_for_ours():
-    with pytest.raises(Exception, match=r"ComplexityDeepConfig|num_experts|attribute"):
+    with pytest.raises(ValueError, match="needs a ComplexityDeepConfig, but got a Qwen2Config"):
         ComplexityDeepForCausalLM(Qwen2Config(hidden_size=64, num_attention_heads=4))
