@@ -296,8 +296,12 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     weights, expected = load_file(folder / "model.safetensors"), load_file(reference / "model.safetensors")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    last = "checkpoint-24/data_state_0.json"
-    assert json.loads((folder / last).read_text()) == json.loads((reference / last).read_text())
+    states = [json.loads((run / "checkpoint-24/data_state_0.json").read_text()) for run in (folder, reference)]
+    for state in states:
+        for cursor in state["cursors"]:
+            # `datasets` resumes from previous_state; where it stood in the stream itself differs after a resume.
+            cursor["source"] = cursor["source"]["examples_iterable"]["examples_iterable"]["previous_state"]
+    assert states[0] == states[1]
 
 
 @pytest.mark.parametrize(
