@@ -29,3 +29,17 @@ def published_folder(tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(Path(__file__).parent / "golden" / "v0.13-tiny" / name, folder / name)
     return folder
+
+
+@pytest.fixture
+def nan_filled_memory(monkeypatch):
+    """Fill fresh memory with NaN, so that an element no kernel wrote fails."""
+
+    def nan(x):
+        if x.is_floating_point():
+            x.detach().fill_(float("nan"))
+        return x
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, make=make, **k: nan(make(*a, **k)))
