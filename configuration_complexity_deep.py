@@ -22,6 +22,7 @@ SHIPPED_FILES = (
     "kernels/token_routed_gemm.py",
     "kernels/fused_dynamics.py",
     "kernels/mu_guided_qkv.py",
+    "kernels/decode_attention.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_complexity_deep.ComplexityDeepConfig",

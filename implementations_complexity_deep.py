@@ -1,6 +1,6 @@
 """Who computes what: PyTorch or Triton, chosen by registered name and never by a branch in a module's forward.
 
-kernels_implementation    "eager" | "triton"                        mu-guided projections with RoPE, and dynamics
+kernels_implementation    "eager" | "triton"                        projections with RoPE, dynamics, decode attention
 experts_implementation    "eager" | "cggr" | the library's own      the token-routed experts
 """
 
@@ -22,6 +22,7 @@ from .kernels.kernel_reference import (
 )
 
 try:
+    from .kernels.decode_attention import decode_attention
     from .kernels.fused_dynamics import inl_dynamics_block
     from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
     from .kernels.token_routed_gemm import routing_plan, token_routed_mlp
@@ -142,6 +143,32 @@ def triton_dynamics_forward(dynamics: nn.Module, hidden_states: Tensor, velocity
     return hidden_states, velocity, mu, guidance, mu_residual
 
 
+def library_attention_forward(attention_interface: Callable, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    """Whatever `attn_implementation` names."""
+    return attention_interface(*args, **kwargs)
+
+
+def triton_attention_forward(
+    attention_interface: Callable,
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """`library_attention_forward`; under "sdpa", a step of one token without gradient takes the decode kernel.
+
+    query [B, A, S, D], key and value [B, K, L, D]. Returns [B, S, A, D] and the library's attention weights or None.
+    """
+    is_decode_step = query.shape[2] == 1 and not query.requires_grad and _runs_on_triton(query, key, value)
+    has_plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+    if is_decode_step and has_plain_mask and attention.config._attn_implementation == "sdpa":
+        return decode_attention(query, key, value, attention_mask, scaling), None
+    return attention_interface(attention, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
 class RoutingPlan(NamedTuple):
     """Tokens sorted by expert, computed once per forward where all layers route alike.
 
@@ -201,13 +228,14 @@ class Kernels(NamedTuple):
 
     qkv: Callable
     dynamics: Callable
+    attention: Callable
 
 
-KERNELS = {"eager": Kernels(eager_qkv_forward, eager_dynamics_forward)}
+KERNELS = {"eager": Kernels(eager_qkv_forward, eager_dynamics_forward, library_attention_forward)}
 # Experts implementations that take a routing plan, and the function that makes it.
 ROUTING_PLANS: dict[str, Callable] = {"eager": routing_plan_reference}
 if TRITON_DEVICES:
-    KERNELS["triton"] = Kernels(triton_qkv_forward, triton_dynamics_forward)
+    KERNELS["triton"] = Kernels(triton_qkv_forward, triton_dynamics_forward, triton_attention_forward)
     ROUTING_PLANS["cggr"] = _cggr_plan
     ALL_EXPERTS_FUNCTIONS.register("cggr", cggr_experts_forward)
 

@@ -192,8 +192,8 @@ class ComplexityDeepAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        qkv_forward = KERNELS[self.config._kernels_implementation].qkv
-        query, key, value = qkv_forward(self, hidden_states, mu, *position_embeddings)
+        kernels = KERNELS[self.config._kernels_implementation]
+        query, key, value = kernels.qkv(self, hidden_states, mu, *position_embeddings)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, S, D]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -201,7 +201,8 @@ class ComplexityDeepAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attn_output, attn_weights = attention_interface(
+        attn_output, attn_weights = kernels.attention(
+            attention_interface,
             self,
             query,
             key,
@@ -605,16 +606,18 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
             self._check_ids(input_ids, "input_ids")
             inputs_embeds = self.embed_tokens(input_ids)
         # The mask comes before the cache: with a cache in hand the library takes a packed row for one document. It is
-        # made before the default positions: given any, the library looks for packed rows, which costs a host
-        # synchronisation and, under compile, the fast causal attention.
-        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-        attention_mask = make_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # made before the default positions: given any, the library looks for packed rows, at a host synchronisation.
+        is_plain = attention_mask is None and position_ids is None and past_key_values is None
+        # Plain causal rows need no mask with SDPA; under compile the library makes one and loses the fast kernel.
+        if not (is_plain and self.config._attn_implementation == "sdpa" and self.config.sliding_window is None):
+            make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+            attention_mask = make_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length

@@ -153,3 +153,20 @@ def qk_norm_rope_reference(
         return states * cos + torch.cat((-second, first), dim=-1) * sin
 
     return one(query, query_weight), one(key, key_weight)
+
+
+def decode_attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one new token per row, each key/value head serving a group of query heads.
+
+    Args:
+        query: [B, A, 1, D]. key, value: [B, K, L, D]. mask: bool [B or 1, 1, 1, L] or None. scale: factor of scores.
+
+    Returns: [B, 1, A, D]; zeros for a row that sees nothing.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.mT * scale  # [B, A, 1, L]
+    if mask is None:
+        return (scores.softmax(-1) @ value).transpose(1, 2)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return (weights @ value).transpose(1, 2)

@@ -121,7 +121,7 @@ def _norm_rope_fwd(
     x_ptr, stride_head, y_ptr, w_ptr, cos1, cos2, sin1, sin2, A, half, eps, BA: tl.constexpr, BD: tl.constexpr
 ):
     o_d = tl.arange(0, BD)
-    for head in range(0, A, BA):
+    for head in range(tl.program_id(1) * BA, A, tl.num_programs(1) * BA):
         o_a = head + tl.arange(0, BA)
         x1 = _load_half(x_ptr, stride_head, o_a, o_d, A, half)
         x2 = _load_half(x_ptr + half, stride_head, o_a, o_d, A, half)
@@ -252,10 +252,15 @@ def _qk_norm_rope(
     (B, S, A, D), K = query.shape, key.shape[2]
     query, key, cos, sin = _inner_contiguous(query), _inner_contiguous(key), cos.contiguous(), sin.contiguous()
     q_out, k_out = query.new_empty(B, S, A, D), key.new_empty(B, S, K, D)
-    qk_norm_rope_fwd_kernel[(min(B * S, FORWARD_PROGRAMS),)](
+    blocks = _head_blocks(query, key)
+    groups = 1
+    if B * S <= FEW_TOKENS:  # too few tokens to fill the chip: their heads are spread over programs
+        groups = 8
+        blocks |= {"BA": max(1, blocks["BA"] // groups), "BK": max(1, blocks["BK"] // groups)}
+    qk_norm_rope_fwd_kernel[(min(B * S, FORWARD_PROGRAMS), groups)](
         query, key, query_weight, key_weight, cos, sin, q_out, k_out, B * S, S, A, K, D // 2, eps,
         *query.stride()[:3], *key.stride()[:3], 0 if cos.shape[0] == 1 else cos.stride(0),
-        **_head_blocks(query, key), num_warps=1,
+        **blocks, num_warps=1,
     )  # fmt: skip
     return q_out, k_out
 

@@ -1,0 +1,147 @@
+"""Attention of one new token per row over a key/value cache, in Triton.
+
+B rows, A query heads, K key/value heads (A = R K), L positions in the cache, D head dim.
+
+    out[b, a] = softmax_l(scale q[b, a] . k[b, a // R, l] where mask[b, l]) v[b, a // R, l]
+
+The time is reading the cache, so a program takes one key/value head with all R queries that it serves (the library's
+SDPA first copies keys and values R times when there is a mask), over a part of the positions; a second kernel joins the
+parts. Blocks that the mask hides, the unused end of a static cache, are not read. All fp32 inside, rounded once.
+Forward only: generation needs no gradient.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
+    raise
+
+BLOCK_L = 64
+PROGRAMS = 528  # four for each multiprocessor of an H200; fixed, so that results do not depend on the device
+MAX_PARTS = 64  # the joining kernel holds all parts of a head in registers
+
+
+@triton.jit
+def decode_attention_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, parts_ptr, stats_ptr, scale, K, R, L, D, length,
+    q_stride_b, q_stride_a, k_stride_b, k_stride_h, k_stride_l, v_stride_b, v_stride_h, v_stride_l, mask_stride_b,
+    BR: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Positions part * length .. (part + 1) * length - 1 of one key/value head; out [B, A, D] if there is one part.
+
+    Else parts [B, A, parts, D], not yet divided by the sums, and stats [B, A, parts, 2]: maximum (base 2), sum.
+    """
+    b, h = (tl.program_id(0) // K).to(tl.int64), (tl.program_id(0) % K).to(tl.int64)
+    part, num_parts = tl.program_id(1), tl.num_programs(1)
+    o_r, o_l, o_d = tl.arange(0, BR), tl.arange(0, BL), tl.arange(0, BD)
+    m_r, m_d = o_r < R, o_d < D
+    heads = h * R + o_r
+    query = q_ptr + b * q_stride_b + heads[:, None] * q_stride_a + o_d[None, :]
+    q = tl.load(query, mask=m_r[:, None] & m_d[None, :], other=0.0)
+    top, total = tl.full([BR], float("-inf"), tl.float32), tl.zeros([BR], tl.float32)
+    acc = tl.zeros([BR, BD], tl.float32)
+    for start in range(part * length, tl.minimum(part * length + length, L), BL):
+        position = start + o_l
+        seen = position < L
+        if mask_ptr is not None:
+            seen = tl.load(mask_ptr + b * mask_stride_b + position, mask=seen, other=0) != 0
+        if tl.max(seen.to(tl.int32)) > 0:
+            m_kv = seen[:, None] & m_d[None, :]  # a value that is not seen may be NaN: zero, for 0 * NaN is NaN
+            k_at = k_ptr + b * k_stride_b + h * k_stride_h + position.to(tl.int64)[:, None] * k_stride_l
+            v_at = v_ptr + b * v_stride_b + h * v_stride_h + position.to(tl.int64)[:, None] * v_stride_l
+            k = tl.load(k_at + o_d[None, :], mask=m_kv, other=0.0)  # [BL, BD]
+            v = tl.load(v_at + o_d[None, :], mask=m_kv, other=0.0)
+            scores = tl.dot(q, k.T, input_precision="ieee") * (scale * 1.4426950408889634)  # [BR, BL]
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            weights, rescale = tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top)
+            top, total = new_top, total * rescale + tl.sum(weights, 1)
+            acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    head = (b * K * R + heads) * num_parts + part
+    mask = m_r[:, None] & m_d[None, :]
+    if num_parts == 1:
+        acc /= tl.maximum(total, 1e-30)[:, None]  # a row that sees nothing gives zeros
+        tl.store(out_ptr + head[:, None] * D + o_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(parts_ptr + head[:, None] * D + o_d[None, :], acc, mask=mask)
+        tl.store(stats_ptr + head * 2, top, mask=m_r)
+        tl.store(stats_ptr + head * 2 + 1, total, mask=m_r)
+
+
+@triton.jit
+def join_parts_kernel(parts_ptr, stats_ptr, out_ptr, num_parts, D, BP: tl.constexpr, BD: tl.constexpr):
+    """One head: parts weighted by how far their maxima lie below the common one."""
+    head = tl.program_id(0).to(tl.int64)
+    o_p, o_d = tl.arange(0, BP), tl.arange(0, BD)
+    at = head * num_parts + o_p
+    m_p, m_d = o_p < num_parts, o_d < D
+    top = tl.load(stats_ptr + at * 2, mask=m_p, other=float("-inf"))
+    total = tl.load(stats_ptr + at * 2 + 1, mask=m_p, other=0.0)
+    parts = tl.load(parts_ptr + at[:, None] * D + o_d[None, :], mask=m_p[:, None] & m_d[None, :], other=0.0)
+    weights = tl.exp2(top - tl.maximum(tl.max(top, 0), -1e30))  # parts that saw nothing weigh nothing
+    out = tl.sum(parts * weights[:, None], 0) / tl.maximum(tl.sum(total * weights, 0), 1e-30)
+    tl.store(out_ptr + head * D + o_d, out.to(out_ptr.dtype.element_ty), mask=m_d)
+
+
+def _on_its_device(function):
+    """Triton launches on the current device, which need not be the tensors' when a model is spread over several."""
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        with torch.cuda.device_of(args[0]):
+            return function(*args)
+
+    return wrapped
+
+
+@torch.library.custom_op("complexity_deep::decode_attention", mutates_args=())
+@_on_its_device
+def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    (B, A, _, D), (K, L) = query.shape, key.shape[1:3]
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    parts = max(1, min(triton.cdiv(L, BLOCK_L), PROGRAMS // (B * K), MAX_PARTS))
+    length = triton.cdiv(triton.cdiv(L, BLOCK_L), parts) * BLOCK_L
+    parts = triton.cdiv(L, length)
+    out = query.new_empty(B, 1, A, D)
+    acc = torch.empty(B, A, parts, D, dtype=torch.float32, device=query.device) if parts > 1 else out
+    stats = torch.empty(B, A, parts, 2, dtype=torch.float32, device=query.device) if parts > 1 else out
+    BD = triton.next_power_of_2(D)
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    decode_attention_kernel[B * K, parts](
+        query, key, value, mask, out, acc, stats, scale, K, A // K, L, D, length,
+        query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3],
+        0 if mask is None or mask.shape[0] == 1 else L,
+        BR=max(16, triton.next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4,
+    )  # fmt: skip
+    if parts > 1:
+        join_parts_kernel[(B * A,)](acc, stats, out, parts, D, BP=triton.next_power_of_2(parts), BD=BD, num_warps=4)
+    return out
+
+
+@_decode_attention.register_fake
+def _(query, key, value, mask, scale):
+    B, A, S, D = query.shape
+    return query.new_empty(B, S, A, D)
+
+
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Equals `decode_attention_reference`.
+
+    Args:
+        query: [B, A, 1, D]. key, value: [B, K, L, D], strided as they lie in the cache.
+        mask: bool [B or 1, 1, 1, L], True where a position is seen, or None. scale: factor of the scores.
+
+    Returns: [B, 1, A, D]; zeros for a row that sees nothing. It has no gradient.
+    """
+    if query.shape[2] != 1 or query.shape[1] % key.shape[1] or (mask is not None and mask.dtype != torch.bool):
+        raise ValueError(
+            "decode_attention needs query [B, A, 1, D], key and value [B, K, L, D] with A a multiple of K, and a bool "
+            f"mask [B or 1, 1, 1, L] or none, got {tuple(query.shape)}, {tuple(key.shape)} and "
+            f"{None if mask is None else (tuple(mask.shape), mask.dtype)}"
+        )
+    return _decode_attention(query, key, value, mask, scale)
