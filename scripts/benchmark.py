@@ -42,6 +42,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model-config", default=str(REPOSITORY / "configs/30m.json"), help="shape of every model")
     parser.add_argument("--batch-size", type=int, default=1, help="rows per step")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row")
+    parser.add_argument("--document-length", type=int, help="tokens of a document; they do not see each other (train)")
+    parser.add_argument("--attn-implementation", default="sdpa", help="attention backend of every model")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to decode (generate)")
     parser.add_argument("--repeats", type=int, default=7, help="timed repeats, after two warm-ups")
     parser.add_argument("--compile", action="store_true", help="compile the models (train), or the decode (generate)")
@@ -116,10 +118,10 @@ def row(benchmark: str, case: str, variant: str, times: list[float], tokens: int
     return result | ({"tflops": flops / median / 1e9} if flops else {}) | more
 
 
-def build(config, device: str):
+def build(config, device: str, attn_implementation: str = "sdpa"):
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 
 
 def flops_per_token(model, sequence_length: int) -> float:
@@ -138,21 +140,26 @@ def benchmark_train(args) -> list[dict]:
     rows = []
     for name, config in tqdm(peers(args.model_config, args.only).items(), desc="train", file=sys.stderr):
         torch.manual_seed(0)
-        model = build(config, args.device).train()
+        model = build(config, args.device, args.attn_implementation).train()
         step_model = torch.compile(model) if args.compile else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device.startswith("cuda"))
         ids = zipf_ids(config.vocab_size, args.batch_size, args.sequence_length, device=args.device)
+        inputs = {"input_ids": ids, "labels": ids}
+        if args.document_length:
+            positions = torch.arange(args.sequence_length, device=args.device) % args.document_length
+            inputs["position_ids"] = positions.expand_as(ids)
         if args.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
 
-        def step(step_model=step_model, optimizer=optimizer, ids=ids):
-            step_model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        def step(step_model=step_model, optimizer=optimizer, inputs=inputs):
+            step_model(**inputs, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         times = timed(step, args.repeats, args.device, warmup=3)
         case = f"{Path(args.model_config).stem} {args.batch_size}x{args.sequence_length} step"
-        variant = name + (", compiled" if args.compile else ", eager")
+        case += f", documents of {args.document_length}" if args.document_length else ""
+        variant = f"{name}, {args.attn_implementation}, {'compiled' if args.compile else 'eager'}"
         more = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if args.device.startswith("cuda") else {}
         flops = flops_per_token(model, args.sequence_length) * ids.numel()
         rows.append(row("train", case, variant, times, ids.numel(), flops, **more))
@@ -170,7 +177,7 @@ def benchmark_generate(args) -> list[dict]:
     shape = Path(args.model_config).stem
     for name, config in tqdm(peers(args.model_config, args.only).items(), desc="generate", file=sys.stderr):
         torch.manual_seed(0)
-        model = build(config, args.device).eval()
+        model = build(config, args.device, args.attn_implementation).eval()
         ids = zipf_ids(config.vocab_size, args.batch_size, args.sequence_length, device=args.device)
         times = timed(lambda model=model, ids=ids: model(ids, use_cache=False), args.repeats, args.device)
         case = f"{shape} {args.batch_size}x{args.sequence_length} forward"
