@@ -162,10 +162,10 @@ def triton_attention_forward(
 
     query [B, A, S, D], key and value [B, K, L, D]. Returns [B, S, A, D] and the library's attention weights or None.
     """
-    is_decode_step = query.shape[2] == 1 and not query.requires_grad and _runs_on_triton(query, key, value)
-    has_plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-    if is_decode_step and has_plain_mask and attention.config._attn_implementation == "sdpa":
-        return decode_attention(query, key, value, attention_mask, scaling), None
+    if attention.config._attn_implementation == "sdpa" and query.shape[2] == 1 and not query.requires_grad:
+        has_plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+        if has_plain_mask and _runs_on_triton(query, key, value):
+            return decode_attention(query, key, value, attention_mask, scaling), None
     return attention_interface(attention, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

@@ -28,7 +28,11 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -717,6 +721,21 @@ class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
             velocities=outputs.velocities,
             mus=outputs.mus,
         )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: ComplexityDeepConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values, **kwargs
+    ) -> Tensor | None:
+        """The library's mask for a static cache of L positions; that of one new token is the padding mask alone.
+
+        attention_mask: [B, positions so far]. Returns bool [B, 1, 1, L] for one token, made in two operations: the
+        library's ten or so are launched one by one between two steps, while the GPU waits.
+        """
+        is_plain = config.sliding_window is None and config._attn_implementation == "sdpa"
+        if not is_plain or attention_mask is None or inputs_embeds.shape[1] != 1:
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        length, _ = past_key_values.get_mask_sizes(1, 0)
+        return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))[:, None, None]
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, routing_ids: Tensor | None = None, **kwargs

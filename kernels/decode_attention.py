@@ -110,7 +110,7 @@ def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     out = query.new_empty(B, 1, A, D)
     acc = torch.empty(B, A, parts, D, dtype=torch.float32, device=query.device) if parts > 1 else out
     stats = torch.empty(B, A, parts, 2, dtype=torch.float32, device=query.device) if parts > 1 else out
-    BD = triton.next_power_of_2(D)
+    BD = max(16, triton.next_power_of_2(D))  # the least that tl.dot takes
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     decode_attention_kernel[B * K, parts](
         query, key, value, mask, out, acc, stats, scale, K, A // K, L, D, length,

@@ -205,6 +205,7 @@ def benchmark_generate(args) -> list[dict]:
 def benchmark_kernels(args) -> list[dict]:
     if not args.device.startswith("cuda"):
         sys.exit("benchmark.py kernels needs a CUDA device.")
+    from kernel_cases_attention import decode_attention_rows
     from kernel_cases_dynamics import dynamics_decode_rows, dynamics_rows, qkv_decode_rows, qkv_rows
     from kernel_cases_experts import cggr_rows
 
@@ -214,6 +215,7 @@ def benchmark_kernels(args) -> list[dict]:
     cases += [functools.partial(cggr_rows, 65536, experts, only=["cggr"]) for experts in (64, 256)]
     cases += [dynamics_rows, qkv_rows]
     cases += [functools.partial(rows, tokens) for rows in (dynamics_decode_rows, qkv_decode_rows) for tokens in (1, 32)]
+    cases += [functools.partial(decode_attention_rows, *shape) for shape in ((1, 512), (32, 512), (32, 4096))]
     measured = [entry for case in tqdm(cases, desc="kernels", file=sys.stderr) for entry in case()]
     return [
         row(
@@ -309,7 +311,7 @@ def chart(rows: list[dict], path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.device.startswith("cuda") and not args.skip_tests:
-        names = ("token_routed_gemm", "fused_dynamics", "mu_guided_qkv")
+        names = ("token_routed_gemm", "fused_dynamics", "mu_guided_qkv", "decode_attention")
         tests = [str(REPOSITORY / f"tests/test_{name}.py") for name in names]
         if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=REPOSITORY).returncode:
             sys.exit("The kernel tests fail: no figure is reported.")
