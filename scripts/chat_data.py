@@ -1,0 +1,290 @@
+"""Conversations to fine-tune on: where they come from, the formats they come in, and which of their tokens are learned.
+
+    python scripts/chat_data.py allenai/ai2_arc:ARC-Easy 'data/*.jsonl'
+
+prints the first conversation of each source. A source is one of
+
+    HuggingFaceH4/ultrachat_200k::train_sft   a Hub dataset, its configuration and split (train if left out)
+    "data/sft/*.parquet"                      local files: .parquet, .jsonl or .json
+
+and its format is known by its columns, see FORMATS: chat messages, prompt and completion, Dolly, Alpaca, or one of the
+multiple-choice sets, whose rows become a question with lettered choices and an answer such as "B. the Moon".
+"""
+
+import argparse
+import glob
+import hashlib
+import os
+import re
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+from jinja2 import TemplateError
+from text_sources import BUILDERS, InputError, is_held_out
+from trl.chat_template_utils import get_training_chat_template
+
+# What a row becomes: the turns given to the model, and those from which it learns what the assistant says.
+Turns = tuple[list[dict], list[dict]]
+
+
+def exchange(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def multiple_choice(question: str, choices: list[str], answer: int) -> Turns:
+    if not 0 <= answer < len(choices):
+        raise ValueError(f"its answer is number {answer} of {len(choices)} choices; test splits have no answers")
+    lettered = [f"{letter}. {choice.strip()}" for letter, choice in zip(string.ascii_uppercase, choices)]
+    return [], exchange("\n".join([question.strip(), *lettered]), lettered[answer])
+
+
+def from_prompt(row: dict) -> Turns:
+    prompt, completion = row["prompt"], row["completion"]
+    return ([], exchange(prompt, completion)) if isinstance(prompt, str) else (prompt, completion)
+
+
+def from_instruction(instruction: str, context: str | None, answer: str) -> Turns:
+    return [], exchange(f"{instruction.strip()}\n\n{context or ''}".strip(), answer)
+
+
+def from_arc(row: dict) -> Turns:
+    labels = row["choices"]["label"]  # letters, or the digits from 1 on
+    return multiple_choice(row["question"], row["choices"]["text"], labels.index(row["answerKey"]))
+
+
+def from_sciq(row: dict) -> Turns:
+    choices = [row["correct_answer"], row["distractor1"], row["distractor2"], row["distractor3"]]
+    # An order that depends on the texts alone, because the right one has a column of its own.
+    choices.sort(key=lambda choice: hashlib.blake2b(f"{row['question']}|{choice}".encode()).digest())
+    return multiple_choice(row["question"], choices, choices.index(row["correct_answer"]))
+
+
+def from_hellaswag(row: dict) -> Turns:
+    def clean(text: str) -> str:  # texts from WikiHow have marks such as [title] left in them
+        return " ".join(re.sub(r"\[\w+\]", " ", text).split())
+
+    question = f"How does this text continue?\n{clean(row['ctx'])}"
+    return multiple_choice(question, [clean(ending) for ending in row["endings"]], int(row["label"] or -1))
+
+
+def from_winogrande(row: dict) -> Turns:
+    question = f"Which choice belongs in the blank?\n{row['sentence']}"
+    return multiple_choice(question, [row["option1"], row["option2"]], int(row["answer"] or 0) - 1)
+
+
+# Name -> the columns by which a format is known, and what makes turns of a row; the first that fits is taken.
+FORMATS: dict[str, tuple[set[str], Callable[[dict], Turns]]] = {
+    "chat": ({"messages"}, lambda row: ([], row["messages"])),
+    "prompt and completion": ({"prompt", "completion"}, from_prompt),
+    "Dolly": (
+        {"instruction", "context", "response"},
+        lambda row: from_instruction(row["instruction"], row["context"], row["response"]),
+    ),
+    "Alpaca": (
+        {"instruction", "input", "output"},
+        lambda row: from_instruction(row["instruction"], row["input"], row["output"]),
+    ),
+    "MMLU": (
+        {"question", "choices", "answer"},
+        lambda row: multiple_choice(row["question"], row["choices"], row["answer"]),
+    ),
+    "ARC": ({"question", "choices", "answerKey"}, from_arc),
+    "SciQ": ({"question", "correct_answer", "distractor1", "distractor2", "distractor3"}, from_sciq),
+    "HellaSwag": ({"ctx", "endings", "label"}, from_hellaswag),
+    "WinoGrande": ({"sentence", "option1", "option2", "answer"}, from_winogrande),
+}
+
+
+def load_source(source: str) -> tuple[datasets.Dataset, dict]:
+    """The rows of a source, and its name, configuration and split for the record."""
+    suffix = Path(source.removesuffix(".gz")).suffix
+    configuration, split = "", "train"
+    if suffix in BUILDERS and suffix != ".txt":
+        name, files = source, sorted(glob.glob(os.path.expanduser(source), recursive=True))
+        if not files:
+            raise InputError(f"No file matches the source '{source}'.")
+        path, options = BUILDERS[suffix], {"data_files": files}
+    else:
+        name, configuration, split, *rest = [*source.split(":"), "", ""]
+        path, split, options = name, split or "train", {"name": configuration or None}
+        if name.count("/") != 1 or os.path.exists(name) or any(rest):
+            raise InputError(
+                f"Unknown source '{source}': it is not a file or pattern ending in .parquet, .jsonl or .json, and not "
+                "a Hub dataset written owner/name, owner/name:configuration or owner/name:configuration:split."
+            )
+    try:
+        rows = datasets.load_dataset(path, split=split, **options)
+    except Exception as error:  # the Hub client, the network and each file format raise classes of their own
+        cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"The source '{source}' cannot be read: {cause[0]}") from error
+    if rows.column_names == ["train"]:  # how the Hub has MMLU's auxiliary_train
+        rows = rows.flatten().rename_columns({f"train.{column}": column for column in rows.features["train"]})
+    return rows, {"name": name, "configuration": configuration or None, "split": split}
+
+
+def format_of(rows: datasets.Dataset, source: str) -> str:
+    for name, (columns, _) in FORMATS.items():
+        if columns <= set(rows.column_names):
+            return name
+    raise InputError(
+        f"The source '{source}' has no column 'messages', nor 'prompt' and 'completion', nor those of another known "
+        f"format ({', '.join(list(FORMATS)[2:])}); its columns are: {', '.join(rows.column_names)}."
+    )
+
+
+def check_turns(given: list[dict], learned: list[dict]) -> list[dict]:
+    """All messages with nothing but role and content, stripped; ValueError if they are no conversation."""
+    messages = [
+        # Stripped, because white space at an edge would melt into one token with the newline of the template.
+        {"role": message["role"], "content": message["content"].strip()}
+        for message in [*given, *learned]
+    ]
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if not roles:
+        raise ValueError("it has no messages")
+    if roles[0] != "user":
+        raise ValueError(f"it starts with the {roles[0]}; a conversation starts with the user, or a system message")
+    if all(message["role"] != "assistant" for message in learned):
+        raise ValueError("there is nothing to learn in it, for the assistant says nothing")
+    return messages
+
+
+class ChatEncoder:
+    """Conversations to token ids, with a mask of what the assistant says, end-of-turn token included."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        if tokenizer.chat_template is None:
+            raise InputError(
+                "The tokenizer has no chat template: give one with --chat-template-path template.jinja, or use a "
+                "tokenizer of scripts/train_tokenizer.py, which has one."
+            )
+        try:
+            # Well-known templates without marks have a twin with them in TRL.
+            self.template = get_training_chat_template(tokenizer)
+        except ValueError as error:
+            raise InputError(
+                "The chat template has no {% generation %} marks around what the assistant says, so nobody knows what "
+                "to learn: put them in, or give another template with --chat-template-path."
+            ) from error
+        try:
+            ids, mask = self.render([*exchange("question", "answer"), {"role": "user", "content": "question"}])
+        except TemplateError as error:
+            raise InputError(f"The chat template cannot be rendered: {error}") from error
+        learned = [token for token, kept in zip(ids, mask) if kept]
+        while learned and not tokenizer.decode(learned[-1]).strip():
+            learned.pop()  # a newline after the end-of-turn token
+        if not learned or learned[-1] not in tokenizer.added_tokens_decoder:
+            raise InputError(
+                "The {% generation %} marks of the chat template leave out the end-of-turn token, so that the model "
+                "would never learn to stop: move {% endgeneration %} behind it."
+            )
+        self.end_of_turn_id: int = learned[-1]
+
+    def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        rendered = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},  # not a warning for each long one
+        )
+        return rendered["input_ids"], rendered["assistant_masks"]
+
+    def __call__(self, row: dict, index: int, source: str, format_name: str) -> dict:
+        try:
+            given, learned = FORMATS[format_name][1](row)
+            messages = check_turns(given, learned)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = (
+                error if isinstance(error, ValueError) else f"a value in it is missing or of the wrong type ({error})"
+            )
+            raise InputError(f"Row {index} of '{source}' is no conversation ({format_name} format): {what}.") from error
+        ids, mask = self.render(messages)
+        if given:  # what the assistant said in the prompt is not learned
+            start = len(self.render(messages[: len(given)])[0])
+            mask = [0] * start + mask[start:]
+        return {"messages": messages, "input_ids": ids, "assistant_masks": mask, "length": len(ids)}
+
+
+def load_conversations(
+    source: str, encoder: ChatEncoder, max_length: int, drop_long: bool, num_proc: int | None = None
+) -> tuple[datasets.Dataset, dict]:
+    """Encoded conversations (messages, input_ids, assistant_masks, length) of a source, and the record of it."""
+    rows, record = load_source(source)
+    record["format"] = format_of(rows, source)
+    rows = rows.map(
+        encoder,
+        with_indices=True,
+        fn_kwargs={"source": source, "format_name": record["format"]},
+        remove_columns=rows.column_names,
+        features=datasets.Features(
+            {
+                "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+                "input_ids": datasets.List(datasets.Value("int32")),
+                "assistant_masks": datasets.List(datasets.Value("int8")),
+                "length": datasets.Value("int32"),
+            }
+        ),
+        num_proc=num_proc,
+        desc=f"reading {source}",
+    )
+    lengths = rows["length"][:]
+    fitting = [index for index, length in enumerate(lengths) if length <= max_length]
+    record["too_long"] = len(rows) - len(fitting)
+    if record["too_long"] and not drop_long:
+        longest = max(range(len(rows)), key=lengths.__getitem__)
+        raise InputError(
+            f"{record['too_long']:,} of {len(rows):,} conversations of '{source}' are longer than max_length "
+            f"{max_length} (row {longest} has {lengths[longest]:,} tokens); cutting them would lose the ends of "
+            "answers, so raise max_length, or leave these conversations out with --drop-long-conversations."
+        )
+    rows = rows.select(fitting)
+    if len(rows) == 0:
+        raise InputError(f"The source '{source}' holds no conversation of at most {max_length} tokens.")
+    return rows, record
+
+
+def split_held_out(rows: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Conversations to train on and those held out, by the hash of their text."""
+    held_out, kept = [], []
+    for index, messages in enumerate(rows["messages"]):
+        text = "\n".join(message["content"] for message in messages)
+        (held_out if is_held_out(text, fraction) else kept).append(index)
+    return rows.select(kept), rows.select(held_out)
+
+
+def mix(parts: list[datasets.Dataset], weights: list[float] | None, seed: int) -> datasets.Dataset:
+    """One shuffled dataset of the parts.
+
+    With weights, conversation by conversation from part i with probability weights[i], until every part was read to
+    its end; shorter ones start again meanwhile. Without weights, each conversation once.
+    """
+    if weights is None:
+        mixture = datasets.concatenate_datasets(parts)
+    else:
+        if len(weights) != len(parts) or min(weights) <= 0:
+            raise InputError(f"{len(parts)} sources need as many positive weights, but the weights are {weights}.")
+        probabilities = [weight / sum(weights) for weight in weights]
+        mixture = datasets.interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="all_exhausted")
+    return mixture.shuffle(seed=seed)
+
+
+def main(sources: list[str]) -> None:
+    for source in sources:
+        rows, record = load_source(source)
+        name = format_of(rows, source)
+        print(f"# {source}: {len(rows):,} rows of {record['split']}, {name} format")
+        for message in check_turns(*FORMATS[name][1](rows[0])):
+            print(f"{message['role']}: {message['content']}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", help="one or more sources, as above")
+    try:
+        main(parser.parse_args().sources)
+    except InputError as error:
+        parser.error(str(error))
