@@ -233,13 +233,13 @@ def _launch_dynamics(h, v, r, z, mu, w, b, dt: float, highway: bool):
     h_out, v_out = torch.empty_like(h), torch.empty_like(h)
     m_out, r_out = (torch.empty_like(h), torch.empty_like(h)) if highway else (h.new_empty(0), h.new_empty(0))
     # few tokens: the time is reading W_out, spread it over the chip; many: 188 us by sweep on an H200 (193 to 330 else)
-    BT, BH = (16, 16) if T <= FEW_TOKENS else (64, 32)
+    BT, BH, warps = (16, 8, 1) if T <= FEW_TOKENS else (64, 32, 4)
     if h.dtype == torch.float32:
         BT = min(BT, 32)
     inl_dynamics_fwd_kernel[triton.cdiv(H, BH), triton.cdiv(T, BT)](
         h, v, r, z, mu, w, b, h_out, v_out, m_out, r_out, T, H, z.shape[1], dt,
         HAS_RESIDUAL=r is not None, HIGHWAY=highway, PTX=PTX,
-        BT=BT, BH=BH, BC=max(16, triton.next_power_of_2(z.shape[1])), num_warps=4,
+        BT=BT, BH=BH, BC=max(16, triton.next_power_of_2(z.shape[1])), num_warps=warps,
     )  # fmt: skip
     return h_out, v_out, m_out, r_out
 
