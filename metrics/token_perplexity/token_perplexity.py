@@ -1,0 +1,50 @@
+"""Perplexity of a model that was already run, as a metric of the `evaluate` library.
+
+    metric = evaluate.load("metrics/token_perplexity")
+    metric.compute(nll=[61.2, 40.9], tokens=[20, 12])
+    metric.compute(nll=[61.2, 40.9], tokens=[20, 12], total_bytes=150)
+
+One entry is one document, or one row of packed documents.
+"""
+
+import math
+
+import datasets
+import evaluate
+import numpy as np
+
+DESCRIPTION = "Negative log-likelihood per token with its standard error, perplexity, and bits per byte."
+INPUTS = """
+Args:
+    nll: summed negative log-likelihood of each document, in nats.
+    tokens: number of tokens that each sum is over.
+    total_bytes (optional): UTF-8 bytes of all documents together.
+Returns:
+    nll_per_token: nats per token, over all tokens.
+    stderr: standard error of nll_per_token; None for a single document.
+    perplexity: exp(nll_per_token).
+    bits_per_byte: only with total_bytes.
+"""
+
+
+class TokenPerplexity(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description=INPUTS,
+            features=datasets.Features({"nll": datasets.Value("float64"), "tokens": datasets.Value("int64")}),
+        )
+
+    def _compute(self, nll: list[float], tokens: list[int], total_bytes: int | None = None) -> dict:
+        nll, tokens = np.asarray(nll), np.asarray(tokens)
+        mean = float(nll.sum() / tokens.sum())
+        # Tokens of one document are not independent, documents are: the error of a ratio of sums over documents.
+        documents, residuals = len(nll), nll - mean * tokens
+        stderr = None
+        if documents > 1:
+            stderr = math.sqrt(documents / (documents - 1) * float(residuals @ residuals)) / int(tokens.sum())
+        scores = {"nll_per_token": mean, "stderr": stderr, "perplexity": float(np.exp(mean))}
+        if total_bytes is not None:
+            scores["bits_per_byte"] = float(nll.sum()) / math.log(2) / total_bytes
+        return scores
