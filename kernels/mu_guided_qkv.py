@@ -295,7 +295,8 @@ def _qk_norm_rope_backward(
 
 @_qk_norm_rope_backward.register_fake
 def _(dq, dk, query, key, query_weight, key_weight, cos, sin, eps):
-    dw = (query.new_empty(0 if w is None else w.shape) for w in (query_weight, key_weight))
+    # the weights' own dtype: under autocast they stay fp32 while queries and keys do not
+    dw = (query.new_empty(0) if w is None else torch.empty_like(w) for w in (query_weight, key_weight))
     return query.new_empty(query.shape), key.new_empty(key.shape), *dw
 
 

@@ -152,11 +152,15 @@ def benchmark_train(args) -> list[dict]:
             torch.cuda.reset_peak_memory_stats()
 
         def step(step_model=step_model, optimizer=optimizer, inputs=inputs):
-            step_model(**inputs, use_cache=False).loss.backward()
+            loss = step_model(**inputs, use_cache=False).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
 
         times = timed(step, args.repeats, args.device, warmup=3)
+        if not torch.isfinite(step()):
+            sys.exit(f"{name} trains to a loss that is not finite: no figure is reported.")
         case = f"{Path(args.model_config).stem} {args.batch_size}x{args.sequence_length} step"
         case += f", documents of {args.document_length}" if args.document_length else ""
         variant = f"{name}, {args.attn_implementation}, {'compiled' if args.compile else 'eager'}"

@@ -1,6 +1,8 @@
 """The tokenizer of a run and a model with fresh weights for it, with every mix-up said in one sentence."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import torch
@@ -9,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 # A vocabulary is often padded to a multiple of at most this, for the sake of the matmul; more than that is a mix-up.
 LARGEST_VOCABULARY_PADDING = 128
+# What writes to the residual stream in models built like Llama, experts included.
+RESIDUAL_PROJECTION = re.compile(r"\.(o_proj|down_proj)(\.weight)?$")
 
 
 def load_tokenizer(path: str):
@@ -23,10 +27,17 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def new_model(path: str, tokenizer, attn_implementation: str, routing: str | None = None) -> PreTrainedModel:
+def new_model(
+    path: str,
+    tokenizer,
+    attn_implementation: str,
+    routing: str | None = None,
+    scaled_residual_init: bool | None = None,
+) -> PreTrainedModel:
     """A model with fresh weights in fp32; a vocab_size of null in the file means the tokenizer's.
 
-    `routing` replaces the file's. A "balanced" table is that of modulo until its tokens are counted.
+    `routing` and `scaled_residual_init` replace the file's. A "balanced" table is that of modulo until its tokens are
+    counted.
     """
     try:
         shape = json.loads(Path(path).read_text())
@@ -42,12 +53,28 @@ def new_model(path: str, tokenizer, attn_implementation: str, routing: str | Non
         )
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         shape[name] = getattr(tokenizer, name)
-    if routing is not None:
-        shape["routing"] = routing
+    options = {"routing": routing, "scaled_residual_init": scaled_residual_init}
+    shape.update({name: value for name, value in options.items() if value is not None})
     try:
         config = AutoConfig.for_model(model_type, **shape)
     except ValueError as error:
         raise InputError(f"'{path}' is not a model that can be built: {error}") from error
     if shape.get("routing") and not getattr(config, "is_routed", False):
         raise InputError(f"routing is for token-routed models, and '{path}' is none.")
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+    if shape.get("scaled_residual_init") and model_type != "complexity-deep":  # which does it by itself
+        scale_residual_projections(model)
+    return model
+
+
+@torch.no_grad()
+def scale_residual_projections(model: PreTrainedModel) -> None:
+    """Divide the fresh weights that write to the residual stream by sqrt(2 x layers) (GPT-2, section 2.3)."""
+    scaled = [parameter for name, parameter in model.named_parameters() if RESIDUAL_PROJECTION.search(name)]
+    if not scaled:
+        raise InputError(
+            f"{model.config.model_type} has no projection named like Llama's o_proj and down_proj: "
+            "set scaled_residual_init to false."
+        )
+    for parameter in scaled:
+        parameter /= math.sqrt(2 * model.config.num_hidden_layers)

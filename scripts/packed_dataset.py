@@ -15,6 +15,7 @@ own share without end, so ranks never wait for one that ran out of text.
 """
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator
 
 import datasets
@@ -172,7 +173,16 @@ class ResumableLoader(torch.utils.data.DataLoader):
     in that order, and a resumed loader begins with worker 0 on the oldest one.
     """
 
+    seconds_waited = 0.0  # by whoever takes the batches
+
     def __iter__(self) -> Iterator[dict]:
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)  # without end
+            except InputError as error:  # a worker's arrives as the text of its traceback
+                raise InputError(str(error).splitlines()[-1].removeprefix("text_sources.InputError: ")) from None
+            self.seconds_waited += time.perf_counter() - start
             self.dataset.cursors = [*self.dataset.cursors[1:], batch.pop("cursor")]
             yield batch

@@ -13,15 +13,17 @@ same command again resumes from the newest intact checkpoint, with no document r
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
 from architecture_monitors import ArchitectureMonitors
 from atomic_checkpoint import AtomicCheckpointMixin, last_good_checkpoint
+from chunked_loss import use_chunked_loss
 from new_model import load_tokenizer, new_model
 from packed_dataset import PackedCollator, PackedDocuments, ResumableLoader, held_out_rows
+from perplexity_metric import perplexity_metrics, token_nll
 from routing_balance import compare_routing, count_once
 from text_sources import InputError, load_sources
 from training_report import TrainingProgress, flops_per_token, write_report
@@ -70,6 +72,10 @@ class ScriptArguments:
     routing: str | None = field(
         default=None, metadata={"help": "Routing table of a new model: modulo, random or balanced (else the config's)."}
     )
+    scaled_residual_init: bool | None = field(
+        default=None,
+        metadata={"help": "Start the projections that write to the residual stream smaller, by sqrt(2 x layers)."},
+    )
     routing_sample_tokens: float = field(
         default=20e6, metadata={"help": "Balance the routing table over this many tokens from the start of the text."}
     )
@@ -79,6 +85,12 @@ class ScriptArguments:
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "Attention backend: eager, sdpa, flash_attention_2, ..."}
     )
+    chunked_loss: bool = field(
+        default=True, metadata={"help": "Compute the loss without ever holding the logits of all tokens."}
+    )
+    z_loss: float = field(
+        default=0.0, metadata={"help": "Weight of the squared log of the softmax's denominator (1e-4 is usual)."}
+    )
 
 
 class PretrainTrainer(AtomicCheckpointMixin, Trainer):
@@ -86,6 +98,12 @@ class PretrainTrainer(AtomicCheckpointMixin, Trainer):
 
     def __init__(self, *, text_settings: dict, progress: TrainingProgress, **kwargs):
         super().__init__(**kwargs)
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and parallelism.non_data_parallel_size > 1:
+            raise InputError(
+                "Processes that share a row (tensor, context or sequence parallelism) would each read other text here: "
+                "use DDP, FSDP2 or DeepSpeed ZeRO, as in recipes/accelerate."
+            )
         self.text_settings = text_settings
         self.progress = progress
         self.remove_callback(PrinterCallback)
@@ -101,7 +119,7 @@ class PretrainTrainer(AtomicCheckpointMixin, Trainer):
 
     def get_train_dataloader(self) -> ResumableLoader:
         # Not prepared by accelerate, which would read every row on every process: the dataset knows its share already.
-        return ResumableLoader(
+        self.progress.loader = ResumableLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
@@ -111,6 +129,7 @@ class PretrainTrainer(AtomicCheckpointMixin, Trainer):
             # Its own, because a starting loader draws from it, and a resumed run starts its loader once more.
             generator=torch.Generator(),
         )
+        return self.progress.loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.state.global_step >= self.args.max_steps:
@@ -181,11 +200,22 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
     logging.disable_progress_bar()  # the one for writing weights would break into the training bar at every checkpoint
     with training_args.main_process_first(local=False, desc="looking for a checkpoint"):
         checkpoint = last_good_checkpoint(training_args.output_dir)
+    training_args.logging_nan_inf_filter = False  # it would show a run that diverged as one at loss 0
     training_args.ignore_data_skip = True  # the stream goes to its place by itself, without reading what was used
     training_args.eval_on_start = checkpoint is None
 
     tokenizer = load_tokenizer(script_args.tokenizer)
-    model = new_model(script_args.model_config, tokenizer, script_args.attn_implementation, script_args.routing)
+    model = new_model(
+        script_args.model_config,
+        tokenizer,
+        script_args.attn_implementation,
+        script_args.routing,
+        script_args.scaled_residual_init,
+    )
+    if script_args.chunked_loss:
+        use_chunked_loss(model, script_args.z_loss)
+    elif script_args.z_loss:
+        raise InputError("z_loss is a part of the chunked loss: set chunked_loss to true, or z_loss to 0.")
     row_length = script_args.row_length or model.config.max_position_embeddings
     if row_length > model.config.max_position_embeddings:
         raise InputError(
@@ -209,6 +239,8 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
         train_dataset=training_rows,
         eval_dataset=validation_rows,
         data_collator=PackedCollator(script_args.mask_across_documents),
+        compute_metrics=perplexity_metrics,
+        preprocess_logits_for_metrics=token_nll,
         processing_class=tokenizer,
         text_settings={
             "sources": script_args.sources,
@@ -237,15 +269,20 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
     if trainer.is_world_process_zero():
         perplexity = math.exp(metrics["eval_loss"])
         facts = {
-            "model config, tokenizer": f"{script_args.model_config}, {script_args.tokenizer}",
-            "text": ", ".join(script_args.sources),
-            "steps x rows x tokens": f"{training_args.max_steps:,} x {rows_per_step} x {row_length}",
-            "documents read by process 0": f"{sum(c['documents_read'] for c in training_rows.cursors):,}",
+            "text": script_args.sources,
+            "tokens": training_args.max_steps * rows_per_step * row_length,
+            "steps": training_args.max_steps,
+            "rows_per_step": rows_per_step,
+            "row_length": row_length,
+            "documents_read_by_process_0": sum(cursor["documents_read"] for cursor in training_rows.cursors),
+            "passes_over_the_text": 1 + min(cursor["epoch"] for cursor in training_rows.cursors),
+            "processes": training_args.world_size,
         }
         if routing:
             ids = torch.tensor(validation_rows["input_ids"])
             facts.update(compare_routing(model, ids, training_args.per_device_train_batch_size))
-        write_report(training_args.output_dir, model, trainer.state.log_history, facts)
+        options = {**asdict(script_args), **training_args.to_dict()}
+        write_report(training_args.output_dir, model, trainer.state.log_history, facts, options)
         print(f"{training_args.output_dir}: held-out perplexity {perplexity:.2f}")
     if training_args.push_to_hub:
         trainer.push_to_hub()

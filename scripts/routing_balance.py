@@ -49,17 +49,15 @@ def imbalance(table: Tensor, num_experts: int, ids: Tensor, rows_per_batch: int)
     return (total.max() / total.mean()).item(), per_batch.mean().item(), per_batch.max().item()
 
 
-def compare_routing(model, ids: Tensor, rows_per_batch: int) -> dict[str, str]:
-    """Rows of the summary: imbalance of the published table and of the model's own on the same rows [N, T]."""
+def compare_routing(model, ids: Tensor, rows_per_batch: int) -> dict[str, dict[str, float]]:
+    """Max over mean tokens per expert on the same rows [N, T], by the published table and by the model's own."""
     base, experts = model.base_model, model.config.num_experts
     tables = {
         "modulo": torch.arange(model.config.vocab_size) % experts,
         model.config.routing: base.token_to_expert.cpu(),
     }
-    facts = {}
+    measured = {}
     for name, table in tables.items():
         total, mean, worst = imbalance(table, experts, ids, rows_per_batch)
-        facts[f"expert imbalance on held-out text, {name} table"] = (
-            f"{total:.3f} in total; per batch of {rows_per_batch} x {ids.shape[1]}: {mean:.3f} mean, {worst:.3f} worst"
-        )
-    return facts
+        measured[f"expert_imbalance_{name}"] = {"total": total, "batch_mean": mean, "worst_batch": worst}
+    return measured

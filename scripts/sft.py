@@ -232,6 +232,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     if Path(model_args.model_name_or_path).resolve() == Path(training_args.output_dir).resolve():
         raise InputError("output_dir is the folder of the model: name another, so that the model stays what it was.")
     set_seed(training_args.seed)
+    training_args.logging_nan_inf_filter = False  # it would show a run that diverged as one at loss 0
     logging.disable_progress_bar()  # the one for writing weights would break into the training bar at every checkpoint
     with training_args.main_process_first(local=False, desc="looking for a checkpoint"):
         checkpoint = last_good_checkpoint(training_args.output_dir)

@@ -1,5 +1,6 @@
 """What a person sees of a training run: the progress bar while it runs, a page and a picture when it is over."""
 
+import json
 import math
 import re
 import statistics
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import matplotlib
 import torch
-import transformers
+from benchmark import provenance
+from text_sources import InputError
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProgressCallback
 
@@ -23,6 +25,11 @@ def peak_flops() -> float | None:
     """Peak of the current GPU where it is known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((peak for board, peak in PEAK_FLOPS.items() if board in name), None)
+
+
+def total_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the file, also those that the architecture never trains."""
+    return model.parameter_counts()["total"] if hasattr(model, "parameter_counts") else model.num_parameters()
 
 
 def active_parameters(model: PreTrainedModel) -> int:
@@ -47,9 +54,10 @@ class TrainingProgress(ProgressCallback):
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak = (peak_flops() or 0) * world_size
+        self.loader = None  # a ResumableLoader, to report how long training waits for it
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.clock, self.clocked_step = time.perf_counter(), state.global_step
+        self.clock, self.clocked_step, self.clocked_wait = time.perf_counter(), state.global_step, 0.0
         if state.is_world_process_zero:
             self.training_bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc="training", dynamic_ncols=True
@@ -61,14 +69,25 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.close()
 
     def measure(self, logs: dict, state) -> None:
-        """Add the throughput since the last measurement to the logs."""
+        """Add the throughput since the last measurement, and the most GPU memory so far, to the logs."""
         if "loss" not in logs:
             return
+        if not math.isfinite(logs["loss"]):
+            raise InputError(
+                f"The loss is {logs['loss']} by step {state.global_step}: start again in another output_dir, with a "
+                "lower learning_rate or more warmup_steps."
+            )
         now = time.perf_counter()
         tokens = (state.global_step - self.clocked_step) * self.tokens_per_step
-        logs["tokens_per_second"] = tokens / (now - self.clock)
+        logs["seconds"] = now - self.clock
+        logs["tokens_per_second"] = tokens / logs["seconds"]
         if self.peak:
             logs["mfu"] = logs["tokens_per_second"] * self.flops_per_token / self.peak
+        if self.loader is not None:
+            logs["data_wait_share"] = (self.loader.seconds_waited - self.clocked_wait) / logs["seconds"]
+            self.clocked_wait = self.loader.seconds_waited
+        if torch.cuda.is_available():
+            logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.clock, self.clocked_step = now, state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -110,28 +129,54 @@ def draw_expert_loads(output_dir: str, entry: dict) -> None:
     pyplot.close(figure)
 
 
-def write_report(output_dir: str, model: PreTrainedModel, log_history: list[dict], facts: dict[str, str]) -> None:
-    """Write training_summary.md and its pictures into the output folder."""
+def median(entries: list[dict], name: str) -> float | None:
+    values = [entry[name] for entry in entries if name in entry]
+    return statistics.median(values) if values else None
+
+
+def as_text(value) -> str:
+    """A value of the summary as a cell of its table."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name.replace('_', ' ')} {as_text(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(as_text, value))
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_report(output_dir: str, model: PreTrainedModel, log_history: list[dict], facts: dict, options=None) -> None:
+    """Write training_summary.md, the same for programs in training_summary.json, and the pictures.
+
+    `facts` (text, numbers, lists or dicts of them) become rows; `options`, what the run was started with, goes to the
+    JSON only.
+    """
     training = [entry for entry in log_history if "loss" in entry]
-    held_out = [entry for entry in log_history if "eval_loss" in entry]
+    held_out = list({entry["step"]: entry for entry in log_history if "eval_loss" in entry}.values())
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot([entry["step"] for entry in training], [entry["loss"] for entry in training], label="training")
     axes.plot([entry["step"] for entry in held_out], [entry["eval_loss"] for entry in held_out], "o", label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{model.config.model_type} pretraining")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{model.config.model_type}: loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(Path(output_dir, "loss_curve.png"), dpi=150)
     pyplot.close(figure)
 
-    rows = {
-        "parameters": f"{model.num_parameters():,} ({active_parameters(model):,} active per token)",
+    summary = {
+        "model_type": model.config.model_type,
+        "parameters": total_parameters(model),
+        "active_parameters": active_parameters(model),
         **facts,
-        "tokens per second (median)": f"{statistics.median(entry['tokens_per_second'] for entry in training):,.0f}",
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU x {torch.get_num_threads()}",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "training_seconds": sum(entry["seconds"] for entry in training),
+        "tokens_per_second": median(training, "tokens_per_second"),
+        "mfu": median(training, "mfu"),
+        "data_wait_share": median(training, "data_wait_share"),
+        "peak_memory_gib": max((entry.get("peak_memory_gib", 0) for entry in training), default=0) or None,
+        **provenance(),
     }
-    lines = [f"# {Path(output_dir).name}: pretraining summary", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    summary = {name: value for name, value in summary.items() if value is not None}
+    lines = [f"# {Path(output_dir).name}: training summary", "", "| | |", "|---|---|"]
+    lines += [f"| {name.replace('_', ' ')} | {as_text(value)} |" for name, value in summary.items()]
     lines += ["", "| step | held-out loss | held-out perplexity |", "|---:|---:|---:|"]
     lines += [f"| {e['step']} | {e['eval_loss']:.4f} | {math.exp(e['eval_loss']):,.2f} |" for e in held_out]
     lines += ["", "![training and held-out loss](loss_curve.png)", ""]
@@ -140,3 +185,8 @@ def write_report(output_dir: str, model: PreTrainedModel, log_history: list[dict
         draw_expert_loads(output_dir, monitored[-1])
         lines += ["![tokens per expert](expert_loads.png)", ""]
     Path(output_dir, "training_summary.md").write_text("\n".join(lines))
+    summary["held_out"] = [
+        {"step": e["step"], "loss": e["eval_loss"], "perplexity": math.exp(e["eval_loss"])} for e in held_out
+    ]
+    summary["options"] = options or {}
+    Path(output_dir, "training_summary.json").write_text(json.dumps(summary, indent=1))

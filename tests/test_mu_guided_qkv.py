@@ -170,6 +170,12 @@ def test_custom_op_contract():
     q, k, w, cos, sin = (x.float() for x in make(4, (1, 3, 2, 8), (1, 3, 1, 8), (8,), (1, 3, 8), (1, 3, 8)))
     arguments = q.requires_grad_(), k.requires_grad_(), w.requires_grad_(), None, cos, sin, EPS
     torch.library.opcheck(torch.ops.complexity_deep.qk_norm_rope.default, arguments, test_utils=checks)
+    # under autocast the weights of the norms stay fp32: a fake gradient of another dtype would be read as garbage
+    half = [x.detach().half() for x in (q, k)]
+    tables = [x.half() for x in (cos, sin)]
+    arguments = *half, *half, w.detach(), w.detach(), *tables, EPS
+    backward = torch.ops.complexity_deep.qk_norm_rope_backward.default
+    torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def both(x, m, q_weight, k_weight, cos, sin, *weights):

@@ -3,12 +3,12 @@
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -18,20 +18,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-from atomic_checkpoint import damage, last_good_checkpoint, write_manifest  # noqa: E402
-from packed_dataset import PackedCollator, PackedDocuments, ResumableLoader, held_out_rows, tokenize  # noqa: E402
-from text_sources import InputError, embedded_documents, is_held_out, load_sources, read_documents  # noqa: E402
-from train_tokenizer import train  # noqa: E402
+from atomic_checkpoint import UNFINISHED, damage, last_good_checkpoint, write_manifest
+from packed_dataset import PackedCollator, PackedDocuments, ResumableLoader, held_out_rows, tokenize
+from pretraining import ROW, finish, run_here, small_texts, start, write_corpus, write_recipe
+from text_sources import InputError, is_held_out, load_sources, read_documents
+from train_tokenizer import train
 
-ROW = 48
+STEPS = 100  # of the recipe below: two passes over its text and a little more
 
 
 @pytest.fixture(scope="module")
 def texts():
-    return [text[:600] for text in islice(embedded_documents(), 60)]
+    return small_texts()
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,8 @@ def tokenizer(texts):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, texts):
-    """The texts in three jsonl files, as a folder to read with a pattern."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for shard in range(3):
-        lines = [json.dumps({"text": text}) for text in texts[shard::3]]
-        (folder / f"{shard}.jsonl").write_text("\n".join(lines) + "\n")
+    folder = tmp_path_factory.mktemp("corpus") / "text"
+    write_corpus(folder, texts)
     return folder
 
 
@@ -198,60 +195,17 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, cap
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory, corpus, tokenizer):
-    """A recipe of a few seconds, with dropout so that the random state matters."""
+def recipe(tmp_path_factory):
+    """With dropout, so that the random state matters, and a checkpoint every other step."""
     folder = tmp_path_factory.mktemp("recipe")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    shape = json.loads((ROOT / "configs" / "tiny.json").read_text())
-    shape.update(vocab_size=None, num_hidden_layers=2, attention_dropout=0.1)
-    (folder / "model.json").write_text(json.dumps(shape))
-    options = {
-        "model_config": str(folder / "model.json"),
-        "tokenizer": str(folder / "tokenizer"),
-        "sources": [f"{corpus}/*.jsonl"],
-        "held_out_fraction": 0.2,
-        "held_out_rows": 8,
-        "row_length": ROW,
-        "shuffle_buffer": 7,
-        "max_steps": 24,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 0.01,
-        "logging_steps": 4,
-        "save_steps": 2,
-        "save_total_limit": 3,
-        "use_cpu": True,
-        "report_to": "none",
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(options))  # JSON is YAML
-    return path
-
-
-def pretrain(recipe: Path, *options: object, **popen) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), "--config", str(recipe), *map(str, options)]
-    popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": recipe.parent, **popen}
-    return subprocess.Popen(command, env=environment, **popen)
-
-
-def run_here(*options: object) -> None:
-    """The script in this process, which saves its imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain.py", *map(str, options)])
-        runpy.run_path(str(ROOT / "scripts" / "pretrain.py"), run_name="__main__")
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output
-    return output
+    saving = {"save_steps": 2, "save_total_limit": 3}
+    return write_recipe(folder, {"attention_dropout": 0.1}, max_steps=STEPS, logging_steps=4, **saving)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(recipe):
-    folder = recipe.parent / "uninterrupted"
-    return folder, finish(pretrain(recipe, "--output-dir", folder))
+    folder, log = recipe.parent / "uninterrupted", recipe.parent / "uninterrupted.log"
+    return folder, finish(start(log, "--config", recipe, "--output-dir", folder), log)
 
 
 def test_the_result_is_ready_for_the_hub(uninterrupted):
@@ -267,20 +221,74 @@ def test_the_result_is_ready_for_the_hub(uninterrupted):
     assert generated.shape[1] == len(tokenizer("The")["input_ids"]) + 4
 
 
-def test_killed_run_ends_with_the_same_bytes(recipe, uninterrupted):
-    """kill -9 at two random moments soon after a new checkpoint; they come every other step, so it may hit one."""
+def is_being_written(folder: Path, since: float) -> bool:
+    """Whether a checkpoint was begun after `since` and is not complete."""
+    try:
+        return (folder / UNFINISHED).stat().st_mtime > since
+    except FileNotFoundError:
+        return False
+
+
+def kill_at_a_random_moment(process, log: Path, folder: Path, inside_a_write: bool, chance: random.Random) -> bool:
+    """kill -9 during a checkpoint write, or some passes after the start, which may be before the first.
+
+    Returns whether a write was cut short.
+    """
+    passes, since = chance.randrange(8), time.time()
+    rows = Path(f"{log}.rows")
+    while process.is_alive():
+        if inside_a_write:
+            if is_being_written(folder, since):
+                break
+        elif rows.exists() and rows.read_bytes().count(b"\n") >= passes:
+            break
+        time.sleep(0.0005)
+    time.sleep((0.02 if inside_a_write else 0.2) * chance.random())
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, f"the run was over before it could be killed:\n{log.read_text()}"
+    return is_being_written(folder, since)
+
+
+def recorded_rows(logs: list[Path]) -> list[list[int]]:
+    """The rows trained on, in order; passes that a resumed run made once more must have had the same rows."""
+    passes = {}
+    for log in logs:
+        seen = Counter()
+        for line in Path(f"{log}.rows").read_text().splitlines():
+            try:
+                step, rows = json.loads(line)
+            except ValueError:  # cut short by the kill
+                break
+            assert passes.setdefault((step, seen[step]), rows) == rows
+            seen[step] += 1
+    assert sorted(passes) == [(step, half) for step in range(STEPS) for half in range(2)]
+    return [row for key in sorted(passes) for row in passes[key]]
+
+
+def test_killed_ten_times_the_run_ends_with_the_same_bytes(recipe, uninterrupted, texts):
+    """Three of the ten kills hit the writing of a checkpoint. KILL_SEED in the environment chooses other moments."""
+    chance = random.Random(os.environ.get("KILL_SEED", "0"))
+    inside_a_write = [True] * 3 + [False] * 7
+    chance.shuffle(inside_a_write)
     folder = recipe.parent / "killed"
-    for _ in range(2):
-        before = set(folder.glob("checkpoint-*"))
-        process = pretrain(recipe, "--output-dir", folder, stdout=subprocess.DEVNULL)
-        while process.poll() is None and set(folder.glob("checkpoint-*")) <= before:
-            time.sleep(0.005)
-        time.sleep(0.3 * random.random())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
-    assert "Resuming from" in finish(pretrain(recipe, "--output-dir", folder))
+    logs = [recipe.parent / f"killed_{number}.log" for number in range(11)]
+    cut_short = 0
+    for log, inside in zip(logs, inside_a_write):
+        process = start(log, "--config", recipe, "--output-dir", folder)
+        cut_short += kill_at_a_random_moment(process, log, folder, inside, chance)
+    assert cut_short >= 1, "no kill hit the writing of a checkpoint"
+    assert "Resuming from" in finish(start(logs[10], "--config", recipe, "--output-dir", folder), logs[10])
     assert_same_run(folder, uninterrupted[0])
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [{"input_ids": row} for row in recorded_rows(logs)]
+    assert rows == [{"input_ids": row} for row in recorded_rows([recipe.parent / "uninterrupted.log"])]
+    trained_on = documents_in(rows, tokenizer.eos_token_id)
+    expected = sorted(tuple(ids) for ids in tokenize(tokenizer, [t for t in texts if not is_held_out(t, 0.2)]))
+    first, second = trained_on[: len(expected)], trained_on[len(expected) : 2 * len(expected)]
+    assert sorted(first) == sorted(second) == expected, "every document once in every pass"
+    assert first != second, "every pass has an order of its own"
 
 
 def test_finished_run_given_again_changes_nothing(recipe, uninterrupted, capsys):
@@ -289,18 +297,19 @@ def test_finished_run_given_again_changes_nothing(recipe, uninterrupted, capsys)
     run_here("--config", recipe, "--output-dir", folder)
     assert capsys.readouterr().out.splitlines()[-1] == output.splitlines()[-1]
     assert (folder / "model.safetensors").read_bytes() == before
-    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 24
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == STEPS
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:
     weights, expected = load_file(folder / "model.safetensors"), load_file(reference / "model.safetensors")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    states = [json.loads((run / "checkpoint-24/data_state_0.json").read_text()) for run in (folder, reference)]
+    states = [json.loads((run / f"checkpoint-{STEPS}/data_state_0.json").read_text()) for run in (folder, reference)]
     for state in states:
         for cursor in state["cursors"]:
             # `datasets` resumes from previous_state; where it stood in the stream itself differs after a resume.
-            cursor["source"] = cursor["source"]["examples_iterable"]["examples_iterable"]["previous_state"]
+            if cursor["source"]:  # none in the first block of a pass
+                cursor["source"] = cursor["source"]["examples_iterable"]["examples_iterable"]["previous_state"]
     assert states[0] == states[1]
 
 
@@ -313,12 +322,17 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         (["--model-config", "nothing.json"], "'nothing.json' is not a readable JSON model config"),
         (["--row-length", "4096"], "row_length 4096 is more than the model's 128 positions."),
         (["--max-steps", "0"], "max_steps is needed"),
+        (["--sources", "empty.txt"], "The file 'empty.txt' is empty."),
+        (["--sources", "latin.jsonl"], "The source 'latin.jsonl' is not UTF-8 text"),
+        (["--chunked-loss", "false", "--z-loss", "1e-4"], "z_loss is a part of the chunked loss"),
         (["--optimiser", "x"], "--optimiser"),
         (["--max-steps", "many"], "--max-steps"),
     ],
 )
 def test_bad_input_gives_one_sentence(recipe, options, sentence, monkeypatch, capsys):
     monkeypatch.chdir(recipe.parent)
+    Path("empty.txt").touch()
+    Path("latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     with pytest.raises(SystemExit) as stop:
         run_here("--config", recipe, "--output-dir", recipe.parent / "bad", *options)
     last_line = (stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err).splitlines()[-1]
@@ -354,24 +368,66 @@ def test_changed_data_options_are_refused_on_resume(recipe, uninterrupted):
         run_here("--config", recipe, "--output-dir", uninterrupted[0], "--shuffle-buffer", 8)
 
 
-def test_disk_full_while_a_checkpoint_is_written(recipe, uninterrupted):
-    """A limit on the size of files stands for the full disk: the optimizer's file is larger than the weights'."""
-    import resource
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 5 MB, which takes two checkpoints, and what makes it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
-    folder = recipe.parent / "full"
-    shutil.copytree(uninterrupted[0] / "checkpoint-22", folder / "checkpoint-22")
-    limit = (folder / "checkpoint-22" / "model.safetensors").stat().st_size + 100_000
-    process = pretrain(
-        recipe,
-        *["--output-dir", folder],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)),
-    )
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 1
-    assert "checkpoint-24 could not be written" in output.splitlines()[-1], output
-    assert "checkpoint-22 is intact" in output.splitlines()[-1]
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-22"]
-    assert damage(folder / "checkpoint-22") is None
+
+def test_disk_full_while_a_checkpoint_is_written(recipe, uninterrupted, small_disk, tmp_path):
+    """One sentence, the checkpoints before stay as they are, and with more room the same command goes on from there."""
+    disk, enlarge = small_disk
+    folder, log = disk / "run", tmp_path / "log"
+    printed = finish(start(log, "--config", recipe, "--output-dir", folder), log, exitcode=1)
+    last_line = printed.splitlines()[-1]
+    assert "pretrain.py: error: checkpoint-6 could not be written" in last_line and "Traceback" not in printed
+    assert "checkpoint-4 is intact. Make room and give the same command again." in last_line
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert damage(folder / "checkpoint-4") is None
+    enlarge()
+    assert "checkpoint-4" in finish(start(log, "--config", recipe, "--output-dir", folder), log)
+    assert_same_run(folder, uninterrupted[0])
+
+
+def test_file_too_large_for_the_disk(recipe, uninterrupted, tmp_path):
+    """Where no tmpfs may be mounted, a limit on the size of files stands for the full disk."""
+    folder, log, last = tmp_path / "run", tmp_path / "log", f"checkpoint-{STEPS - 2}"
+    shutil.copytree(uninterrupted[0] / last, folder / last)
+    limit = (folder / last / "model.safetensors").stat().st_size + 100_000  # the optimizer's file is larger
+    process = start(log, "--config", recipe, "--output-dir", folder, file_limit=limit)
+    last_line = finish(process, log, exitcode=1).splitlines()[-1]
+    assert f"checkpoint-{STEPS} could not be written" in last_line and f"{last} is intact" in last_line
+    assert [path.name for path in folder.iterdir()] == [last]
+    assert damage(folder / last) is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_text_that_turns_out_bad_during_training(recipe, workers, capsys):
+    """The first file is long enough to start with; the second one is not UTF-8."""
+    folder = recipe.parent / f"late_{workers}"
+    folder.mkdir()
+    shutil.copy(recipe.parent / "text" / "0.jsonl", folder / "0.jsonl")
+    (folder / "1.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    options = ["--sources", f"{folder}/*.jsonl", "--held-out-rows", 1, "--dataloader-num-workers", workers]
+    with pytest.raises(SystemExit) as stop:
+        run_here("--config", recipe, "--output-dir", folder / "run", *options)
+    assert "not UTF-8 text" in stop.value.code and len(stop.value.code.splitlines()) == 1
+
+
+def test_document_longer_than_the_shuffle_buffer(tmp_path, tokenizer):
+    """The buffer counts documents, so one of any length goes through it whole."""
+    long = " ".join(["a long document"] * 500)
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, "short", long)))
+    dataset = packed(load_sources([str(path)]), tokenizer, shuffle_buffer=1)
+    documents = documents_in(rows_of_one_pass(dataset), tokenizer.eos_token_id)[:3]
+    assert documents == [tuple(ids) for ids in tokenize(tokenizer, [long, "short", long])]
 
 
 def test_no_documents(tmp_path, tokenizer):

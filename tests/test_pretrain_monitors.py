@@ -1,17 +1,15 @@
 """Monitors, balanced routing, token budgets and the shipped recipes of scripts/pretrain.py."""
 
 import json
-import runpy
 import sys
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from trl import TrlParser
 
 from complexity_deep.routing_complexity_deep import balanced_routing
@@ -21,58 +19,35 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import routing_balance  # noqa: E402
 from architecture_monitors import COMPONENTS, component_of, gradient_norms, read_monitors  # noqa: E402
+from new_model import load_tokenizer, new_model  # noqa: E402
 from packed_dataset import tokenize  # noqa: E402
-from text_sources import InputError, embedded_documents, is_held_out, load_sources  # noqa: E402
-from train_tokenizer import train  # noqa: E402
+from pretraining import ROW, run_here, small_texts, write_recipe  # noqa: E402
+from text_sources import InputError, is_held_out, load_sources  # noqa: E402
 
 from support import random_ids, tiny_model  # noqa: E402
 
-ROW = 48
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("sft_"))
 
 
 @pytest.fixture(scope="module")
 def texts():
-    return [text[:600] for text in islice(embedded_documents(), 60)]
+    return small_texts()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, texts):
-    """Text, tokenizer, two model shapes and a small recipe."""
+def folder(tmp_path_factory):
+    """A small recipe and what it needs, and the shape of a small Llama."""
     folder = tmp_path_factory.mktemp("monitors")
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    train(iter(texts), vocab_size=300, model_max_length=ROW).save_pretrained(folder / "tokenizer")
-    shape = json.loads((ROOT / "configs" / "tiny.json").read_text())
-    shape.update(vocab_size=None, num_hidden_layers=2, use_mu_routing=True)
-    (folder / "model.json").write_text(json.dumps(shape))
+    watching = {"max_grad_norm": 0.1, "logging_steps": 1, "monitor_steps": 2}
+    write_recipe(folder, {"use_mu_routing": True}, **watching)
     llama = {"model_type": "llama", "vocab_size": None, "hidden_size": 32, "intermediate_size": 64}
     llama.update(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128)
     (folder / "llama.json").write_text(json.dumps(llama))
-    options = {
-        "model_config": str(folder / "model.json"),
-        "tokenizer": str(folder / "tokenizer"),
-        "sources": [str(folder / "text.jsonl")],
-        "held_out_fraction": 0.2,
-        "held_out_rows": 8,
-        "row_length": ROW,
-        "shuffle_buffer": 7,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 0.01,
-        "max_grad_norm": 0.1,
-        "logging_steps": 1,
-        "monitor_steps": 2,
-        "use_cpu": True,
-        "report_to": "none",
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(options))  # JSON is YAML
     return folder
 
 
 def pretrain(folder: Path, *options: object) -> None:
-    """The script in this process, which saves its imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain.py", "--config", *map(str, [folder / "recipe.yaml", *options])])
-        runpy.run_path(str(ROOT / "scripts" / "pretrain.py"), run_name="__main__")
+    run_here("--config", folder / "recipe.yaml", *options)
 
 
 def log_of(run: Path) -> list[dict]:
@@ -109,7 +84,7 @@ def test_the_report_shows_loads_and_both_tables(run):
     assert "![tokens per expert](expert_loads.png)" in summary
     assert (run / "expert_loads.png").read_bytes()[:4] == b"\x89PNG"
     for table in ("modulo", "balanced"):
-        assert f"| expert imbalance on held-out text, {table} table | " in summary
+        assert f"| expert imbalance {table} | total " in summary
     assert AutoConfig.from_pretrained(run).routing == "balanced"
 
 
@@ -120,7 +95,7 @@ def test_table_is_counted_on_training_documents_and_kept_on_resume(folder, run, 
     documents = tokenize(tokenizer, [text for text in texts if not is_held_out(text, 0.2)])
     counts = Counter(token for document in documents for token in document)
     expected = torch.tensor([counts[token] for token in range(300)])
-    stream = load_sources([str(folder / "text.jsonl")])
+    stream = load_sources([f"{folder}/text/*.jsonl"])
     assert torch.equal(routing_balance.count_tokens(stream, tokenizer, 300, 20e6, 0.2), expected)
     monkeypatch.setattr(routing_balance, "TOKENIZED_TOGETHER", 8)
     assert 100 <= routing_balance.count_tokens(stream, tokenizer, 300, 100, 0.2).sum() < expected.sum()
@@ -146,7 +121,7 @@ def test_imbalance_by_hand():
 
 
 def test_counting_no_documents(folder):
-    stream = load_sources([str(folder / "text.jsonl")])
+    stream = load_sources([f"{folder}/text/*.jsonl"])
     with pytest.raises(InputError, match="no document to count"):
         routing_balance.count_tokens(stream, None, 300, 20e6, held_out_fraction=1.0)
 
@@ -204,6 +179,46 @@ def test_every_parameter_has_its_component():
     assert parts["embeddings"] == {"model.embed_tokens.weight"}
 
 
+def test_the_summary_holds_the_measurements(run):
+    summary = json.loads((run / "training_summary.json").read_text())
+    assert summary["tokens"] == summary["steps"] * 8 * ROW and summary["options"]["learning_rate"] == 0.01
+    assert summary["parameters"] > summary["active_parameters"] > 0
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in log_of(run) if "eval_loss" in entry}
+    assert {entry["step"]: entry["loss"] for entry in summary["held_out"]} == evaluated
+    entries = [entry for entry in log_of(run) if "loss" in entry]
+    assert summary["training_seconds"] == pytest.approx(sum(8 * ROW / entry["tokens_per_second"] for entry in entries))
+    assert all(0 < entry["data_wait_share"] < 1 for entry in entries)
+    assert {"device", "torch", "transformers", "commit", "date", "tokens_per_second"} <= summary.keys()
+
+
+def test_residual_projections_start_smaller_in_any_architecture(folder):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    for config, written in (("model.json", "o_proj"), ("llama.json", "o_proj"), ("llama.json", "down_proj")):
+        standard_deviations = []
+        for scaled in (False, True):
+            model = new_model(str(folder / config), tokenizer, "sdpa", scaled_residual_init=scaled)
+            weights = {name.split(".")[-2]: p.std().item() for name, p in model.named_parameters() if p.ndim == 2}
+            standard_deviations.append(weights)
+        plain, smaller = standard_deviations
+        assert smaller[written] == pytest.approx(plain[written] / (2 * model.config.num_hidden_layers) ** 0.5, rel=0.1)
+        assert smaller["q_proj"] == pytest.approx(plain["q_proj"], rel=0.1)
+    (folder / "gpt2.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}))
+    with pytest.raises(InputError, match="gpt2 has no projection named like"):
+        new_model(str(folder / "gpt2.json"), tokenizer, "sdpa", scaled_residual_init=True)
+
+
+@pytest.mark.parametrize("name, count", [("total", 32_504_832), ("active", 21_888_000)])
+def test_dense_peers_of_the_30m_shape(name, count):
+    """As many parameters as configs/30m.json has in total, or active, to a fifth of a percent."""
+    shapes = [json.loads((ROOT / "configs" / file).read_text()) for file in ("30m.json", f"30m_llama_{name}.json")]
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    assert all(shapes[0][field] == shapes[1][field] for field in same)
+    with torch.device("meta"):
+        ours, peer = (AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)) for shape in shapes)
+    assert ours.parameter_counts()[name] == count
+    assert peer.num_parameters() == pytest.approx(count, rel=2e-3)
+
+
 def test_other_models_are_not_monitored(folder):
     run = folder / "llama"
     pretrain(folder, "--output-dir", run, "--max-steps", 2, "--model-config", folder / "llama.json")
@@ -228,7 +243,7 @@ def test_bad_input_gives_one_sentence(folder, options, sentence, monkeypatch):
     assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
 
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_shipped_recipes_parse(recipe):
     import pretrain as script
 

@@ -1,0 +1,112 @@
+"""A small corpus, tokenizer and recipe for scripts/pretrain.py, and two ways to run it."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from text_sources import embedded_documents  # noqa: E402
+from train_tokenizer import train  # noqa: E402
+
+ROW = 48
+
+
+def small_texts() -> list[str]:
+    """60 texts of the standard library, of at most 600 characters."""
+    return [text[:600] for text in islice(embedded_documents(), 60)]
+
+
+def write_corpus(folder: Path, texts: list[str]) -> None:
+    """Three jsonl files in a new folder, to be read with a pattern."""
+    folder.mkdir(parents=True)
+    for shard in range(3):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[shard::3]]
+        (folder / f"{shard}.jsonl").write_text("".join(lines))
+
+
+def write_recipe(folder: Path, shape: dict, **options) -> Path:
+    """A recipe of a few seconds for a tiny model and all that it names, in `folder`; returns its path."""
+    texts = small_texts()
+    write_corpus(folder / "text", texts)
+    train(iter(texts), vocab_size=300, model_max_length=ROW).save_pretrained(folder / "tokenizer")
+    tiny = json.loads((ROOT / "configs" / "tiny.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**tiny, "vocab_size": None, "num_hidden_layers": 2, **shape}))
+    recipe = {
+        "model_config": str(folder / "model.json"),
+        "tokenizer": str(folder / "tokenizer"),
+        "sources": [f"{folder}/text/*.jsonl"],
+        "held_out_fraction": 0.2,
+        "held_out_rows": 8,
+        "row_length": ROW,
+        "shuffle_buffer": 7,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+        "report_to": "none",
+        **options,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+def run_here(*options: object) -> None:
+    """The script in this process, which saves its imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain.py", *map(str, options)])
+        runpy.run_path(str(ROOT / "scripts" / "pretrain.py"), run_name="__main__")
+
+
+def start(log: Path, *options: object, file_limit: int | None = None, environment: dict[str, str] | None = None):
+    """The script in a new process, forked from one that has done the imports.
+
+    What it prints goes to `log`, and the rows of every forward and backward pass, with their step, to `log`.rows.
+    `file_limit` bytes is the most that it may write into one file.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pretraining", "pretrain"])
+    process = context.Process(target=_run, args=(log, options, file_limit, environment or {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the imports of the first start
+        process.start()
+    return process
+
+
+def _run(log: Path, options: tuple, file_limit: int | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; matters to DataLoader workers
+    torch.set_num_threads(1)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    plain_step = transformers.Trainer.training_step
+
+    def recorded_step(trainer, model, inputs, *arguments, **more):
+        rows.write(json.dumps([trainer.state.global_step, inputs["input_ids"].tolist()]) + "\n")
+        rows.flush()
+        return plain_step(trainer, model, inputs, *arguments, **more)
+
+    transformers.Trainer.training_step = recorded_step
+    with open(log, "w") as output, open(f"{log}.rows", "w") as rows:
+        os.dup2(output.fileno(), 2)
+        with contextlib.redirect_stdout(output):
+            run_here(*options)
+
+
+def finish(process, log: Path, exitcode: int = 0) -> str:
+    """Wait for the end of a `start`ed process and return what it printed."""
+    process.join(500)
+    assert process.exitcode == exitcode, log.read_text()
+    return log.read_text()
