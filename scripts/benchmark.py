@@ -292,8 +292,8 @@ def chart(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     cases = list(dict.fromkeys(entry["case"] for entry in rows))
-    height = sum(1 for _ in rows) * 0.28 + len(cases) * 0.3 + 1
-    figure, axis = plt.subplots(figsize=(9, height))
+    height = len(rows) * 0.15 + len(cases) * 0.12 + 1.2
+    figure, axis = plt.subplots(figsize=(10, height), layout="constrained")
     position, ticks, labels = 0.0, [], []
     for case in cases:
         entries = [entry for entry in rows if entry["case"] == case]
@@ -307,9 +307,9 @@ def chart(rows: list[dict], path: Path) -> None:
         position -= 0.7
     axis.set_yticks(ticks, labels, fontsize=7)
     axis.axvline(1.0, color="black", linewidth=0.5)
-    axis.set_xlabel(f"time relative to the first variant of the case (less is better), {rows[0]['device']}")
+    axis.set_xlabel(f"time relative to the first variant of the case (less is better)\n{rows[0]['device']}")
     axis.margins(x=0.15)
-    figure.tight_layout()
+    axis.set_ylim(position + 1, 1)
     figure.savefig(path, dpi=130)
 
 

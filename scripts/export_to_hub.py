@@ -11,6 +11,7 @@ it, to a private repository unless --public is given, and tags the revision that
 """
 
 import argparse
+import importlib.metadata
 import os
 import re
 import shutil
@@ -24,12 +25,14 @@ import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from model_card import REPOSITORY, Run, write_card
+from model_card import PACKAGE, REPOSITORY, Run, write_card
 from text_sources import InputError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging
 
 try:
     from complexity_deep.checkpoint_complexity_deep import Checkpoint
+
+    importlib.metadata.version(PACKAGE)  # the card says which version wrote it
 except ImportError as error:
     sys.exit(f"The package is not installed ({error}): run `pip install -e .[train]` in the repository first.")
 

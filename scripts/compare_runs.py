@@ -1,0 +1,93 @@
+"""Put runs of pretrain.py or sft.py side by side: one table and one picture of their held-out losses.
+
+    python scripts/compare_runs.py runs/30m runs/30m_llama_total runs/30m_llama_active --output benchmarks/30m
+
+Writes OUTPUT.md and OUTPUT.png from the training_summary.json and trainer_state.json that the runs left.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+from text_sources import InputError
+
+matplotlib.use("Agg")  # no display is needed to write a file
+from matplotlib import pyplot
+
+# What must be the same for a comparison to mean anything; the table says where it is not.
+COMMON = ("text", "tokens", "rows_per_step", "row_length", "device", "torch", "transformers", "commit", "date")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of the runs")
+    parser.add_argument("--output", required=True, type=Path, help="where to write, without a suffix")
+    return parser.parse_args()
+
+
+def read(run: Path) -> dict:
+    """The summary of a run, with its curve of (step, training loss)."""
+    try:
+        summary = json.loads((run / "training_summary.json").read_text())
+        history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+        summary["curve"] = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+        return {"name": run.name, **summary, "last": summary["held_out"][-1]}
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(f"'{run}' is not the output folder of a finished run: {error}.") from error
+
+
+def table(runs: list[dict]) -> str:
+    lines = ["| | " + " | ".join(run["name"] for run in runs) + " |", "|---|" + "---:|" * len(runs)]
+
+    def add(title: str, cell) -> None:
+        lines.append(f"| {title} | " + " | ".join(cell(run) for run in runs) + " |")
+
+    add("model", lambda run: run["model_type"])
+    add("parameters", lambda run: f"{run['parameters']:,}")
+    add("active per token", lambda run: f"{run['active_parameters']:,}")
+    add("held-out loss, nats per token", lambda run: f"{run['last']['loss']:.4f}")
+    add("held-out perplexity", lambda run: f"{run['last']['perplexity']:.2f}")
+    add("tokens per second (median)", lambda run: f"{run['tokens_per_second']:,.0f}")
+    add("MFU", lambda run: f"{run['mfu']:.1%}" if "mfu" in run else "")
+    add("waiting for data", lambda run: f"{run['data_wait_share']:.1%}" if "data_wait_share" in run else "")
+    add("peak GPU memory, GiB", lambda run: f"{run['peak_memory_gib']:.2f}" if "peak_memory_gib" in run else "")
+    add("seed", lambda run: str(run["options"].get("seed", "")))
+    for name in COMMON:
+        values = [run.get(name) for run in runs]
+        if any(value != values[0] for value in values):
+            add(f"**differs: {name.replace('_', ' ')}**", lambda run, name=name: str(run.get(name)))
+    shared = {name: runs[0].get(name) for name in COMMON if len({str(run.get(name)) for run in runs}) == 1}
+    return "\n".join([*lines, "", "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in shared.items())])
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for run in runs:
+        line = axes.plot(*zip(*run["curve"]), alpha=0.3)[0]
+        held_out = [(entry["step"], entry["loss"]) for entry in run["held_out"]]
+        axes.plot(*zip(*held_out), "o-", color=line.get_color(), label=run["name"])
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="held-out loss (faint: training)")
+    lowest = min(entry["loss"] for run in runs for entry in run["held_out"])
+    axes.set_ylim(lowest - 0.2, lowest + 3)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(args: argparse.Namespace) -> None:
+    runs = [read(run) for run in args.runs]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    draw(runs, args.output.with_suffix(".png"))
+    text = f"# {args.output.name}\n\n{table(runs)}\n\n![held-out loss]({args.output.name}.png)\n"
+    args.output.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
