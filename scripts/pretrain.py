@@ -196,6 +196,11 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
             "Either max_tokens or max_steps is needed, and only one (0 takes back that of a recipe): text is a stream, "
             "and the number of its rows is not known beforehand."
         )
+    if training_args.n_gpu > 1:
+        raise InputError(
+            f"One process sees {training_args.n_gpu} GPUs: start one for each with `accelerate launch --config_file "
+            "recipes/accelerate/ddp.yaml`, or choose one with CUDA_VISIBLE_DEVICES."
+        )
     set_seed(training_args.seed)
     logging.disable_progress_bar()  # the one for writing weights would break into the training bar at every checkpoint
     with training_args.main_process_first(local=False, desc="looking for a checkpoint"):

@@ -271,3 +271,18 @@ def test_accelerate_configs_load(name, kind):
     words = path.read_text().splitlines()[0].split()
     assert words[:4] == ["#", "accelerate", "launch", "--config_file"]
     assert all((ROOT / word).is_file() for word in words if word.endswith((".yaml", ".py")))
+
+
+def test_a_run_that_diverges_stops_with_one_sentence(folder):
+    """Trainer's own filter would show loss 0 and train on."""
+    options = ("--learning-rate", 1e30, "--max-grad-norm", 0, "--logging-steps", 1, "--max-steps", 4)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(folder, *options, "--output-dir", folder / "diverged")
+    assert "The loss is nan by step" in str(stopped.value)
+
+
+def test_several_gpus_in_one_process_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(folder, "--max-steps", 2, "--output-dir", folder / "parallel")
+    assert "One process sees 2 GPUs" in str(stopped.value) and not (folder / "parallel").exists()
