@@ -43,6 +43,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1, help="rows per step")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row")
     parser.add_argument("--document-length", type=int, help="tokens of a document; they do not see each other (train)")
+    parser.add_argument("--mixed-precision", action="store_true", help="fp32 weights with bf16 autocast (train)")
+    parser.add_argument("--chunked-loss", action="store_true", help="the loss of pretrain.py (train)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations (train)")
     parser.add_argument("--attn-implementation", default="sdpa", help="attention backend of every model")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to decode (generate)")
     parser.add_argument("--repeats", type=int, default=7, help="timed repeats, after two warm-ups")
@@ -118,8 +121,9 @@ def row(benchmark: str, case: str, variant: str, times: list[float], tokens: int
     return result | ({"tflops": flops / median / 1e9} if flops else {}) | more
 
 
-def build(config, device: str, attn_implementation: str = "sdpa"):
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+def build(config, device: str, attn_implementation: str, dtype: torch.dtype | None = None):
+    """A model with random weights, in bf16 on a GPU and fp32 on the CPU unless `dtype` says otherwise."""
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 
@@ -140,7 +144,14 @@ def benchmark_train(args) -> list[dict]:
     rows = []
     for name, config in tqdm(peers(args.model_config, args.only).items(), desc="train", file=sys.stderr):
         torch.manual_seed(0)
-        model = build(config, args.device, args.attn_implementation).train()
+        dtype = torch.float32 if args.mixed_precision else None
+        model = build(config, args.device, args.attn_implementation, dtype).train()
+        if args.chunked_loss:
+            from chunked_loss import use_chunked_loss
+
+            use_chunked_loss(model)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         step_model = torch.compile(model) if args.compile else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device.startswith("cuda"))
         ids = zipf_ids(config.vocab_size, args.batch_size, args.sequence_length, device=args.device)
@@ -152,7 +163,8 @@ def benchmark_train(args) -> list[dict]:
             torch.cuda.reset_peak_memory_stats()
 
         def step(step_model=step_model, optimizer=optimizer, inputs=inputs):
-            loss = step_model(**inputs, use_cache=False).loss
+            with torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=args.mixed_precision):
+                loss = step_model(**inputs, use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -163,7 +175,9 @@ def benchmark_train(args) -> list[dict]:
             sys.exit(f"{name} trains to a loss that is not finite: no figure is reported.")
         case = f"{Path(args.model_config).stem} {args.batch_size}x{args.sequence_length} step"
         case += f", documents of {args.document_length}" if args.document_length else ""
-        variant = f"{name}, {args.attn_implementation}, {'compiled' if args.compile else 'eager'}"
+        options = ("mixed_precision", "chunked_loss", "gradient_checkpointing")
+        chosen = [option.replace("_", " ") for option in options if getattr(args, option)]
+        variant = ", ".join([name, args.attn_implementation, "compiled" if args.compile else "eager", *chosen])
         more = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if args.device.startswith("cuda") else {}
         flops = flops_per_token(model, args.sequence_length) * ids.numel()
         rows.append(row("train", case, variant, times, ids.numel(), flops, **more))
