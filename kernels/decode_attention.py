@@ -138,7 +138,10 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
     Returns: [B, 1, A, D]; zeros for a row that sees nothing. It has no gradient.
     """
-    if query.shape[2] != 1 or query.shape[1] % key.shape[1] or (mask is not None and mask.dtype != torch.bool):
+    fits = query.shape[2] == 1 and query.shape[1] % key.shape[1] == 0
+    if mask is not None:
+        fits = fits and mask.dtype == torch.bool and mask.shape[1:] == (1, 1, key.shape[2])
+    if not fits:
         raise ValueError(
             "decode_attention needs query [B, A, 1, D], key and value [B, K, L, D] with A a multiple of K, and a bool "
             f"mask [B or 1, 1, 1, L] or none, got {tuple(query.shape)}, {tuple(key.shape)} and "

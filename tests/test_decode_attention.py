@@ -86,6 +86,8 @@ def test_wrong_inputs_are_refused():
     query, key, value, seen = case(2, 4, 2, 9, 16, "rows")
     with pytest.raises(ValueError, match="bool"):
         decode_attention(query, key, value, seen.float(), 1.0)
+    with pytest.raises(ValueError, match="bool"):
+        decode_attention(query, key, value, seen[..., :-1], 1.0)
     with pytest.raises(ValueError, match="multiple of K"):
         decode_attention(query[:, :3], key, value, seen, 1.0)
 
