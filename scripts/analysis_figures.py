@@ -106,6 +106,7 @@ def noise_excess(analysis, drawn):
         pyplot.close(figure)
         return None
     limit = analysis["noise_limit"]
+    found = [value for key in parts for which in ("checkpoint", "untrained") for value in analysis[which][key]]
     for axes, (key, title) in zip(panels, parts.items()):
         axes.axhspan(-limit, limit, color=UNTRAINED, alpha=0.15, linewidth=0, label="where noise lies")
         for name, colour, label in (
@@ -113,7 +114,6 @@ def noise_excess(analysis, drawn):
             ("checkpoint", CHECKPOINT, "this checkpoint"),
         ):
             axes.plot(analysis[name][key], color=colour, marker="o", ms=4, label=label)
-        found = [*analysis["checkpoint"][key], *analysis["untrained"][key]]
         axes.set_yscale("symlog", linthresh=10)
         axes.set_ylim(min(-10, 1.5 * min(found)), max(100, 2 * max(found)))
         layer_axis(axes, len(analysis["checkpoint"][key]))

@@ -66,7 +66,7 @@ TOKEN_CLASSES = ("word start", "continuation", "digits", "punctuation", "whitesp
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hub id or folder, also in a published layout")
     parser.add_argument("--text", nargs="+", required=True, help="file patterns, Hub datasets or 'embedded'")
     parser.add_argument("--text-column", default="text", help="column that holds the text")

@@ -117,6 +117,8 @@ def load_source(source: str) -> tuple[datasets.Dataset, dict]:
     try:
         rows = datasets.load_dataset(path, split=split, **options)
     except Exception as error:  # the Hub client, the network and each file format raise classes of their own
+        if isinstance(error.__cause__ or error, StopIteration) or "corresponds to no data" in str(error):
+            raise InputError(f"The source '{source}' is empty: it holds no rows.") from error
         cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"The source '{source}' cannot be read: {cause[0]}") from error
     if rows.column_names == ["train"]:  # how the Hub has MMLU's auxiliary_train

@@ -59,7 +59,13 @@ def table(runs: list[dict]) -> str:
         if any(value != values[0] for value in values):
             add(f"**differs: {name.replace('_', ' ')}**", lambda run, name=name: str(run.get(name)))
     shared = {name: runs[0].get(name) for name in COMMON if len({str(run.get(name)) for run in runs}) == 1}
-    return "\n".join([*lines, "", "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in shared.items())])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in shared.items() if value is not None),
+        ]
+    )
 
 
 def draw(runs: list[dict], path: Path) -> None:
@@ -79,10 +85,14 @@ def draw(runs: list[dict], path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     runs = [read(run) for run in args.runs]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(runs, args.output.with_suffix(".png"))
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output '{args.output}' cannot be written: {error}.") from error
+    # Not with_suffix, which would take the .5b of runs/1.5b for one.
+    draw(runs, args.output.with_name(f"{args.output.name}.png"))
     text = f"# {args.output.name}\n\n{table(runs)}\n\n![held-out loss]({args.output.name}.png)\n"
-    args.output.with_suffix(".md").write_text(text)
+    args.output.with_name(f"{args.output.name}.md").write_text(text)
     print(text)
 
 

@@ -204,10 +204,10 @@ def evaluate(model: HarnessModel, staged: StagedTasks, records: list[dict], args
     limit = f"only the first {args.limit} documents of each task" if args.limit else ""
 
     def described(row: dict, task: str) -> dict:
-        hub = staged.loaded["tasks"].get("mmlu_anatomy" if task == "mmlu" else task)
         notes = filter(None, [staged.notes.get(task), contamination(task, records), limit])
-        dataset = staged.files[task].name if task in staged.files else hub.config.dataset_path
-        return {**row, "dataset": dataset, "hub_dataset": hub.config.dataset_path, "note": "; ".join(notes)}
+        hub_dataset = staged.hub_datasets[task]
+        dataset = staged.files[task].name if task in staged.files else hub_dataset
+        return {**row, "dataset": dataset, "hub_dataset": hub_dataset, "note": "; ".join(notes)}
 
     tasks, subtasks, perplexity = [], [], []
     for task in staged.benchmarks:

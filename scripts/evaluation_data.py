@@ -56,6 +56,7 @@ class StagedTasks:
 
     benchmarks: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # those that have no local file
+    hub_datasets: dict[str, str] = field(default_factory=dict)  # task -> what lm-eval would read from the Hub
     files: dict[str, Path] = field(default_factory=dict)  # task -> local file that is evaluated on
     notes: dict[str, str] = field(default_factory=dict)  # task -> what differs from the Hub's
     texts: dict[str, str] = field(default_factory=dict)  # task -> source of held-out text
@@ -212,6 +213,7 @@ def stage(
     if data_dir and not data_dir.is_dir():
         raise InputError(f"--data-dir '{data_dir}' is not a folder.")
     staged, names, members = StagedTasks(), [], []
+    index = task_manager().task_index
     for task in TASKS if tasks is None else tasks:
         if data_dir is None:
             names.append(task)
@@ -223,12 +225,15 @@ def stage(
         else:
             raise InputError(f"There is no file for {task} below '{data_dir}'; evaluation_data.py has the names.")
         staged.benchmarks.append(task)
+        staged.hub_datasets[task] = index["mmlu_anatomy" if task == "mmlu" else task].cfg["dataset_path"]
     members += [stage_text(folder, staged, source, fraction) for source in texts]
     if members:
         # A group written as YAML, because its members may override what lm-eval's tasks say, inside MMLU's groups too.
         (folder / "local.yaml").write_text(yaml.safe_dump({"group": "local", "task": members}, sort_keys=False))
         names.append("local")
     if not names:
+        if data_dir is None:
+            raise InputError("There is nothing to evaluate: name a benchmark after --tasks, or give --held-out-text.")
         raise InputError(f"There is no file of any benchmark below '{data_dir}'; evaluation_data.py has the names.")
     try:
         staged.loaded = task_manager(folder).load(names)

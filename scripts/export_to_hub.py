@@ -91,6 +91,9 @@ def check_target(args: argparse.Namespace, api: HfApi) -> None:
         raise InputError(f"'{repo_id}' is not a repository name: write it owner/name.")
     if not re.fullmatch(r"\w[\w.-]*", args.revision):
         raise InputError(f"--revision '{args.revision}' is not a tag: use letters, digits, dots, dashes.")
+    for language in args.language:
+        if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", language):
+            raise InputError(f"--language '{language}' is not an ISO code: write it as the Hub does, e.g. en.")
     if args.public and not args.push:
         raise InputError("--public is about --push, which is not given.")
     if Path(args.output_dir).exists():

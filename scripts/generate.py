@@ -50,9 +50,8 @@ def main(args: argparse.Namespace) -> None:
         if "auto_map" not in PreTrainedConfig.get_config_dict(args.model)[0]:
             import complexity_deep  # noqa: F401 (a published folder brings no code of its own)
         model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).to(args.device)
-        print(
-            f"{args.model}: {model.num_parameters():,} parameters, code from {type(model).__module__}", file=sys.stderr
-        )
+        count = model.parameter_counts()["total"] if hasattr(model, "parameter_counts") else model.num_parameters()
+        print(f"{args.model}: {count:,} parameters, code from {type(model).__module__}", file=sys.stderr)
     except (OSError, ValueError) as error:
         sys.exit(f"{args.model} cannot be loaded: {error}")
     try:

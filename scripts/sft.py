@@ -120,7 +120,9 @@ def load_tokenizer(model_args: ModelConfig, script_args: ScriptArguments, traini
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=training_args.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"There is no tokenizer at '{path}': name a folder or Hub id with --tokenizer.") from error
+        raise InputError(
+            f"There is no tokenizer at '{path}': correct --model-name-or-path, or name a tokenizer with --tokenizer."
+        ) from error
     if training_args.chat_template_path:
         try:
             tokenizer.chat_template = Path(training_args.chat_template_path).read_text()
@@ -162,7 +164,7 @@ def lora_config(model_args: ModelConfig, model: PreTrainedModel):
     for target in [*modules, *(config.target_parameters or ())]:
         # Of one that is missing among others, PEFT only warns.
         if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise InputError(f"The model has no '{target}' for LoRA: correct lora_target_modules or _parameters.")
+            raise InputError(f"The model has no '{target}' for LoRA: correct it in the recipe ([] is none).")
     return config
 
 

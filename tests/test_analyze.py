@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import pyplot
 from transformers import AutoTokenizer, LlamaConfig
 
 from complexity_deep import ComplexityDeepForCausalLM
@@ -17,6 +18,7 @@ from complexity_deep import ComplexityDeepForCausalLM
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import analysis_figures  # noqa: E402
 import analyze  # noqa: E402
 from architecture_monitors import read_monitors  # noqa: E402
 from packed_dataset import tokenize  # noqa: E402
@@ -170,6 +172,18 @@ def test_noise_follows_its_law(shape):
     rows, columns = (torch.randn(size, generator=generator) for size in shape)
     spike = 2 * (shape[0] * shape[1]) ** 0.25 * torch.outer(rows / rows.norm(), columns / columns.norm())
     assert analyze.noise_excess(draws["normal"]() + spike) > analyze.NOISE_LIMIT
+
+
+@pytest.mark.parametrize("of_experts, of_attention", [(5000.0, 50.0), (50.0, 5000.0)])
+def test_figure_of_noise_shows_every_point(of_experts, of_attention):
+    untrained = {"expert_noise_excess": [0.1, 0.2], "attention_noise_excess": [0.2, -0.1]}
+    checkpoint = {"expert_noise_excess": [of_experts, 40.0], "attention_noise_excess": [of_attention, 40.0]}
+    analysis = {"checkpoint": checkpoint, "untrained": untrained, "noise_limit": analyze.NOISE_LIMIT}
+    figure, _, _ = analysis_figures.noise_excess(analysis, {})
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert all(low < value < high for line in axes.lines for value in line.get_ydata())
+    pyplot.close(figure)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

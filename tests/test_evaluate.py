@@ -319,6 +319,11 @@ def test_report_is_complete(report, rows):
     for row in report["tasks"]:
         assert 0 <= row["value"] <= 1 and 0 <= row["stderr"] < 0.3
         assert row["num_fewshot"] == 0 and row["dataset"].endswith(".parquet") and row["note"] == ""
+    # Local files stand in for these; the card's metadata names them.
+    hub = {"mmlu": "cais/mmlu", "hellaswag": "Rowan/hellaswag", "winogrande": "allenai/winogrande"}
+    hub |= dict.fromkeys(("arc_challenge", "arc_easy"), "allenai/ai2_arc")
+    assert {row["task"]: row["hub_dataset"] for row in report["tasks"]} == hub
+    assert {row["hub_dataset"] for row in report["subtasks"]} == {"cais/mmlu"}
     arc = next(row for row in report["tasks"] if row["task"] == "arc_easy")
     shares = [1 / len(row["choices"]["text"]) for row in rows["arc_easy_test"]]
     assert math.isclose(arc["random"], sum(shares) / len(shares)) and arc["random"] != 0.25
@@ -433,6 +438,7 @@ def bad_inputs():
     empty = pyarrow.Table.from_pylist(arc_rows(generator, 1)).slice(0, 0)
     yield "no folder", None, ["--data-dir", "nowhere"], "'nowhere' is not a folder"
     yield "no files", None, [], "no file of any benchmark"
+    yield "nothing", None, ["no data"], "nothing to evaluate"
     yield "no file", None, ["--tasks", "winogrande"], "no file for winogrande"
     yield "not parquet", text("arc_easy_test.parquet", "text"), [], "not a readable parquet file"
     yield "no rows", lambda f: pyarrow.parquet.write_table(empty, f / "arc_easy_test.parquet"), [], "holds no rows"
@@ -465,7 +471,8 @@ def test_bad_data_is_one_sentence(tmp_path, monkeypatch, llama_folder, make, opt
     (tmp_path / "data").mkdir()
     if make:
         make(tmp_path if "--held-out-text" in options else tmp_path / "data")
-    options = ["--tasks", "arc_easy"] if options == ["hub"] else ["--data-dir", "data", *options]
+    without_files = {"hub": ["--tasks", "arc_easy"], "no data": ["--tasks"]}
+    options = without_files.get(options[0] if options else "") or ["--data-dir", "data", *options]
     with pytest.raises(InputError) as caught:
         evaluate(llama_folder, tmp_path / "out", *options)
     assert message in str(caught.value) and "\n" not in str(caught.value)

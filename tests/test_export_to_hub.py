@@ -387,6 +387,7 @@ def test_wrong_options(chat_run, published_folder, tmp_path, monkeypatch):
     assert "not a repository name" in refusal(chat_run, repo_id="some body/name")
     assert "not a tag" in refusal(chat_run, revision='v1", "')
     assert "--public" in refusal(chat_run, public=True)
+    assert "not an ISO code" in refusal(chat_run, language=["English"])
     (tmp_path / "there").mkdir()
     assert "exists already" in refusal(chat_run, output_dir=str(tmp_path / "there"))
     assert "--tokenizer" in refusal(published_folder, license=None)

@@ -518,6 +518,7 @@ def test_unusable_templates(folder, tokenizer, tmp_path, change, sentence):
 
 LONG = {"messages": chat("Count.", " ".join(map(str, range(200))))}
 BAD_ROWS = {
+    "no rows": ([], "is empty: it holds no rows"),
     "no messages": ([{"text": "Hello"}], "has no column 'messages', nor 'prompt' and 'completion'"),
     "the assistant starts": ([*exchanges(2), {"messages": chat("a", "b")[1:]}], "Row 2 of "),
     "nobody answers": ([{"messages": chat("Hello")}], "the assistant says nothing"),
