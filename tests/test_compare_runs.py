@@ -1,0 +1,52 @@
+"""Runs side by side, from files as pretrain.py leaves them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import compare_runs  # noqa: E402
+from text_sources import InputError  # noqa: E402
+
+
+def write_run(folder: Path, loss: float, tokens: int = 1000) -> Path:
+    folder.mkdir()
+    held_out = [{"step": step, "loss": loss + 2 - step, "perplexity": 9.0} for step in (0, 1, 2)]
+    summary = {"model_type": "llama", "parameters": 12345, "active_parameters": 6789, "tokens": tokens}
+    summary |= {"tokens_per_second": 10.0, "device": "a CPU", "held_out": held_out, "options": {"seed": 7}}
+    (folder / "training_summary.json").write_text(json.dumps(summary))
+    history = [{"step": 1, "loss": loss + 1}, {"step": 1, "eval_loss": loss + 1}, {"step": 2, "loss": loss}]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return folder
+
+
+def compare(monkeypatch, output, *runs):
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, runs), "--output", str(output)])
+    compare_runs.main(compare_runs.parse_args())
+
+
+def test_table_and_picture(tmp_path, monkeypatch):
+    runs = [write_run(tmp_path / "ours", 1.25), write_run(tmp_path / "dense", 1.5)]
+    compare(monkeypatch, tmp_path / "out" / "1.5b", *runs)
+    text = (tmp_path / "out" / "1.5b.md").read_text()
+    assert "| held-out loss, nats per token | 1.2500 | 1.5000 |" in text and "| parameters | 12,345 | 12,345 |" in text
+    assert "tokens 1000; device a CPU" in text and "differs" not in text and "None" not in text
+    assert (tmp_path / "out" / "1.5b.png").stat().st_size > 1000
+
+
+def test_what_differs_is_said(tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path / "out", write_run(tmp_path / "a", 1.0), write_run(tmp_path / "b", 1.0, tokens=2000))
+    assert "| **differs: tokens** | 1000 | 2000 |" in (tmp_path / "out.md").read_text()
+
+
+def test_unusable_runs_are_refused(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", 1.0)
+    with pytest.raises(InputError, match="is not the output folder of a finished run"):
+        compare(monkeypatch, tmp_path / "out", run, tmp_path / "absent")
+    (run / "training_summary.json").write_text("{}")
+    with pytest.raises(InputError, match="is not the output folder of a finished run"):
+        compare(monkeypatch, tmp_path / "out", run)
+    assert not (tmp_path / "out.md").exists()
