@@ -8,8 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import compare_runs  # noqa: E402
-from text_sources import InputError  # noqa: E402
+import compare_runs
+from text_sources import InputError
 
 
 def write_run(folder: Path, loss: float, tokens: int = 1000) -> Path:
