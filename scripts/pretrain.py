@@ -19,15 +19,16 @@ from pathlib import Path
 import torch
 import yaml
 from architecture_monitors import ArchitectureMonitors
-from atomic_checkpoint import AtomicCheckpointMixin, last_good_checkpoint
+from atomic_checkpoint import last_good_checkpoint
 from chunked_loss import use_chunked_loss
 from new_model import load_tokenizer, new_model
 from packed_dataset import PackedCollator, PackedDocuments, ResumableLoader, held_out_rows
 from perplexity_metric import perplexity_metrics, token_nll
+from resumable_trainer import ResumableTrainerMixin
 from routing_balance import compare_routing, count_once
 from text_sources import InputError, load_sources
 from training_report import TrainingProgress, flops_per_token, write_report
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, logging, set_seed
+from transformers import Trainer, TrainingArguments, logging, set_seed
 from trl import TrlParser
 
 try:
@@ -93,10 +94,10 @@ class ScriptArguments:
     )
 
 
-class PretrainTrainer(AtomicCheckpointMixin, Trainer):
+class PretrainTrainer(ResumableTrainerMixin, Trainer):
     """Trainer that keeps its place in the text, and decays matrices only."""
 
-    def __init__(self, *, text_settings: dict, progress: TrainingProgress, **kwargs):
+    def __init__(self, **kwargs):
         super().__init__(**kwargs)
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         if parallelism is not None and parallelism.non_data_parallel_size > 1:
@@ -104,11 +105,6 @@ class PretrainTrainer(AtomicCheckpointMixin, Trainer):
                 "Processes that share a row (tensor, context or sequence parallelism) would each read other text here: "
                 "use DDP, FSDP2 or DeepSpeed ZeRO, as in recipes/accelerate."
             )
-        self.text_settings = text_settings
-        self.progress = progress
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(progress)
         self.monitors: ArchitectureMonitors | None = None
 
     def training_step(self, *args, **kwargs):
@@ -131,24 +127,15 @@ class PretrainTrainer(AtomicCheckpointMixin, Trainer):
         )
         return self.progress.loader
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if self.state.global_step >= self.args.max_steps:
-            return [], None  # Trainer takes one step more when it resumes a run that is already over
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-
-    def log(self, logs, start_time=None):
-        self.progress.measure(logs, self.state)
-        super().log(logs, start_time)
 
     def _place_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"data_state_{self.args.process_index}.json"
 
     def save_extra_state(self, checkpoint: Path) -> None:
         checkpoint.mkdir(parents=True, exist_ok=True)  # this process may be here before the one that writes the weights
-        state = {"settings": self.text_settings, "cursors": self.train_dataset.cursors}
+        state = {"settings": self.settings, "cursors": self.train_dataset.cursors}
         self._place_file(checkpoint).write_text(json.dumps(state))
 
     def load_extra_state(self, checkpoint: Path) -> None:
@@ -156,12 +143,7 @@ class PretrainTrainer(AtomicCheckpointMixin, Trainer):
             state = json.loads(self._place_file(checkpoint).read_text())
         except FileNotFoundError:
             raise InputError(f"{checkpoint} was written by fewer processes; resume with as many as before.") from None
-        for name, value in self.text_settings.items():
-            if state["settings"].get(name) != value:
-                raise InputError(
-                    f"{checkpoint} was written with {name} = {state['settings'].get(name)}, but it is now {value}, "
-                    "which would be another run. Resume with the same value, or name another output_dir."
-                )
+        self.check_settings(checkpoint, state["settings"])
         self.train_dataset.cursors = state["cursors"]
 
 
@@ -247,7 +229,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
         compute_metrics=perplexity_metrics,
         preprocess_logits_for_metrics=token_nll,
         processing_class=tokenizer,
-        text_settings={
+        settings={
             "sources": script_args.sources,
             "source_weights": script_args.source_weights,
             "routing": routing,
@@ -260,14 +242,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
     if model.config.model_type == "complexity-deep" and script_args.monitor_steps > 0:
         trainer.monitors = ArchitectureMonitors(trainer, script_args.monitor_steps)
         trainer.add_callback(trainer.monitors)
-    if checkpoint:
-        print(f"Resuming from {checkpoint}")
-        trainer.load_extra_state(checkpoint)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        trainer.progress.close()  # else the bar would be drawn once more below the sentence of an error
-    metrics = trainer.evaluate()
+    metrics = trainer.train_and_evaluate(checkpoint)
 
     trainer.save_model(training_args.output_dir)
     trainer.save_state()

@@ -18,16 +18,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
-from atomic_checkpoint import AtomicCheckpointMixin, last_good_checkpoint
+from atomic_checkpoint import last_good_checkpoint
 from chat_data import ChatEncoder, load_conversations, mix, split_held_out
+from resumable_trainer import ResumableTrainerMixin
 from text_sources import InputError
 from training_report import TrainingProgress, flops_per_token, write_report
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
     logging,
     set_seed,
 )
@@ -73,25 +72,8 @@ class ScriptArguments:
     )
 
 
-class ChatTrainer(AtomicCheckpointMixin, SFTTrainer):
+class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
     """SFTTrainer with whole checkpoints, which another run cannot take for its own."""
-
-    def __init__(self, *, settings: dict, progress: TrainingProgress, **kwargs):
-        super().__init__(**kwargs)
-        self.settings = settings
-        self.progress = progress
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(progress)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if self.state.global_step >= self.state.max_steps:
-            return [], None  # Trainer takes one step more when it resumes a run that is already over
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def log(self, logs, start_time=None):
-        self.progress.measure(logs, self.state)
-        super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: export_to_hub.py writes the card, from measured files."""
@@ -106,12 +88,7 @@ class ChatTrainer(AtomicCheckpointMixin, SFTTrainer):
             state = json.loads((checkpoint / "sft_state.json").read_text())
         except FileNotFoundError:
             raise InputError(f"{checkpoint} is not of a fine-tuning run: name another output_dir.") from None
-        for name, value in json.loads(json.dumps(self.settings)).items():
-            if state["settings"].get(name) != value:
-                raise InputError(
-                    f"{checkpoint} was written with {name} = {state['settings'].get(name)}, but it is now {value}, "
-                    "which would be another run. Resume with the same value, or name another output_dir."
-                )
+        self.check_settings(checkpoint, state["settings"])
         self._total_train_tokens = state["tokens"]
 
 
@@ -290,14 +267,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     except ValueError as error:
         raise InputError(str(error).splitlines()[0]) from error
     progress.tokens_per_step = rows_per_step * tokens / len(trainer.train_dataset)  # on average
-    if checkpoint:
-        print(f"Resuming from {checkpoint}")
-        trainer.load_extra_state(checkpoint)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        trainer.progress.close()  # else the bar would be drawn once more below the sentence of an error
-    metrics = trainer.evaluate()
+    metrics = trainer.train_and_evaluate(checkpoint)
 
     output = Path(training_args.output_dir)
     trainer.save_model(output)
