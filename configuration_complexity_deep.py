@@ -19,10 +19,12 @@ SHIPPED_FILES = (
     "implementations_complexity_deep.py",
     "routing_complexity_deep.py",
     "kernels/kernel_reference.py",
+    "kernels/kernel_launch.py",
     "kernels/token_routed_gemm.py",
     "kernels/fused_dynamics.py",
     "kernels/mu_guided_qkv.py",
     "kernels/decode_attention.py",
+    "kernels/decode_layer.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_complexity_deep.ComplexityDeepConfig",

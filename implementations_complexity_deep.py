@@ -1,6 +1,6 @@
 """Who computes what: PyTorch or Triton, chosen by registered name and never by a branch in a module's forward.
 
-kernels_implementation    "eager" | "triton"                        projections with RoPE, dynamics, decode attention
+kernels_implementation    "eager" | "triton"                        projections with RoPE, dynamics, decoding
 experts_implementation    "eager" | "cggr" | the library's own      the token-routed experts
 """
 
@@ -23,6 +23,7 @@ from .kernels.kernel_reference import (
 
 try:
     from .kernels.decode_attention import decode_attention
+    from .kernels.decode_layer import MAX_EXPERTS, MAX_ROWS, MAX_WIDTH, decode_layer_tail, decode_qkv
     from .kernels.fused_dynamics import inl_dynamics_block
     from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
     from .kernels.token_routed_gemm import routing_plan, token_routed_mlp
@@ -48,15 +49,20 @@ class ComplexityDeepFrozenLinear(nn.Linear):
         self.register_buffer("weight", torch.zeros(out_features, in_features))
 
 
-def _is_plain_linear(*modules: nn.Module) -> bool:
-    """Whether the weights may be used directly: no adapter, quantization, offloading or parallel hook on any module."""
+def _is_unhooked(*modules: nn.Module) -> bool:
+    """Whether nothing else happens when the modules are called: no offloading, parallel or recording hook."""
     return all(
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, Tensor)
-        and not module._forward_hooks
+        not module._forward_hooks
         and not module._forward_pre_hooks
         and "forward" not in vars(module)  # accelerate and tensor parallelism replace it
         for module in modules
+    )
+
+
+def _is_plain_linear(*modules: nn.Module) -> bool:
+    """Whether the weights may be used directly: no adapter, quantization, offloading or parallel hook on any module."""
+    return _is_unhooked(*modules) and all(
+        type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) for module in modules
     )
 
 
@@ -113,6 +119,11 @@ def triton_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor |
     if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules) or _has_adapter_without_mu(attention):
         return eager_qkv_forward(attention, hidden_states, mu, cos, sin)
     qkv = mu_guided_qkv(hidden_states, mu, tuple(module.weight for module in modules))
+    return _split_heads(attention, qkv, cos, sin)
+
+
+def _split_heads(attention: nn.Module, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, S, (A + 2K) D] -> query [B, S, A, D], key and value [B, S, K, D], after QK norm and RoPE."""
     heads = qkv.view(*qkv.shape[:-1], -1, attention.head_dim)  # [B, S, A + 2K, D]
     kv_heads = attention.k_proj.out_features // attention.head_dim
     query, key, value = heads.split((heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2)
@@ -223,19 +234,110 @@ def _cggr_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return make(expert_ids, num_experts)
 
 
+def eager_layer_forward(layer: nn.Module, *args, **kwargs):
+    """The layer module by module."""
+    return layer.module_forward(*args, **kwargs)
+
+
+def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, guidance: Tensor | None) -> bool:
+    """Whether decode_layer.py computes this layer: few rows of one new token, no gradient, the published parts, plain.
+
+    Every module whose forward is passed over must be of our own class or a plain linear, and without hooks.
+    """
+    rows, length, hidden = hidden_states.shape
+    if torch.is_grad_enabled() or length != 1 or rows > MAX_ROWS or not _runs_on_triton(hidden_states):
+        return False
+    attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
+    experts = getattr(mlp, "experts", None)
+    if experts is None or dynamics is None or not hasattr(dynamics, "controller_in") or mlp.shared_expert is not None:
+        return False
+    own = [attention, dynamics, mlp, experts, layer.input_layernorm, layer.post_attention_layernorm]
+    own += [module for module in (mlp.mu_router, attention.q_norm, attention.k_norm) if module is not None]
+    linear = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linear += [dynamics.mu_proj, dynamics.controller_in, dynamics.controller_out]
+    if layer.use_mu_guidance and guidance is not None:
+        linear += [attention.mu_to_q, attention.mu_to_k, attention.mu_to_v]
+    is_plain = _is_plain_linear(*linear) and _is_unhooked(*own) and not _has_adapter_without_mu(attention)
+    if not is_plain or any(type(module).__module__ != type(layer).__module__ for module in own):
+        return False
+    weights = [module.weight for module in (*linear, *own[4:])]
+    weights += [dynamics.mu, dynamics.controller_in.bias, dynamics.controller_out.bias]
+    weights += [experts.gate_up_proj, experts.down_proj]
+    return (
+        all(type(weight) in (nn.Parameter, Tensor) and weight.dtype == hidden_states.dtype for weight in weights)
+        and experts.config._experts_implementation == "cggr"
+        and not getattr(experts, "_is_expert_parallel", False)
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+        and experts.num_experts <= MAX_EXPERTS
+        and max(hidden, attention.q_proj.out_features, experts.down_proj.shape[2]) <= MAX_WIDTH
+    )
+
+
+def triton_layer_forward(layer: nn.Module, hidden_states, velocity, guidance, mu_residual, **kwargs):
+    """`eager_layer_forward`; a step of few new tokens runs in the fused kernels around the attention."""
+    if not _takes_decode_kernels(layer, hidden_states, guidance):
+        return layer.module_forward(hidden_states, velocity, guidance, mu_residual, **kwargs)
+    expert_ids, (cos, sin) = kwargs.pop("expert_ids"), kwargs.pop("position_embeddings")
+    kwargs.pop("routing_plan")  # for one token it is not worth following
+    attention, dynamics, experts, router = layer.self_attn, layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
+    B, _, H = hidden_states.shape  # one token in each row
+    flat = lambda x: None if x is None else x.reshape(B, -1).contiguous()  # noqa: E731
+    is_guided = layer.use_mu_guidance and guidance is not None
+    qkv = decode_qkv(
+        flat(hidden_states),
+        layer.input_layernorm.weight,
+        layer.input_layernorm.eps,
+        flat(guidance) if is_guided else None,
+        attention.q_proj.weight,
+        attention.k_proj.weight,
+        attention.v_proj.weight,
+        attention.mu_to_q.weight if is_guided else None,
+        attention.mu_to_k.weight if is_guided else None,
+        attention.mu_to_v.weight if is_guided else None,
+    )
+    heads = _split_heads(attention, qkv.view(B, 1, -1), cos, sin)
+    attn_output, _ = attention.attend(*heads, **kwargs)
+    states = decode_layer_tail(
+        flat(attn_output),
+        flat(hidden_states),
+        flat(velocity),
+        flat(mu_residual),
+        expert_ids.flatten(),
+        attention.o_proj.weight,
+        dynamics.mu,
+        dynamics.mu_proj.weight,
+        dynamics.controller_in.weight,
+        dynamics.controller_in.bias,
+        dynamics.controller_out.weight,
+        dynamics.controller_out.bias,
+        dynamics.dt,
+        layer.post_attention_layernorm.weight,
+        layer.post_attention_layernorm.eps,
+        None if router is None else router.weight,
+        0.0 if router is None else router.base_logit,
+        experts.gate_up_proj,
+        experts.down_proj,
+        experts.config.hidden_act,
+    )
+    return tuple(x.view(B, 1, H) for x in states)
+
+
 class Kernels(NamedTuple):
     """The functions behind one `kernels_implementation`."""
 
     qkv: Callable
     dynamics: Callable
     attention: Callable
+    layer: Callable
 
 
-KERNELS = {"eager": Kernels(eager_qkv_forward, eager_dynamics_forward, library_attention_forward)}
+KERNELS = {"eager": Kernels(eager_qkv_forward, eager_dynamics_forward, library_attention_forward, eager_layer_forward)}
 # Experts implementations that take a routing plan, and the function that makes it.
 ROUTING_PLANS: dict[str, Callable] = {"eager": routing_plan_reference}
 if TRITON_DEVICES:
-    KERNELS["triton"] = Kernels(triton_qkv_forward, triton_dynamics_forward, triton_attention_forward)
+    KERNELS["triton"] = Kernels(
+        triton_qkv_forward, triton_dynamics_forward, triton_attention_forward, triton_layer_forward
+    )
     ROUTING_PLANS["cggr"] = _cggr_plan
     ALL_EXPERTS_FUNCTIONS.register("cggr", cggr_experts_forward)
 

@@ -196,8 +196,14 @@ class ComplexityDeepAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        kernels = KERNELS[self.config._kernels_implementation]
-        query, key, value = kernels.qkv(self, hidden_states, mu, *position_embeddings)
+        project = KERNELS[self.config._kernels_implementation].qkv
+        heads = project(self, hidden_states, mu, *position_embeddings)
+        attn_output, attn_weights = self.attend(*heads, attention_mask, past_key_values, **kwargs)
+        return self.o_proj(attn_output), attn_weights
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, past_key_values=None, **kwargs):
+        """query [B, S, A, D], key and value [B, S, K, D] -> (heads side by side [B, S, A * D], attention weights)."""
+        shape = query.shape
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, S, D]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -205,7 +211,7 @@ class ComplexityDeepAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attn_output, attn_weights = kernels.attention(
+        attn_output, attn_weights = KERNELS[self.config._kernels_implementation].attention(
             attention_interface,
             self,
             query,
@@ -217,8 +223,7 @@ class ComplexityDeepAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()  # [B, S, A * D]
-        return self.o_proj(attn_output), attn_weights
+        return attn_output.reshape(*shape[:2], -1).contiguous(), attn_weights  # [B, S, A * D]
 
 
 class ComplexityDeepDynamics(nn.Module):
@@ -361,14 +366,19 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         )
         self.input_layernorm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.config = config
         self.use_mu_guidance = config.use_mu_guidance
 
-    def forward(
+    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """`module_forward`, by whatever `kernels_implementation` names."""
+        return KERNELS[self.config._kernels_implementation].layer(self, *args, **kwargs)
+
+    def module_forward(
         self,
         hidden_states: Tensor,
         velocity: Tensor,
-        guidance: Tensor | None = None,
-        mu_residual: Tensor | None = None,
+        guidance: Tensor | None,
+        mu_residual: Tensor | None,
         expert_ids: Tensor | None = None,
         routing_plan: RoutingPlan | None = None,
         attention_mask: Tensor | None = None,

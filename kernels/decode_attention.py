@@ -10,8 +10,6 @@ parts. Blocks that the mask hides, the unused end of a static cache, are not rea
 Forward only: generation needs no gradient.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -20,6 +18,8 @@ try:
     import triton.language as tl
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
+
+from .kernel_launch import on_its_device, pdl_options, wait
 
 BLOCK_L = 64
 PROGRAMS = 528  # four for each multiprocessor of an H200; fixed, so that results do not depend on the device
@@ -30,12 +30,13 @@ MAX_PARTS = 64  # the joining kernel holds all parts of a head in registers
 def decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, parts_ptr, stats_ptr, scale, K, R, L, D, length,
     q_stride_b, q_stride_a, k_stride_b, k_stride_h, k_stride_l, v_stride_b, v_stride_h, v_stride_l, mask_stride_b,
-    BR: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    PDL: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Positions part * length .. (part + 1) * length - 1 of one key/value head; out [B, A, D] if there is one part.
 
     Else parts [B, A, parts, D], not yet divided by the sums, and stats [B, A, parts, 2]: maximum (base 2), sum.
     """
+    wait(PDL)
     b, h = (tl.program_id(0) // K).to(tl.int64), (tl.program_id(0) % K).to(tl.int64)
     part, num_parts = tl.program_id(1), tl.num_programs(1)
     o_r, o_l, o_d = tl.arange(0, BR), tl.arange(0, BL), tl.arange(0, BD)
@@ -74,8 +75,11 @@ def decode_attention_kernel(
 
 
 @triton.jit
-def join_parts_kernel(parts_ptr, stats_ptr, out_ptr, num_parts, D, BP: tl.constexpr, BD: tl.constexpr):
+def join_parts_kernel(
+    parts_ptr, stats_ptr, out_ptr, num_parts, D, PDL: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr
+):
     """One head: parts weighted by how far their maxima lie below the common one."""
+    wait(PDL)
     head = tl.program_id(0).to(tl.int64)
     o_p, o_d = tl.arange(0, BP), tl.arange(0, BD)
     at = head * num_parts + o_p
@@ -88,19 +92,8 @@ def join_parts_kernel(parts_ptr, stats_ptr, out_ptr, num_parts, D, BP: tl.conste
     tl.store(out_ptr + head * D + o_d, out.to(out_ptr.dtype.element_ty), mask=m_d)
 
 
-def _on_its_device(function):
-    """Triton launches on the current device, which need not be the tensors' when a model is spread over several."""
-
-    @functools.wraps(function)
-    def wrapped(*args):
-        with torch.cuda.device_of(args[0]):
-            return function(*args)
-
-    return wrapped
-
-
 @torch.library.custom_op("complexity_deep::decode_attention", mutates_args=())
-@_on_its_device
+@on_its_device
 def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     (B, A, _, D), (K, L) = query.shape, key.shape[1:3]
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -110,16 +103,17 @@ def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     out = query.new_empty(B, 1, A, D)
     acc = torch.empty(B, A, parts, D, dtype=torch.float32, device=query.device) if parts > 1 else out
     stats = torch.empty(B, A, parts, 2, dtype=torch.float32, device=query.device) if parts > 1 else out
-    BD = max(16, triton.next_power_of_2(D))  # the least that tl.dot takes
+    BD, options = max(16, triton.next_power_of_2(D)), pdl_options(query.device)  # 16 is the least that tl.dot takes
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     decode_attention_kernel[B * K, parts](
         query, key, value, mask, out, acc, stats, scale, K, A // K, L, D, length,
         query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3],
         0 if mask is None or mask.shape[0] == 1 else L,
-        BR=max(16, triton.next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4,
+        BR=max(16, triton.next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4, **options,
     )  # fmt: skip
     if parts > 1:
-        join_parts_kernel[(B * A,)](acc, stats, out, parts, D, BP=triton.next_power_of_2(parts), BD=BD, num_warps=4)
+        BP = triton.next_power_of_2(parts)
+        join_parts_kernel[(B * A,)](acc, stats, out, parts, D, BP=BP, BD=BD, num_warps=4, **options)
     return out
 
 

@@ -19,7 +19,6 @@ Nothing is summed by atomics: the same input gives the same bits. Products take 
 fp32, all else is fp32; fp32 inputs use fp32 products (no TF32).
 """
 
-import functools
 import os
 
 import torch
@@ -30,6 +29,8 @@ try:
     import triton.language as tl
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
+
+from .kernel_launch import on_its_device
 
 FEW_TOKENS = 32  # up to here the projections are bound by reading their weights: one kernel reads them all
 MAX_CONTROLLER = 256  # the dots take all of C at once
@@ -285,19 +286,8 @@ def _launch_projection(h, v, w_in, b_in, w_mu, mu_vec):
     return z_pre, z, mu
 
 
-def _on_its_device(function):
-    """Triton launches on the current device, which need not be the tensors' when a model is spread over several."""
-
-    @functools.wraps(function)
-    def wrapped(*args):
-        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
-            return function(*args)
-
-    return wrapped
-
-
 @torch.library.custom_op("complexity_deep::inl_dynamics", mutates_args=())
-@_on_its_device
+@on_its_device
 def _inl_dynamics(
     h: Tensor, v: Tensor, r: Tensor | None, z: Tensor, mu: Tensor, w: Tensor, b: Tensor, dt: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -310,7 +300,7 @@ def _(h, v, r, z, mu, w, b, dt):
 
 
 @torch.library.custom_op("complexity_deep::inl_dynamics_backward", mutates_args=())
-@_on_its_device
+@on_its_device
 def _inl_dynamics_backward(
     dh: Tensor | None, dv: Tensor | None, dm: Tensor | None, dr: Tensor | None,
     h: Tensor, v: Tensor, z: Tensor, mu: Tensor, w: Tensor, b: Tensor, dt: float, has_residual: bool,
@@ -343,7 +333,7 @@ _inl_dynamics.register_autograd(_dynamics_grad, setup_context=_save_dynamics)
 
 
 @torch.library.custom_op("complexity_deep::inl_dynamics_block", mutates_args=())
-@_on_its_device
+@on_its_device
 def _inl_dynamics_block(
     h: Tensor, v: Tensor, r: Tensor | None, mu_vec: Tensor, w_mu: Tensor,
     w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, dt: float, highway: bool,
@@ -360,7 +350,7 @@ def _(h, v, r, mu_vec, w_mu, w_in, b_in, w_out, b_out, dt, highway):
 
 
 @torch.library.custom_op("complexity_deep::inl_dynamics_block_backward", mutates_args=())
-@_on_its_device
+@on_its_device
 def _inl_dynamics_block_backward(
     dh: Tensor | None, dv: Tensor | None, dm: Tensor | None, dr: Tensor | None, dmu: Tensor | None,
     h: Tensor, v: Tensor, mu: Tensor, z_pre: Tensor, z: Tensor,

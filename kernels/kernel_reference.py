@@ -170,3 +170,76 @@ def decode_attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: 
         return (scores.softmax(-1) @ value).transpose(1, 2)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
     return (weights @ value).transpose(1, 2)
+
+
+def decode_qkv_reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    m: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mu_q: Tensor | None,
+    mu_k: Tensor | None,
+    mu_v: Tensor | None,
+) -> Tensor:
+    """The normed residual stream and the guidance through the six projections.
+
+    Args:
+        x: residual stream [T, H]. norm_weight: [H], with its `eps`. m: guidance [T, H] or None (no mu weights then).
+        q, k, v, mu_q, mu_k, mu_v: [out, H] each.
+
+    Returns: [T, (A + 2K) D], the columns of q, k and v side by side.
+    """
+    normed = F.rms_norm(x, norm_weight.shape, norm_weight, eps)
+    projected = [F.linear(normed, weight) for weight in (q, k, v)]
+    if m is not None:
+        projected = [part + F.linear(m, weight) for part, weight in zip(projected, (mu_q, mu_k, mu_v))]
+    return torch.cat(projected, dim=-1)
+
+
+def decode_layer_tail_reference(
+    attention: Tensor,
+    x: Tensor,
+    v: Tensor,
+    r: Tensor | None,
+    expert_ids: Tensor,
+    o_proj: Tensor,
+    mu: Tensor,
+    mu_proj: Tensor,
+    controller_in: Tensor,
+    controller_in_bias: Tensor,
+    controller_out: Tensor,
+    controller_out_bias: Tensor,
+    dt: float,
+    norm_weight: Tensor,
+    eps: float,
+    router: Tensor | None,
+    base_logit: float,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a decoder layer does after attention: output projection, dynamics, residual, norm, routing, experts.
+
+    Args:
+        attention: heads side by side [T, A D]. x, v, r: residual stream, velocity, highway (or None), each [T, H].
+        expert_ids: [T], before mu's say. o_proj: [H, A D]. mu .. controller_out_bias, dt: as in
+        `inl_dynamics_reference` and its projections. norm_weight: [H], with its `eps`. router: [E, H], or None (mu
+        then has no say), with `base_logit`. gate_up_proj: [E, 2I, H]. down_proj: [E, H, I].
+
+    Returns: (x'', v', m, R'), each [T, H].
+    """
+    h = F.linear(attention, o_proj)
+    z = F.silu(F.linear(torch.cat((h, v), dim=-1), controller_in, controller_in_bias))
+    mu = mu + F.linear(h, mu_proj)
+    h, v, m, r = inl_dynamics_reference(h, v, r, z, mu, controller_out, controller_out_bias, dt)
+    x = x + h
+    normed = F.rms_norm(x, norm_weight.shape, norm_weight, eps)
+    if router is not None:
+        logits = F.linear(mu, router)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        expert_ids = (base_logit * F.one_hot(expert_ids.long(), len(router)) + logits).argmax(dim=-1)
+    plan = routing_plan_reference(expert_ids, len(down_proj))
+    return x + token_routed_mlp_reference(normed, gate_up_proj, down_proj, *plan, activation), v, m, r

@@ -16,8 +16,6 @@ inside, rounded once. Saved for backward: the views of q and k; the norm is reco
 weights grow in registers and are summed over programs in a fixed order (no atomics).
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -27,6 +25,8 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
+
+from .kernel_launch import on_its_device, pdl_options, wait
 
 FEW_TOKENS = 32  # up to here reading the weights is all that takes time
 MANY_TOKENS = 1024  # from here on our GEMM beats the library's two: 66 / 73 us here, 734 / 842 us at 16384, on an H200
@@ -137,8 +137,9 @@ def _norm_rope_fwd(
 def qk_norm_rope_fwd_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     T, S, A, K, half, eps, q_stride_b, q_stride_s, q_stride_a, k_stride_b, k_stride_s, k_stride_a, cos_stride_b,
-    BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    PDL: tl.constexpr, BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    wait(PDL)
     first = tl.program_id(0)
     for offset in range(0, T - first, tl.num_programs(0)):
         token = first.to(tl.int64) + offset
@@ -232,19 +233,8 @@ def _inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _on_its_device(function):
-    """Triton launches on the current device, which need not be the tensors' when a model is spread over several."""
-
-    @functools.wraps(function)
-    def wrapped(*args):
-        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
-            return function(*args)
-
-    return wrapped
-
-
 @torch.library.custom_op("complexity_deep::qk_norm_rope", mutates_args=())
-@_on_its_device
+@on_its_device
 def _qk_norm_rope(
     query: Tensor, key: Tensor, query_weight: Tensor | None, key_weight: Tensor | None,
     cos: Tensor, sin: Tensor, eps: float,
@@ -260,7 +250,7 @@ def _qk_norm_rope(
     qk_norm_rope_fwd_kernel[(min(B * S, FORWARD_PROGRAMS), groups)](
         query, key, query_weight, key_weight, cos, sin, q_out, k_out, B * S, S, A, K, D // 2, eps,
         *query.stride()[:3], *key.stride()[:3], 0 if cos.shape[0] == 1 else cos.stride(0),
-        **blocks, num_warps=1,
+        **blocks, num_warps=1, **pdl_options(query.device),
     )  # fmt: skip
     return q_out, k_out
 
@@ -271,7 +261,7 @@ def _(query, key, query_weight, key_weight, cos, sin, eps):
 
 
 @torch.library.custom_op("complexity_deep::qk_norm_rope_backward", mutates_args=())
-@_on_its_device
+@on_its_device
 def _qk_norm_rope_backward(
     dq: Tensor, dk: Tensor, query: Tensor, key: Tensor, query_weight: Tensor | None, key_weight: Tensor | None,
     cos: Tensor, sin: Tensor, eps: float,
@@ -342,7 +332,7 @@ def _launch_hopper(x: Tensor, m: Tensor, weights: Tensor, out: Tensor) -> Tensor
 
 
 @torch.library.custom_op("complexity_deep::mu_guided_qkv", mutates_args=())
-@_on_its_device
+@on_its_device
 def _mu_guided_qkv(
     x: Tensor, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None,
@@ -370,7 +360,7 @@ def _(x, m, q, k, v, mu_q, mu_k, mu_v):
 
 
 @torch.library.custom_op("complexity_deep::mu_guided_qkv_backward", mutates_args=())
-@_on_its_device
+@on_its_device
 def _mu_guided_qkv_backward(
     grad: Tensor, x: Tensor, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None, weight_grads: bool,

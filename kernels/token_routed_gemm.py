@@ -26,7 +26,6 @@ whose loads run ahead into the next tile (on an H200, copy plus TMA GEMM takes a
 and backward needs the copy). Otherwise pointers; the forward GEMM then gathers rows itself unless the copy is kept.
 """
 
-import functools
 import os
 
 import torch
@@ -39,17 +38,11 @@ try:
 except ImportError:  # the caller names the fallback
     raise
 
+from .kernel_launch import device_properties, on_its_device, pdl_options, wait
+
 ACTIVATIONS = ("silu", "swish", "gelu", "relu")
 DECODE_TOKENS = 2  # H200: 7.5 and 10 us for 1 and 2 tokens; at 4, tensor-core tiles of 16 tokens win (19 against 21 us)
 TMA_ROWS = 128  # tokens per expert; with fewer, small tiles read by pointers keep more of the card busy
-
-
-@triton.jit
-def _wait(PDL: tl.constexpr):
-    """Programmatic dependent launch: start while the kernel before drains, but read nothing before its end."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -108,7 +101,7 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 @triton.jit
 def gather_rows_kernel(source, order, out, num_rows, size, PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[r] = source[order[r]], rows of `size`."""
-    _wait(PDL)
+    wait(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     tokens = tl.load(order + rows, mask=rows < num_rows, other=0).to(tl.int64)
@@ -125,7 +118,7 @@ def gate_up_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """weight [E, 2I, H], x [T, H] (sorted, or by token if GATHER) -> sorted act_out [T, I], gate_up [T, 2I] if KEEP."""
-    _wait(PDL)
+    wait(PDL)
     last_tile, num_m = _count_tiles(offsets, num_experts, EXPERTS, BLOCK_M)
     num_n = tl.cdiv(inter, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=TMA):
@@ -164,7 +157,7 @@ def routed_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out[order[r]] = W[e] a[r], a sorted; weight holds W, [E, out, in], or, TRANSPOSED, its transpose [E, in, out]."""
-    _wait(PDL)
+    wait(PDL)
     last_tile, num_m = _count_tiles(offsets, num_experts, EXPERTS, BLOCK_M)
     num_n = tl.cdiv(out_size, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=TMA):
@@ -219,7 +212,7 @@ def gate_up_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """dy sorted [T, H], down_proj [E, H, I], gate_up [T, 2I] -> act_out [T, I] and grad_gate_up [T, 2I]."""
-    _wait(PDL)
+    wait(PDL)
     last_tile, num_m = _count_tiles(offsets, num_experts, EXPERTS, BLOCK_M)
     num_n = tl.cdiv(inter, BLOCK_N)
     for pid in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=TMA):
@@ -253,7 +246,7 @@ def weight_grad_bwd_kernel(
 ):  # fmt: skip
     """out[e] [M, N] = sum over the expert's rows r of left[r] [M] right[r] [N]; an expert without rows gets zeros."""
     num_m, num_n = tl.cdiv(size_m, BLOCK_M), tl.cdiv(size_n, BLOCK_N)
-    _wait(PDL)
+    wait(PDL)
     expert, pid = tl.program_id(0) // (num_m * num_n), tl.program_id(0) % (num_m * num_n)
     first = pid // (GROUP_M * num_n) * GROUP_M
     size = tl.minimum(num_m - first, GROUP_M)
@@ -297,7 +290,7 @@ def gate_up_decode_kernel(
     EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """act_out [T, I], sorted: BLOCK_N gate and up rows of one hit expert stay in registers while its tokens pass."""
-    _wait(PDL)
+    wait(PDL)
     expert, start, end = _locate_hit(offsets, tl.program_id(1), num_experts, EXPERTS)
     if start < end:
         n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -376,15 +369,6 @@ def routing_place_kernel(
     tl.store(offsets + experts, bound, mask=experts <= tl.where(pid == 0, num_experts, -1))
 
 
-@functools.lru_cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and compute capability major of a device; (1, 0) under the interpreter."""
-    if device.type != "cuda":
-        return 1, 0
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major
-
-
 def _config(op: str, tokens: int, experts: int, dtype: torch.dtype, tma: bool) -> dict:
     """Tile sizes of one GEMM. Swept on one H200 (bf16, H 2048, I 1408, 4 experts, T 4 .. 16384)."""
     rows = tokens // experts
@@ -422,7 +406,7 @@ def _use_tma(tokens: int, hidden: int, inter: int, experts: int, *tensors: Tenso
     """TMA path: a Hopper card (tiles fill its 227 KB), 2-byte elements, 16-byte aligned rows, whole tiles in K."""
     return (
         tokens >= TMA_ROWS * experts
-        and _device(tensors[0].device)[1] == 9
+        and device_properties(tensors[0].device)[1] == 9
         and tensors[0].element_size() == 2
         and hidden % 64 == 0
         and inter % 64 == 0
@@ -430,14 +414,11 @@ def _use_tma(tokens: int, hidden: int, inter: int, experts: int, *tensors: Tenso
     )
 
 
-def _pdl(device: torch.device) -> dict:
-    """Launch options of programmatic dependent launch, from Hopper on."""
-    return {"PDL": True, "launch_pdl": True} if _device(device)[1] >= 9 else {"PDL": False}
-
-
 def _grid(tokens: int, experts: int, columns: int, config: dict, device: torch.device, tma: bool) -> tuple[int]:
     tiles = min(tokens, tokens // config["BLOCK_M"] + experts) * triton.cdiv(columns, config["BLOCK_N"])
-    return (min(tiles, _device(device)[0]) if tma else tiles,)  # persistent with TMA: one program per multiprocessor
+    return (
+        min(tiles, device_properties(device)[0]) if tma else tiles,
+    )  # persistent with TMA: one program per multiprocessor
 
 
 def _matrix(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
@@ -449,7 +430,9 @@ def _gather_rows(source: Tensor, order: Tensor) -> Tensor:
     out = torch.empty_like(source)
     block = min(triton.next_power_of_2(source.shape[1]), 2048)
     grid = (triton.cdiv(source.shape[0], 2), triton.cdiv(source.shape[1], block))
-    gather_rows_kernel[grid](source, order, out, *source.shape, ROWS=2, BLOCK=block, num_warps=8, **_pdl(source.device))
+    gather_rows_kernel[grid](
+        source, order, out, *source.shape, ROWS=2, BLOCK=block, num_warps=8, **pdl_options(source.device)
+    )
     return out
 
 
@@ -464,7 +447,7 @@ def _gate_up(x, weight, order, offsets, act_out, gate_up, activation, gather, tm
     gate_up_fwd_kernel[grid](
         x, weight, order, offsets, act_out, gate_up, experts, hidden, inter,
         EXPERTS=triton.next_power_of_2(experts), ACTIVATION=activation, KEEP=gate_up.numel() > 0, GATHER=gather,
-        TMA=tma, EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **_pdl(act_out.device),
+        TMA=tma, EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **pdl_options(act_out.device),
     )  # fmt: skip
 
 
@@ -478,7 +461,7 @@ def _routed_linear(a, weight, order, offsets, out, transposed, tma):
         a = _matrix(a, config["BLOCK_M"], config["BLOCK_K"])
     routed_linear_kernel[grid](
         a, weight, order, offsets, out, experts, in_size, out_size, EXPERTS=triton.next_power_of_2(experts),
-        TRANSPOSED=transposed, TMA=tma, EVEN_K=in_size % config["BLOCK_K"] == 0, **config, **_pdl(out.device),
+        TRANSPOSED=transposed, TMA=tma, EVEN_K=in_size % config["BLOCK_K"] == 0, **config, **pdl_options(out.device),
     )  # fmt: skip
 
 
@@ -488,7 +471,7 @@ def _weight_grad(left, right, offsets, out, tma):
     grid = (experts * triton.cdiv(size_m, config["BLOCK_M"]) * triton.cdiv(size_n, config["BLOCK_N"]),)
     left_tma = _matrix(left, config["BLOCK_K"], config["BLOCK_M"]) if tma else left
     right_tma = _matrix(right, config["BLOCK_K"], config["BLOCK_N"]) if tma else right
-    options = config | _pdl(out.device)
+    options = config | pdl_options(out.device)
     weight_grad_bwd_kernel[grid](left, right, left_tma, right_tma, offsets, out, size_m, size_n, TMA=tma, **options)
 
 
@@ -496,7 +479,7 @@ def _decode(x, gate_up_proj, down_proj, order, offsets, act_out, out, activation
     (tokens, hidden), (experts, _, inter) = x.shape, down_proj.shape
     slots, blocks = min(tokens, experts), (triton.next_power_of_2(hidden), triton.next_power_of_2(inter))
     rows = [max(1, 4096 // block) for block in blocks]  # 8 KB a matrix and program: all its loads are in flight at once
-    options = {"EXPERTS": triton.next_power_of_2(experts)} | _pdl(x.device)
+    options = {"EXPERTS": triton.next_power_of_2(experts)} | pdl_options(x.device)
     gate_up_decode_kernel[(triton.cdiv(inter, rows[0]), slots)](
         x, gate_up_proj, order, offsets, act_out, experts, hidden, inter,
         ACTIVATION=activation, BLOCK_N=rows[0], BLOCK_K=blocks[0], num_warps=max(2, blocks[0] // 2048), **options,
@@ -508,6 +491,7 @@ def _decode(x, gate_up_proj, down_proj, order, offsets, act_out, out, activation
 
 
 @torch.library.custom_op("complexity_deep::routing_plan", mutates_args=())
+@on_its_device
 def routing_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Sort tokens by expert: `expert_ids` [T] integers in 0..num_experts-1 -> (`order`, `offsets`), both int32.
 
@@ -536,6 +520,7 @@ def _(expert_ids, num_experts):
 
 
 @torch.library.custom_op("complexity_deep::token_routed_mlp_forward", mutates_args=())
+@on_its_device
 def token_routed_mlp_forward(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, order: Tensor, offsets: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -563,6 +548,7 @@ def _(x, gate_up_proj, down_proj, order, offsets, activation, keep):
 
 
 @torch.library.custom_op("complexity_deep::token_routed_mlp_backward", mutates_args=())
+@on_its_device
 def token_routed_mlp_backward(
     grad: Tensor, x_sorted: Tensor, gate_up: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
     order: Tensor, offsets: Tensor, activation: str, need_x: bool, need_gate_up_proj: bool, need_down_proj: bool,
@@ -584,7 +570,7 @@ def token_routed_mlp_backward(
     gate_up_bwd_kernel[_grid(tokens, experts, inter, config, grad.device, tma)](
         source, weight, offsets, gate_up, act, grad_gate_up, experts, hidden, inter,
         EXPERTS=triton.next_power_of_2(experts), ACTIVATION=activation, TMA=tma,
-        EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **_pdl(grad.device),
+        EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **pdl_options(grad.device),
     )  # fmt: skip
     if need_down_proj:
         _weight_grad(grad_sorted, act, offsets, grad_down_proj, tma)

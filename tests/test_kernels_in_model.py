@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from complexity_deep import ComplexityDeepForCausalLM
+from complexity_deep import implementations_complexity_deep as implementations
 from support import GOLDEN, random_ids, tiny_model
 
 pytest.importorskip("triton")
@@ -58,17 +59,64 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-7)
 
 
-def test_decoding_equals_the_full_forward():
-    model = tiny_model(num_hidden_layers=2).to(DEVICE)
+def decode_calls(monkeypatch) -> list:
+    """Grows by one for every layer that the decode kernels compute."""
+    calls, tail = [], implementations.decode_layer_tail
+    monkeypatch.setattr(implementations, "decode_layer_tail", lambda *a: calls.append(1) or tail(*a))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "options, layers",
+    (
+        pytest.param({}, 2, id="published"),
+        pytest.param({"use_mu_routing": False, "use_qk_norm": False}, 2, id="plain-routing"),
+        pytest.param({"use_mu_guidance": False, "mu_router_gradient": True}, 2, id="no-guidance-router-learns"),
+        pytest.param({"sliding_window": 3}, 2, id="window"),
+        pytest.param({"use_dynamics": False}, 0, id="no-dynamics"),
+        pytest.param({"shared_expert_intermediate_size": 16}, 0, id="shared-expert"),
+        pytest.param({"use_token_routed_mlp": False}, 0, id="dense"),
+    ),
+)
+def test_decoding_equals_the_full_forward(monkeypatch, options, layers):
+    """A step of one token by the decode kernels where they apply (in `layers` of the two), of more by the others."""
+    model = tiny_model(std=0.1, num_hidden_layers=2, **options).to(DEVICE)
+    calls = decode_calls(monkeypatch)
     model.set_kernels_implementation("triton")
     model.set_experts_implementation("cggr")
-    ids, cache = random_ids(1, 6).to(DEVICE), None
+    ids, cache = random_ids(2, 6).to(DEVICE), None
     with torch.no_grad():
         full = model(ids).logits
         for start, size in ((0, 3), (3, 1), (4, 2)):
             part = model(ids[:, start : start + size], past_key_values=cache, use_cache=True)
             cache = part.past_key_values
             torch.testing.assert_close(part.logits, full[:, start : start + size], rtol=1e-4, atol=1e-4)
+    assert len(calls) == layers
+
+
+def test_the_decode_kernels_pass_over_no_module_that_does_more(monkeypatch):
+    """A recording hook, an adapter, a module of another class, a gradient: each keeps the layer module by module."""
+    calls, model = decode_calls(monkeypatch), tiny_model(num_hidden_layers=1).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    layer, ids = model.model.layers[0], random_ids(1, 1).to(DEVICE)
+    expected = model(ids).logits
+    assert not calls and expected.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert len(calls) == 1
+        assert model(ids, output_expert_ids=True).expert_ids[0].shape == (1, 1)  # hooks that stay from now on
+        model(ids)
+        for module in model.modules():
+            module._forward_hooks.clear()
+        model(ids)
+        assert len(calls) == 2
+        norm, layer.post_attention_layernorm = layer.post_attention_layernorm, torch.nn.RMSNorm(64).to(DEVICE)
+        model(ids)
+        layer.post_attention_layernorm = norm
+        layer.self_attn.o_proj = torch.nn.Sequential(layer.self_attn.o_proj)
+        model(ids)
+        assert len(calls) == 2
 
 
 @pytest.mark.gpu

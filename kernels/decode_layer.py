@@ -1,0 +1,310 @@
+"""A decoder layer for a few new tokens in Triton: all of it but the attention over the cache, in six kernels.
+
+T tokens (one per row of the batch), H hidden size, N = (A + 2K) D columns of q, k and v, C controller width, E experts,
+I width of one expert. Equals `decode_qkv_reference` and `decode_layer_tail_reference`:
+
+    qkv     = RMSNorm(x) [Wq ‖ Wk ‖ Wv]ᵀ + m [Uq ‖ Uk ‖ Uv]ᵀ          decode_qkv_kernel
+    (QK norm, RoPE, cache, attention: mu_guided_qkv.py, decode_attention.py)
+    h       = attention Woᵀ                                            decode_linear_kernel
+    z, mu_l = SiLU(W_in [h, v] + b_in), mu + W_mu h                    decode_controller_kernel
+    v', h', R', m as in fused_dynamics.py;  x' = x + h'                decode_update_kernel
+    e       = argmax(base_logit onehot(expert) + mu_l W_routerᵀ)
+    a       = act(gate[e] n) * (up[e] n),  n = RMSNorm(x')             decode_gate_up_kernel
+    x''     = x' + down[e] a                                           decode_down_kernel
+
+The time is reading the weights: 67 MB a layer of the 1.5b shape, 16 us of an H200's memory. A program holds a few whole
+weight rows in registers, and the kernels are chained by programmatic dependent launch: a kernel's rows are on their way
+while the kernel before it still runs. Norms are computed again by every program that needs them, from x in the cache.
+The rows of an expert are fetched by the token's own expert, and again in the rare case that mu overrides it. Sums for
+the second norm and for the router come in parts from decode_update_kernel, and are added in a fixed order.
+Rounded to the model's dtype where the modules round; sums are fp32. Forward only: generation needs no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
+    raise
+
+from .kernel_launch import on_its_device, pdl_options, wait
+
+MAX_ROWS = 2  # rows of the batch; with more, tensor cores on tiles of 16 tokens win
+MAX_EXPERTS = 32  # every program of decode_gate_up_kernel scores them all
+MAX_WIDTH = 16384  # a weight row must fit in registers
+ROW_BYTES = 16384  # weights that a program holds at once
+UPDATE_COLUMNS = 16  # columns of the hidden state in one program of decode_update_kernel
+
+
+@triton.jit
+def _rows(ptr, o_n, o_k, N, K):
+    """Weight rows o_n of a row-major [N, K] matrix: [BN, BK], zero outside."""
+    at = o_n[:, None].to(tl.int64) * K + o_k[None, :]
+    return tl.load(ptr + at, mask=(o_n < N)[:, None] & (o_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _vector(ptr, o_k, K):
+    return tl.load(ptr + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _times(weight, x):
+    """weight [BN, BK] times x [BK] -> [BN], in fp32."""
+    return tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
+
+
+@triton.jit
+def _rms_norm(x, weight, rstd, dtype: tl.constexpr):
+    return (x * rstd * weight).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _act(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        return tl.maximum(x, 0.0)
+    elif ACTIVATION == "gelu":
+        return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
+    else:
+        return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def decode_qkv_kernel(
+    x_ptr, norm_ptr, m_ptr, q_ptr, k_ptr, v_ptr, mu_q_ptr, mu_k_ptr, mu_v_ptr, out_ptr,
+    T, H, Q, KV, eps, HAS_MU: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [T, Q + 2 KV]; a program owns BN rows of one of the three projections and of its guidance."""
+    pid = tl.program_id(0)
+    q_blocks, kv_blocks = tl.cdiv(Q, BN), tl.cdiv(KV, BN)
+    is_q, is_k = pid < q_blocks, pid < q_blocks + kv_blocks
+    block = tl.where(is_q, pid, tl.where(is_k, pid - q_blocks, pid - q_blocks - kv_blocks))
+    column = tl.where(is_q, 0, tl.where(is_k, Q, Q + KV))  # where the projection begins in out
+    N = tl.where(is_q, Q, KV)
+    o_n, o_k = block * BN + tl.arange(0, BN), tl.arange(0, BK)
+    w = _rows(tl.where(is_q, q_ptr, tl.where(is_k, k_ptr, v_ptr)), o_n, o_k, N, H)
+    if HAS_MU:
+        u = _rows(tl.where(is_q, mu_q_ptr, tl.where(is_k, mu_k_ptr, mu_v_ptr)), o_n, o_k, N, H)
+    norm = _vector(norm_ptr, o_k, H)
+    wait(PDL)
+    dtype = out_ptr.dtype.element_ty
+    for t in range(T):
+        x = _vector(x_ptr + t * H, o_k, H)
+        n = _rms_norm(x, norm, tl.rsqrt(tl.sum(x * x, 0) / H + eps), dtype)
+        acc = _times(w, n)
+        if HAS_MU:
+            acc += _times(u, _vector(m_ptr + t * H, o_k, H))
+        tl.store(out_ptr + t * (Q + 2 * KV) + column + o_n, acc.to(dtype), mask=o_n < N)
+
+
+@triton.jit
+def decode_linear_kernel(x_ptr, w_ptr, out_ptr, T, N, K, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """out [T, N] = x [T, K] wᵀ."""
+    o_n, o_k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    w = _rows(w_ptr, o_n, o_k, N, K)
+    wait(PDL)
+    for t in range(T):
+        acc = _times(w, _vector(x_ptr + t * K, o_k, K))
+        tl.store(out_ptr + t * N + o_n, acc.to(out_ptr.dtype.element_ty), mask=o_n < N)
+
+
+@triton.jit
+def decode_controller_kernel(
+    h_ptr, v_ptr, mu_ptr, w_mu_ptr, w_in_ptr, b_in_ptr, z_ptr, mu_out_ptr, T, H, C,
+    PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """mu_out [T, H] = mu + W_mu h; the last programs: z [T, C] = SiLU(W_in [h, v] + b_in), one row each."""
+    o_k = tl.arange(0, BK)
+    mu_blocks = tl.cdiv(H, BN)
+    dtype = z_ptr.dtype.element_ty
+    if tl.program_id(0) < mu_blocks:
+        o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+        w = _rows(w_mu_ptr, o_n, o_k, H, H)
+        bias = _vector(mu_ptr, o_n, H)
+        wait(PDL)
+        for t in range(T):
+            acc = _times(w, _vector(h_ptr + t * H, o_k, H)) + bias
+            tl.store(mu_out_ptr + t * H + o_n, acc.to(dtype), mask=o_n < H)
+    else:
+        row = tl.program_id(0) - mu_blocks
+        w_h = _vector(w_in_ptr + row * 2 * H, o_k, H)
+        w_v = _vector(w_in_ptr + row * 2 * H + H, o_k, H)
+        bias = tl.load(b_in_ptr + row).to(tl.float32)
+        wait(PDL)
+        for t in range(T):
+            products = w_h * _vector(h_ptr + t * H, o_k, H) + w_v * _vector(v_ptr + t * H, o_k, H)
+            z = (tl.sum(products, 0) + bias).to(dtype).to(tl.float32)
+            tl.store(z_ptr + t * C + row, (z / (1.0 + tl.exp(-z))).to(dtype))
+
+
+@triton.jit
+def decode_update_kernel(
+    x_ptr, h_ptr, v_ptr, r_ptr, z_ptr, mu_ptr, w_ptr, b_ptr, router_ptr,
+    x_out_ptr, v_out_ptr, m_out_ptr, r_out_ptr, parts_ptr,
+    T, H, C, E, dt, HAS_RESIDUAL: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
+    BH: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """x' = x + h', v', m, R' [T, H]; parts [T, blocks, 1 + BE]: this block's share of sum(x'²), of mu_l W_routerᵀ."""
+    o_h, o_c, o_e = tl.program_id(0) * BH + tl.arange(0, BH), tl.arange(0, BC), tl.arange(0, BE)
+    mask = o_h < H
+    w_alpha, w_beta = _rows(w_ptr, o_h, o_c, H, C), _rows(w_ptr + H * C, o_h, o_c, H, C)
+    w_gate = _rows(w_ptr + 2 * H * C, o_h, o_c, H, C)
+    b_alpha, b_beta, b_gate = _vector(b_ptr, o_h, H), _vector(b_ptr + H, o_h, H), _vector(b_ptr + 2 * H, o_h, H)
+    if ROUTED:
+        router = _rows(router_ptr, o_e, o_h, E, H)  # [BE, BH]
+    wait(PDL)
+    dtype = x_out_ptr.dtype.element_ty
+    for t in range(T):
+        z = _vector(z_ptr + t * C, o_c, C)
+        alpha = 1.0 / (1.0 + tl.exp(-_times(w_alpha, z) - b_alpha))
+        gate = 1.0 / (1.0 + tl.exp(-_times(w_gate, z) - b_gate))
+        softplus = tl.log(1.0 + tl.exp(tl.minimum(_times(w_beta, z) + b_beta, 20.0)))  # above 2 it is clamped
+        beta = tl.minimum(softplus, 2.0)
+        at = t * H + o_h
+        h, mu = _vector(h_ptr + t * H, o_h, H), _vector(mu_ptr + t * H, o_h, H)
+        v = alpha * _vector(v_ptr + t * H, o_h, H) - beta * (h - mu)
+        v = tl.maximum(v, -10.0, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.minimum(v, 10.0, propagate_nan=tl.PropagateNan.ALL)
+        h = (h + dt * gate * v).to(dtype).to(tl.float32)
+        r = mu
+        if HAS_RESIDUAL:
+            r += _vector(r_ptr + t * H, o_h, H)
+        x = (_vector(x_ptr + t * H, o_h, H) + h).to(dtype)
+        tl.store(x_out_ptr + at, x, mask=mask)
+        tl.store(v_out_ptr + at, v.to(dtype), mask=mask)
+        tl.store(r_out_ptr + at, r.to(dtype), mask=mask)
+        tl.store(m_out_ptr + at, (mu + 0.1 * r).to(dtype), mask=mask)
+        x = x.to(tl.float32)
+        part = parts_ptr + (t * tl.num_programs(0) + tl.program_id(0)) * (1 + BE)
+        tl.store(part, tl.sum(x * x, 0))
+        if ROUTED:
+            tl.store(part + 1 + o_e, _times(router, mu))
+
+
+@triton.jit
+def decode_gate_up_kernel(
+    x_ptr, norm_ptr, parts_ptr, expert_ptr, weight_ptr, act_ptr, chosen_ptr, blocks, H, inter, E, eps, base_logit,
+    ACTIVATION: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """act [T, I] and chosen [T], the expert after mu's say; weight [E, 2I, H]; parts of decode_update_kernel."""
+    t = tl.program_id(1)
+    o_n, o_k, o_p, o_e = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, BP), tl.arange(0, BE)
+    base = tl.load(expert_ptr + t).to(tl.int32)
+    size = inter.to(tl.int64) * H
+    gate_rows = _rows(weight_ptr + base * 2 * size, o_n, o_k, inter, H)
+    up_rows = _rows(weight_ptr + (base * 2 + 1) * size, o_n, o_k, inter, H)
+    norm = _vector(norm_ptr, o_k, H)
+    wait(PDL)
+    dtype = act_ptr.dtype.element_ty
+    parts_ptr += t * blocks * (1 + BE)
+    squares = tl.sum(tl.load(parts_ptr + o_p * (1 + BE), mask=o_p < blocks, other=0.0), 0)
+    n = _rms_norm(_vector(x_ptr + t * H, o_k, H), norm, tl.rsqrt(squares / H + eps), dtype)
+    if ROUTED:
+        at = parts_ptr + 1 + o_p[:, None] * (1 + BE) + o_e[None, :]
+        logits = tl.sum(tl.load(at, mask=(o_p < blocks)[:, None], other=0.0), 0).to(dtype).to(tl.float32)  # [BE]
+        scores = tl.where(o_e == base, base_logit, 0.0) + logits
+        scores = tl.where(scores == scores, scores, float("inf"))  # NaN counts as the largest, as in torch
+        expert = tl.argmax(tl.where(o_e < E, scores, float("-inf")), 0)  # ties: the lowest
+        if expert != base:
+            gate_rows = _rows(weight_ptr + expert * 2 * size, o_n, o_k, inter, H)
+            up_rows = _rows(weight_ptr + (expert * 2 + 1) * size, o_n, o_k, inter, H)
+        if tl.program_id(0) == 0:
+            tl.store(chosen_ptr + t, expert)
+    value = _act(_times(gate_rows, n), ACTIVATION) * _times(up_rows, n)
+    tl.store(act_ptr + t * inter + o_n, value.to(dtype), mask=o_n < inter)
+
+
+@triton.jit
+def decode_down_kernel(
+    x_ptr, act_ptr, expert_ptr, chosen_ptr, weight_ptr, out_ptr, H, inter,
+    ROUTED: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [T, H] = x + down[chosen] act; weight [E, H, I]."""
+    t = tl.program_id(1)
+    o_n, o_k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    base = tl.load(expert_ptr + t).to(tl.int32)
+    size = inter.to(tl.int64) * H
+    rows = _rows(weight_ptr + base * size, o_n, o_k, H, inter)
+    wait(PDL)
+    if ROUTED:
+        expert = tl.load(chosen_ptr + t)
+        if expert != base:
+            rows = _rows(weight_ptr + expert * size, o_n, o_k, H, inter)
+    dtype = out_ptr.dtype.element_ty
+    out = _times(rows, _vector(act_ptr + t * inter, o_k, inter)).to(dtype).to(tl.float32)
+    tl.store(out_ptr + t * H + o_n, (_vector(x_ptr + t * H, o_n, H) + out).to(dtype), mask=o_n < H)
+
+
+def _rows_config(rows: int, columns: int, matrices: int, itemsize: int) -> tuple[int, dict]:
+    """Programs and tile of a kernel that holds some rows of each of `matrices` matrices in registers."""
+    BK = max(16, triton.next_power_of_2(columns))
+    BN = max(1, min(16, ROW_BYTES // (BK * itemsize * matrices)))
+    return triton.cdiv(rows, BN), {"BN": BN, "BK": BK, "num_warps": 4}
+
+
+@torch.library.custom_op("complexity_deep::decode_qkv", mutates_args=())
+@on_its_device
+def decode_qkv(
+    x: Tensor, norm_weight: Tensor, eps: float, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`decode_qkv_reference`: qkv [T, Q + 2 KV] of x and m [T, H], contiguous; all weights [out, H] of x's dtype."""
+    (T, H), Q, KV = x.shape, q.shape[0], k.shape[0]
+    out = x.new_empty(T, Q + 2 * KV)
+    _, tile = _rows_config(Q, H, 1 if m is None else 2, x.element_size())
+    decode_qkv_kernel[(triton.cdiv(Q, tile["BN"]) + 2 * triton.cdiv(KV, tile["BN"]),)](
+        x, norm_weight, m, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV, eps,
+        HAS_MU=m is not None, **tile, **pdl_options(x.device),
+    )  # fmt: skip
+    return out
+
+
+@decode_qkv.register_fake
+def _(x, norm_weight, eps, m, q, k, v, mu_q, mu_k, mu_v):
+    return x.new_empty(x.shape[0], q.shape[0] + 2 * k.shape[0])
+
+
+@torch.library.custom_op("complexity_deep::decode_layer_tail", mutates_args=())
+@on_its_device
+def decode_layer_tail(
+    attention: Tensor, x: Tensor, v: Tensor, r: Tensor | None, expert_ids: Tensor, o_proj: Tensor,
+    mu: Tensor, mu_proj: Tensor, controller_in: Tensor, controller_in_bias: Tensor,
+    controller_out: Tensor, controller_out_bias: Tensor, dt: float, norm_weight: Tensor, eps: float,
+    router: Tensor | None, base_logit: float, gate_up_proj: Tensor, down_proj: Tensor, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`decode_layer_tail_reference`: (x'', v', m, R') [T, H]; tensors contiguous and of one dtype, but expert_ids."""
+    (T, H), C, (E, _, inter) = x.shape, controller_in.shape[0], down_proj.shape
+    options, itemsize = pdl_options(x.device), x.element_size()
+    h, mu_l, x_mid, v_out, m_out, r_out, out = (torch.empty_like(x) for _ in range(7))
+    z, act = x.new_empty(T, C), x.new_empty(T, inter)
+    power = triton.next_power_of_2
+    programs, tile = _rows_config(H, attention.shape[1], 1, itemsize)
+    decode_linear_kernel[(programs,)](attention, o_proj, h, T, H, attention.shape[1], **tile, **options)
+    programs, tile = _rows_config(H, H, 1, itemsize)
+    decode_controller_kernel[(programs + C,)](
+        h, v, mu, mu_proj, controller_in, controller_in_bias, z, mu_l, T, H, C, **tile, **options
+    )
+    BE, blocks = 1 if router is None else power(E), triton.cdiv(H, UPDATE_COLUMNS)
+    parts = torch.empty(T, blocks, 1 + BE, dtype=torch.float32, device=x.device)
+    chosen = torch.empty(T if router is not None else 0, dtype=torch.int32, device=x.device)
+    routed = {"ROUTED": router is not None} | options
+    decode_update_kernel[(blocks,)](
+        x, h, v, r, z, mu_l, controller_out, controller_out_bias, router, x_mid, v_out, m_out, r_out, parts,
+        T, H, C, E, dt, HAS_RESIDUAL=r is not None, BH=UPDATE_COLUMNS, BC=power(C), BE=BE, num_warps=4, **routed,
+    )  # fmt: skip
+    programs, tile = _rows_config(inter, H, 2, itemsize)
+    decode_gate_up_kernel[(programs, T)](
+        x_mid, norm_weight, parts, expert_ids, gate_up_proj, act, chosen, blocks, H, inter, E, eps, base_logit,
+        ACTIVATION=activation, BE=BE, BP=power(blocks), **tile, **routed,
+    )  # fmt: skip
+    programs, tile = _rows_config(H, inter, 1, itemsize)
+    decode_down_kernel[(programs, T)](x_mid, act, expert_ids, chosen, down_proj, out, H, inter, **tile, **routed)
+    return out, v_out, m_out, r_out
+
+
+@decode_layer_tail.register_fake
+def _(attention, x, *_):
+    return tuple(torch.empty_like(x) for _ in range(4))

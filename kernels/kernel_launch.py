@@ -1,0 +1,49 @@
+"""What the launches of all kernels share: the right device, and programmatic dependent launch (PDL) from Hopper on.
+
+A kernel launched with PDL starts while the one before it drains. It calls `wait` before it reads what that one wrote
+or writes what that one reads; weights, which no kernel of a forward writes, may be on their way before.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
+    raise
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Wait for the end of the kernel before. The next one may start only now: by then, all but this one are over."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@functools.lru_cache
+def device_properties(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors and compute capability major of a device; (1, 0) under the interpreter."""
+    if device.type != "cuda":
+        return 1, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major
+
+
+def pdl_options(device: torch.device) -> dict:
+    """Launch options of programmatic dependent launch: the kernel's PDL flag, and Triton's own."""
+    return {"PDL": True, "launch_pdl": True} if device_properties(device)[1] >= 9 else {"PDL": False}
+
+
+def on_its_device(function):
+    """Triton launches on the current device, which need not be the tensors' when a model is spread over several."""
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+            return function(*args)
+
+    return wrapped

@@ -1,0 +1,112 @@
+"""The decoder layer of a few new tokens: its twins in fp64 are the truth, the twins in the same dtype the limit."""
+
+import os
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+
+from complexity_deep.kernels.decode_layer import decode_layer_tail, decode_qkv  # noqa: E402
+from complexity_deep.kernels.kernel_reference import decode_layer_tail_reference, decode_qkv_reference  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+gpu = pytest.mark.gpu
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+# T, H, A * D, K * D, C, E, I, has mu (and residual), router, activation, dtype; each row with its reason. Without a
+# GPU, fp16 stands for half precision: the interpreter truncates where bf16 is rounded.
+SHAPES = [
+    pytest.param(1, 64, 64, 32, 64, 4, 44, True, True, "silu", torch.float32, id="one-token"),
+    pytest.param(2, 48, 40, 8, 24, 3, 20, True, True, "gelu", torch.float32, id="nothing-a-power-of-two"),
+    pytest.param(1, 36, 36, 36, 16, 2, 8, False, False, "relu", torch.float32, id="layer-0-plain-routing"),
+    pytest.param(2, 64, 64, 32, 64, 5, 16, True, True, "swish", torch.float16, id="half"),
+    pytest.param(2, 64, 64, 32, 64, 1, 16, True, False, "silu", torch.bfloat16, id="one-expert-bf16", marks=gpu),
+    pytest.param(1, 2048, 2048, 1024, 64, 4, 1408, True, True, "silu", torch.bfloat16, id="real", marks=gpu),
+    pytest.param(2, 2048, 2048, 1024, 64, 4, 1408, True, True, "silu", torch.float16, id="real-two-rows", marks=gpu),
+    pytest.param(2, 768, 768, 256, 64, 4, 768, False, True, "silu", torch.bfloat16, id="150m-layer-0", marks=gpu),
+    pytest.param(1, 1024, 1024, 512, 64, 32, 300, True, True, "silu", torch.float32, id="most-experts", marks=gpu),
+]
+
+
+def inputs(T, H, Q, KV, C, E, I, has_mu, has_router, activation):  # noqa: E741
+    """Arguments of both functions in fp64: logits large enough for both clamps, mu overrides some experts."""
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape, scale=1.0: scale * torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    linear = lambda out, width, scale=1.0: make(out, width, scale=scale * width**-0.5)  # noqa: E731
+    qkv = [make(T, H), 1 + make(H, scale=0.1), 1e-6, make(T, H) if has_mu else None]
+    qkv += [linear(Q, H), linear(KV, H), linear(KV, H)]
+    qkv += [linear(Q, H), linear(KV, H), linear(KV, H)] if has_mu else [None] * 3
+    tail = [make(T, Q), make(T, H), make(T, H, scale=8), make(T, H) if has_mu else None]
+    tail += [torch.randint(0, E, (T,), generator=generator), linear(H, Q, 4), make(H), linear(H, H)]
+    tail += [linear(C, 2 * H, 0.3), make(C), linear(3 * H, C, 2), make(3 * H), 0.1, 1 + make(H, scale=0.1), 1e-5]
+    tail += [linear(E, H, 8) if has_router else None, 10.0, linear_experts(make, E, 2 * I, H)]
+    tail += [linear_experts(make, E, H, I), activation]
+    return qkv, tail
+
+
+def linear_experts(make, experts, out, width):
+    return make(experts, out, width, scale=width**-0.5)
+
+
+def cast(arguments, dtype, rounded):
+    """Floating tensors rounded to `rounded` and given in `dtype`, on the device."""
+    move = lambda x: x.to(rounded).to(dtype) if x.is_floating_point() else x  # noqa: E731
+    return [move(x).to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
+
+
+def error(found, truth):
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("T, H, Q, KV, C, E, I, has_mu, has_router, activation, dtype", SHAPES)
+def test_matches_fp64(T, H, Q, KV, C, E, I, has_mu, has_router, activation, dtype):  # noqa: E741
+    torch.backends.cuda.matmul.allow_tf32 = False
+    qkv, tail = inputs(T, H, Q, KV, C, E, I, has_mu, has_router, activation)
+    for function, reference, arguments in (
+        (decode_qkv, decode_qkv_reference, qkv),
+        (decode_layer_tail, decode_layer_tail_reference, tail),
+    ):
+        truth = reference(*cast(arguments, torch.float64, dtype))
+        found = function(*cast(arguments, dtype, dtype))
+        twin = reference(*cast(arguments, dtype, dtype))
+        found, twin, truth = ((x,) if isinstance(x, torch.Tensor) else x for x in (found, twin, truth))
+        for index, expected in enumerate(truth):
+            limit = 1e-5 if dtype == torch.float32 else 2 * error(twin[index], expected)
+            assert found[index].dtype == dtype and found[index].shape == expected.shape
+            assert error(found[index], expected) <= limit, (function, index)
+
+
+def test_mu_overrides_the_expert_and_ties_go_to_the_lowest():
+    """A router that scores two experts alike, far above the others, whatever the token's own expert."""
+    _, tail = inputs(2, 32, 32, 16, 16, 4, 8, True, True, "silu")
+    tail[6] = torch.full((32,), 3.0, dtype=torch.float64)  # mu, so large that its sum is positive for any token
+    tail[7] = tail[7] * 0.01
+    tail[15] = torch.tensor([0.0, 5.0, 5.0, -1.0], dtype=torch.float64)[:, None].expand(4, 32).contiguous()
+    arguments = cast(tail, torch.float32, torch.float32)
+    for own in (0, 3):
+        arguments[4] = torch.full((2,), own, device=DEVICE)
+        found = decode_layer_tail(*arguments)[0]
+        arguments[15], router, arguments[4] = None, arguments[15], torch.full((2,), 1, device=DEVICE)
+        torch.testing.assert_close(found, decode_layer_tail_reference(*arguments)[0], rtol=1e-5, atol=1e-5)
+        arguments[15] = router
+
+
+def test_nan_is_not_hidden():
+    """By none of the clamps, and not in another row."""
+    _, tail = inputs(2, 32, 32, 16, 16, 4, 8, True, True, "silu")
+    arguments = cast(tail, torch.float32, torch.float32)
+    arguments[0][1, 0] = float("nan")
+    for found in decode_layer_tail(*arguments):
+        assert found[1].isnan().all() and found[0].isfinite().all()
+
+
+def test_custom_op_contract():
+    qkv, tail = inputs(2, 32, 32, 16, 16, 4, 8, True, True, "silu")
+    checks = ("test_schema", "test_faketensor")
+    for operator, arguments in (("decode_qkv", qkv), ("decode_layer_tail", tail)):
+        arguments = cast(arguments, torch.float32, torch.float32)
+        torch.library.opcheck(getattr(torch.ops.complexity_deep, operator).default, arguments, test_utils=checks)
