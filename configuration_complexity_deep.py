@@ -17,6 +17,7 @@ SHIPPED_FILES = (
     "modeling_complexity_deep.py",
     "checkpoint_complexity_deep.py",
     "implementations_complexity_deep.py",
+    "decode_graph_complexity_deep.py",
     "routing_complexity_deep.py",
     "kernels/kernel_reference.py",
     "kernels/kernel_launch.py",

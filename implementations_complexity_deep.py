@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
@@ -23,7 +24,7 @@ from .kernels.kernel_reference import (
 
 try:
     from .kernels.decode_attention import decode_attention
-    from .kernels.decode_layer import MAX_EXPERTS, MAX_ROWS, MAX_WIDTH, decode_layer_tail, decode_qkv
+    from .kernels.decode_layer import MAX_EXPERTS, MAX_ROWS, MAX_WIDTH, decode_attend, decode_layer_tail, decode_qkv
     from .kernels.fused_dynamics import inl_dynamics_block
     from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
     from .kernels.token_routed_gemm import routing_plan, token_routed_mlp
@@ -49,7 +50,7 @@ class ComplexityDeepFrozenLinear(nn.Linear):
         self.register_buffer("weight", torch.zeros(out_features, in_features))
 
 
-def _is_unhooked(*modules: nn.Module) -> bool:
+def is_unhooked(*modules: nn.Module) -> bool:
     """Whether nothing else happens when the modules are called: no offloading, parallel or recording hook."""
     return all(
         not module._forward_hooks
@@ -61,7 +62,7 @@ def _is_unhooked(*modules: nn.Module) -> bool:
 
 def _is_plain_linear(*modules: nn.Module) -> bool:
     """Whether the weights may be used directly: no adapter, quantization, offloading or parallel hook on any module."""
-    return _is_unhooked(*modules) and all(
+    return is_unhooked(*modules) and all(
         type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) for module in modules
     )
 
@@ -159,6 +160,14 @@ def library_attention_forward(attention_interface: Callable, *args, **kwargs) ->
     return attention_interface(*args, **kwargs)
 
 
+def _takes_decode_attention(attention: nn.Module, attention_mask: Tensor | None) -> bool:
+    """Whether decode_attention.py computes what the model's `attn_implementation` would."""
+    drops_out = attention.training and attention.attention_dropout > 0
+    if attention.config._attn_implementation != "sdpa" or drops_out:
+        return False
+    return attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+
+
 def triton_attention_forward(
     attention_interface: Callable,
     attention: nn.Module,
@@ -173,10 +182,9 @@ def triton_attention_forward(
 
     query [B, A, S, D], key and value [B, K, L, D]. Returns [B, S, A, D] and the library's attention weights or None.
     """
-    if attention.config._attn_implementation == "sdpa" and query.shape[2] == 1 and not query.requires_grad:
-        has_plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-        if has_plain_mask and _runs_on_triton(query, key, value):
-            return decode_attention(query, key, value, attention_mask, scaling), None
+    is_step = query.shape[2] == 1 and not query.requires_grad and _takes_decode_attention(attention, attention_mask)
+    if is_step and _runs_on_triton(query, key, value):
+        return decode_attention(query, key, value, attention_mask, scaling), None
     return attention_interface(attention, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -239,7 +247,7 @@ def eager_layer_forward(layer: nn.Module, *args, **kwargs):
     return layer.module_forward(*args, **kwargs)
 
 
-def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, guidance: Tensor | None) -> bool:
+def takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, guidance: Tensor | None) -> bool:
     """Whether decode_layer.py computes this layer: few rows of one new token, no gradient, the published parts, plain.
 
     Every module whose forward is passed over must be of our own class or a plain linear, and without hooks.
@@ -257,7 +265,7 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, guidance: Ten
     linear += [dynamics.mu_proj, dynamics.controller_in, dynamics.controller_out]
     if layer.use_mu_guidance and guidance is not None:
         linear += [attention.mu_to_q, attention.mu_to_k, attention.mu_to_v]
-    is_plain = _is_plain_linear(*linear) and _is_unhooked(*own) and not _has_adapter_without_mu(attention)
+    is_plain = _is_plain_linear(*linear) and is_unhooked(*own) and not _has_adapter_without_mu(attention)
     if not is_plain or any(type(module).__module__ != type(layer).__module__ for module in own):
         return False
     weights = [module.weight for module in (*linear, *own[4:])]
@@ -273,9 +281,17 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, guidance: Ten
     )
 
 
+def _static_cache_layer(attention: nn.Module, cache: Cache | None) -> StaticLayer | None:
+    """This layer's part of a static cache whose update is no more than writing keys and values, or None."""
+    if type(cache) is not StaticCache or cache.offloading:
+        return None
+    layer = cache.layers[attention.layer_idx]
+    return layer if type(layer) is StaticLayer and layer.is_initialized else None
+
+
 def triton_layer_forward(layer: nn.Module, hidden_states, velocity, guidance, mu_residual, **kwargs):
     """`eager_layer_forward`; a step of few new tokens runs in the fused kernels around the attention."""
-    if not _takes_decode_kernels(layer, hidden_states, guidance):
+    if not takes_decode_kernels(layer, hidden_states, guidance):
         return layer.module_forward(hidden_states, velocity, guidance, mu_residual, **kwargs)
     expert_ids, (cos, sin) = kwargs.pop("expert_ids"), kwargs.pop("position_embeddings")
     kwargs.pop("routing_plan")  # for one token it is not worth following
@@ -295,8 +311,16 @@ def triton_layer_forward(layer: nn.Module, hidden_states, velocity, guidance, mu
         attention.mu_to_k.weight if is_guided else None,
         attention.mu_to_v.weight if is_guided else None,
     )
-    heads = _split_heads(attention, qkv.view(B, 1, -1), cos, sin)
-    attn_output, _ = attention.attend(*heads, **kwargs)
+    cache, mask = _static_cache_layer(attention, kwargs.get("past_key_values")), kwargs.get("attention_mask")
+    if cache is not None and mask is not None and _takes_decode_attention(attention, mask):
+        norms = (None, None, 0.0)
+        if attention.q_norm is not None:
+            norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps
+        stored = cache.keys, cache.values, cache.cumulative_length
+        attn_output = decode_attend(qkv, *norms, cos, sin, *stored, mask, attention.scaling)
+    else:
+        heads = _split_heads(attention, qkv.view(B, 1, -1), cos, sin)
+        attn_output, _ = attention.attend(*heads, **kwargs)
     states = decode_layer_tail(
         flat(attn_output),
         flat(hidden_states),

@@ -43,6 +43,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_complexity_deep import CheckpointMixin
 from .configuration_complexity_deep import ComplexityDeepConfig
+from .decode_graph_complexity_deep import decode_graph
 from .implementations_complexity_deep import (
     KERNELS,
     ROUTING_PLANS,
@@ -746,6 +747,13 @@ class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
             return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
         length, _ = past_key_values.get_mask_sizes(1, 0)
         return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))[:, None, None]
+
+    def get_compiled_call(self, compile_config) -> Callable:
+        """What `generate` calls for a decode step with a static cache: a CUDA graph where the decode kernels apply."""
+        if compile_config is not None or self.config._kernels_implementation != "triton" or self.device.type != "cuda":
+            return super().get_compiled_call(compile_config)
+        library = super().get_compiled_call
+        return decode_graph(self, otherwise=lambda **inputs: library(None)(**inputs))
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, routing_ids: Tensor | None = None, **kwargs

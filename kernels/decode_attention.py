@@ -28,15 +28,18 @@ MAX_PARTS = 64  # the joining kernel holds all parts of a head in registers
 
 @triton.jit
 def decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, parts_ptr, stats_ptr, scale, K, R, L, D, length,
+    q_ptr, k_ptr, v_ptr, mask_ptr, used_ptr, out_ptr, parts_ptr, stats_ptr, scale, K, R, L, D, length,
     q_stride_b, q_stride_a, k_stride_b, k_stride_h, k_stride_l, v_stride_b, v_stride_h, v_stride_l, mask_stride_b,
     PDL: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Positions part * length .. (part + 1) * length - 1 of one key/value head; out [B, A, D] if there is one part.
 
-    Else parts [B, A, parts, D], not yet divided by the sums, and stats [B, A, parts, 2]: maximum (base 2), sum.
+    Else parts [B, A, parts, D], not yet divided by the sums, and stats [B, A, parts, 2]: maximum (base 2), sum. `used`,
+    how many positions a static cache has in use, is one more afterwards.
     """
     wait(PDL)
+    if used_ptr is not None and tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(used_ptr, tl.load(used_ptr) + 1)
     b, h = (tl.program_id(0) // K).to(tl.int64), (tl.program_id(0) % K).to(tl.int64)
     part, num_parts = tl.program_id(1), tl.num_programs(1)
     o_r, o_l, o_d = tl.arange(0, BR), tl.arange(0, BL), tl.arange(0, BD)
@@ -92,9 +95,10 @@ def join_parts_kernel(
     tl.store(out_ptr + head * D + o_d, out.to(out_ptr.dtype.element_ty), mask=m_d)
 
 
-@torch.library.custom_op("complexity_deep::decode_attention", mutates_args=())
-@on_its_device
-def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def launch_decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, used: Tensor | None = None
+) -> Tensor:
+    """`decode_attention` [B, 1, A, D]; `used`, the fill of a static cache, is counted up by one."""
     (B, A, _, D), (K, L) = query.shape, key.shape[1:3]
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     parts = max(1, min(triton.cdiv(L, BLOCK_L), PROGRAMS // (B * K), MAX_PARTS))
@@ -106,7 +110,7 @@ def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     BD, options = max(16, triton.next_power_of_2(D)), pdl_options(query.device)  # 16 is the least that tl.dot takes
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     decode_attention_kernel[B * K, parts](
-        query, key, value, mask, out, acc, stats, scale, K, A // K, L, D, length,
+        query, key, value, mask, used, out, acc, stats, scale, K, A // K, L, D, length,
         query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3],
         0 if mask is None or mask.shape[0] == 1 else L,
         BR=max(16, triton.next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4, **options,
@@ -115,6 +119,12 @@ def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
         BP = triton.next_power_of_2(parts)
         join_parts_kernel[(B * A,)](acc, stats, out, parts, D, BP=BP, BD=BD, num_warps=4, **options)
     return out
+
+
+@torch.library.custom_op("complexity_deep::decode_attention", mutates_args=())
+@on_its_device
+def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return launch_decode_attention(query, key, value, mask, scale)
 
 
 @_decode_attention.register_fake

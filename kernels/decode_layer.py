@@ -1,10 +1,11 @@
-"""A decoder layer for a few new tokens in Triton: all of it but the attention over the cache, in six kernels.
+"""A decoder layer for a few new tokens in Triton.
 
 T tokens (one per row of the batch), H hidden size, N = (A + 2K) D columns of q, k and v, C controller width, E experts,
-I width of one expert. Equals `decode_qkv_reference` and `decode_layer_tail_reference`:
+I width of one expert. Equals `decode_qkv_reference`, `decode_attend_reference` and `decode_layer_tail_reference`:
 
     qkv     = RMSNorm(x) [Wq ‖ Wk ‖ Wv]ᵀ + m [Uq ‖ Uk ‖ Uv]ᵀ          decode_qkv_kernel
-    (QK norm, RoPE, cache, attention: mu_guided_qkv.py, decode_attention.py)
+    q, k    = RoPE(RMSNorm(.));  k and v into a static cache           decode_rope_kernel
+    attention over the cache                                           decode_attention.py
     h       = attention Woᵀ                                            decode_linear_kernel
     z, mu_l = SiLU(W_in [h, v] + b_in), mu + W_mu h                    decode_controller_kernel
     v', h', R', m as in fused_dynamics.py;  x' = x + h'                decode_update_kernel
@@ -29,9 +30,10 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
+from .decode_attention import launch_decode_attention
 from .kernel_launch import on_its_device, pdl_options, wait
 
-MAX_ROWS = 2  # rows of the batch; with more, tensor cores on tiles of 16 tokens win
+MAX_ROWS = 4  # of the batch; on an H100 53, 67, 90 us a layer with 1, 2, 4 (other kernels: 84, 97, 111); 8 lose
 MAX_EXPERTS = 32  # every program of decode_gate_up_kernel scores them all
 MAX_WIDTH = 16384  # a weight row must fit in registers
 ROW_BYTES = 16384  # weights that a program holds at once
@@ -100,6 +102,42 @@ def decode_qkv_kernel(
 
 
 @triton.jit
+def decode_rope_kernel(
+    qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, used_ptr, q_out_ptr, keys_ptr, values_ptr,
+    A, K, L, half, eps, cos_stride_b, k_stride_b, k_stride_h, k_stride_l, v_stride_b, v_stride_h, v_stride_l,
+    PDL: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One head of one row: q to q_out [T, A, D]; k and v to position `used` of keys and values [T, K, L, D]."""
+    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    is_q, is_k = head < A, (head >= A) & (head < A + K)
+    o_d = tl.arange(0, BD)
+    cos_ptr += t * cos_stride_b
+    sin_ptr += t * cos_stride_b
+    cos1, cos2 = _vector(cos_ptr, o_d, half), _vector(cos_ptr + half, o_d, half)
+    sin1, sin2 = _vector(sin_ptr, o_d, half), _vector(sin_ptr + half, o_d, half)
+    used = tl.load(used_ptr)
+    k_at = keys_ptr + t * k_stride_b + (head - A) * k_stride_h + used * k_stride_l
+    v_at = values_ptr + t * v_stride_b + (head - A - K) * v_stride_h + used * v_stride_l
+    out = tl.where(is_q, q_out_ptr + (t * A + head) * 2 * half, tl.where(is_k, k_at, v_at))
+    wait(PDL)
+    x_ptr = qkv_ptr + (t * (A + 2 * K) + head) * 2 * half
+    x1, x2 = _vector(x_ptr, o_d, half), _vector(x_ptr + half, o_d, half)
+    if is_q | is_k:
+        if q_weight_ptr is not None:
+            weight_ptr = tl.where(is_q, q_weight_ptr, k_weight_ptr)
+            rstd = tl.rsqrt((tl.sum(x1 * x1, 0) + tl.sum(x2 * x2, 0)) / (2 * half) + eps)
+            x1 *= rstd * _vector(weight_ptr, o_d, half)
+            x2 *= rstd * _vector(weight_ptr + half, o_d, half)
+        x1, x2 = x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2
+    if used >= L:  # a full cache takes no token: NaN in the queries shows it, as an error on the device would
+        x1 = tl.full([BD], float("nan"), tl.float32)
+    if is_q | (used < L):
+        dtype = q_out_ptr.dtype.element_ty
+        tl.store(out + o_d, x1.to(dtype), mask=o_d < half)
+        tl.store(out + half + o_d, x2.to(dtype), mask=o_d < half)
+
+
+@triton.jit
 def decode_linear_kernel(x_ptr, w_ptr, out_ptr, T, N, K, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """out [T, N] = x [T, K] wᵀ."""
     o_n, o_k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -131,11 +169,11 @@ def decode_controller_kernel(
         row = tl.program_id(0) - mu_blocks
         w_h = _vector(w_in_ptr + row * 2 * H, o_k, H)
         w_v = _vector(w_in_ptr + row * 2 * H + H, o_k, H)
-        bias = tl.load(b_in_ptr + row).to(tl.float32)
+        b_in = tl.load(b_in_ptr + row).to(tl.float32)
         wait(PDL)
         for t in range(T):
             products = w_h * _vector(h_ptr + t * H, o_k, H) + w_v * _vector(v_ptr + t * H, o_k, H)
-            z = (tl.sum(products, 0) + bias).to(dtype).to(tl.float32)
+            z = (tl.sum(products, 0) + b_in).to(dtype).to(tl.float32)
             tl.store(z_ptr + t * C + row, (z / (1.0 + tl.exp(-z))).to(dtype))
 
 
@@ -265,6 +303,29 @@ def decode_qkv(
 @decode_qkv.register_fake
 def _(x, norm_weight, eps, m, q, k, v, mu_q, mu_k, mu_v):
     return x.new_empty(x.shape[0], q.shape[0] + 2 * k.shape[0])
+
+
+@torch.library.custom_op("complexity_deep::decode_attend", mutates_args=("keys", "values", "used"))
+@on_its_device
+def decode_attend(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
+    keys: Tensor, values: Tensor, used: Tensor, mask: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """`decode_attend_reference`: heads side by side [T, A D]; keys, values and used change in place."""
+    (T, K, L, D), cos, sin = keys.shape, cos.contiguous(), sin.contiguous()
+    A = qkv.shape[1] // D - 2 * K
+    query = qkv.new_empty(T, A, 1, D)
+    decode_rope_kernel[(T, A + 2 * K)](
+        qkv, q_weight, k_weight, cos, sin, used, query, keys, values, A, K, L, D // 2, eps,
+        0 if cos.shape[0] == 1 else cos.stride(0), *keys.stride()[:3], *values.stride()[:3],
+        BD=triton.next_power_of_2(D // 2), num_warps=1, **pdl_options(qkv.device),
+    )  # fmt: skip
+    return launch_decode_attention(query, keys, values, mask, scale, used).view(T, A * D)
+
+
+@decode_attend.register_fake
+def _(qkv, q_weight, k_weight, eps, cos, sin, keys, values, used, mask, scale):
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3])
 
 
 @torch.library.custom_op("complexity_deep::decode_layer_tail", mutates_args=())

@@ -199,6 +199,38 @@ def decode_qkv_reference(
     return torch.cat(projected, dim=-1)
 
 
+def decode_attend_reference(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    used: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """QK norm and RoPE of one new token per row, its place in a static cache, and attention over the cache.
+
+    Args:
+        qkv: [T, (A + 2K) D]. q_weight, k_weight: [D] or None (no norm), with `eps`. cos, sin: [T or 1, 1, D].
+        keys, values: [T, K, L, D], used: int64 scalar, the positions in use: all three change in place.
+        mask: bool [T or 1, 1, 1, L], True where a position is seen (the new one included), or None. scale: of scores.
+
+    Returns: heads side by side [T, A D].
+    """
+    T, K, _, D = keys.shape
+    heads = qkv.view(T, 1, -1, D)
+    query, key, value = heads.split((heads.shape[2] - 2 * K, K, K), dim=2)
+    query, key = qk_norm_rope_reference(query, key, q_weight, k_weight, cos, sin, eps)
+    keys.index_copy_(2, used.view(1), key.transpose(1, 2))
+    values.index_copy_(2, used.view(1), value.transpose(1, 2))
+    used.add_(1)
+    return decode_attention_reference(query.transpose(1, 2), keys, values, mask, scale).reshape(T, -1)
+
+
 def decode_layer_tail_reference(
     attention: Tensor,
     x: Tensor,

@@ -42,6 +42,7 @@ from .kernel_launch import device_properties, on_its_device, pdl_options, wait
 
 ACTIVATIONS = ("silu", "swish", "gelu", "relu")
 DECODE_TOKENS = 2  # H200: 7.5 and 10 us for 1 and 2 tokens; at 4, tensor-core tiles of 16 tokens win (19 against 21 us)
+COPY_TOKENS = 1024  # with fewer, launching a copy of the sorted rows takes longer than gathering them in the GEMM
 TMA_ROWS = 128  # tokens per expert; with fewer, small tiles read by pointers keep more of the card busy
 
 
@@ -131,11 +132,13 @@ def gate_up_fwd_kernel(
         b_rows = (expert * 2 + half // BLOCK_N) * inter + b_cols
         acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         for k in tl.range(0, hidden, BLOCK_K):
-            if TMA:
+            if TMA and not GATHER:
                 a = x.load([row, k])
-                b = tl.reshape(weight.load([expert * 2, column, k]), [2 * BLOCK_N, BLOCK_K])
             else:
                 a = _load(x, a_rows, k, hidden, rows < end, hidden, BLOCK_K, EVEN_K)
+            if TMA:
+                b = tl.reshape(weight.load([expert * 2, column, k]), [2 * BLOCK_N, BLOCK_K])
+            else:
                 b = _load(weight, b_rows, k, hidden, b_cols < inter, hidden, BLOCK_K, EVEN_K)
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
         gate, up = _halves(acc)
@@ -385,12 +388,12 @@ def _config(op: str, tokens: int, experts: int, dtype: torch.dtype, tma: bool) -
         else:
             tile = [64, 128, 32, 4, 3] if rows < 128 else [128, 128, 64, 8, 3]
     elif tma and tokens < 1024:
-        tile = {"gate_up": [128, 64, 64, 4, 4], "gate_up_bwd": [64, 128, 64, 4, 5], "linear": [128, 128, 64, 4, 4]}[op]
+        tile = {"gate_up": [128, 64, 128, 8, 3], "gate_up_bwd": [64, 128, 64, 4, 5], "linear": [128, 128, 64, 4, 4]}[op]
     elif tma:
         tile = [128, 256, 64, 8, 3]
         if op == "gate_up":
             tile = [128, 128, 64, 8, 3]
-        elif op == "gate_up_bwd" and tokens < 8192:
+        elif op == "gate_up_bwd" and (tokens < 8192 or rows < 512):
             tile = [128, 128, 64, 8, 4]
     elif rows <= 16:
         tile = [16, 32, 128, 4, 4]
@@ -443,7 +446,7 @@ def _gate_up(x, weight, order, offsets, act_out, gate_up, activation, gather, tm
     if tma:
         block = [2, config["BLOCK_N"], config["BLOCK_K"]]
         weight = TensorDescriptor.from_tensor(weight.view(-1, inter, hidden), block)
-        x = _matrix(x, config["BLOCK_M"], config["BLOCK_K"])
+        x = x if gather else _matrix(x, config["BLOCK_M"], config["BLOCK_K"])
     gate_up_fwd_kernel[grid](
         x, weight, order, offsets, act_out, gate_up, experts, hidden, inter,
         EXPERTS=triton.next_power_of_2(experts), ACTIVATION=activation, KEEP=gate_up.numel() > 0, GATHER=gather,
@@ -534,7 +537,7 @@ def token_routed_mlp_forward(
         _decode(x, gate_up_proj, down_proj, order, offsets, act, out, activation)
         return out, x.new_empty(0), gate_up
     tma = _use_tma(tokens, hidden, inter, len(down_proj), x, gate_up_proj, down_proj)
-    x_sorted = _gather_rows(x, order) if keep or tma else x
+    x_sorted = _gather_rows(x, order) if keep or (tma and tokens >= COPY_TOKENS) else x
     _gate_up(x_sorted, gate_up_proj, order, offsets, act, gate_up, activation, x_sorted is x, tma)
     _routed_linear(act, down_proj, order, offsets, out, False, tma)
     return out, x_sorted if keep else x.new_empty(0), gate_up

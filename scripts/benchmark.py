@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, StaticCache
 
 import complexity_deep  # noqa: F401 (registers the architecture)
 
@@ -215,9 +215,42 @@ def benchmark_generate(args) -> list[dict]:
         case = f"{shape} batch {args.batch_size} decode step"
         variant = name + (", static cache, compiled" if args.compile else ", dynamic cache")
         rows.append(row("generate", case, variant, steps, args.batch_size))
+        if args.compile and args.device.startswith("cuda"):
+            case = f"{shape} batch {args.batch_size} decode step, graph replay"
+            rows.append(row("generate", case, name, graph_replays(model, ids, args), args.batch_size))
         del model
+        torch.compiler.reset()
         gc.collect()
     return sorted(rows, key=lambda entry: entry["case"], reverse=True)  # stable: this model first in each case
+
+
+def graph_replays(model, ids: torch.Tensor, args) -> list[float]:
+    """Milliseconds of one decode step as a CUDA graph, without the library's loop; reading the weights bounds it."""
+    length = args.sequence_length + args.new_tokens
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    model(ids, past_key_values=cache)
+    seen = torch.arange(length, device=args.device) <= args.sequence_length
+    inputs = {"input_ids": ids[:, -1:].clone(), "past_key_values": cache}
+    inputs |= {"attention_mask": seen.expand(len(ids), 1, 1, length).contiguous()}
+    inputs |= {"position_ids": torch.full_like(ids[:, -1:], args.sequence_length)}
+    compiled = torch.compile(model)
+
+    def rewind():
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(args.sequence_length)
+
+    for _ in range(3):
+        rewind()
+        compiled(**inputs)
+    rewind()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compiled(**inputs)
+    times = []
+    for _ in range(10 * args.repeats):
+        rewind()
+        times += timed(graph.replay, 1, args.device, warmup=0)
+    return times
 
 
 def benchmark_kernels(args) -> list[dict]:
@@ -329,7 +362,7 @@ def chart(rows: list[dict], path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.device.startswith("cuda") and not args.skip_tests:
-        names = ("token_routed_gemm", "fused_dynamics", "mu_guided_qkv", "decode_attention")
+        names = ("token_routed_gemm", "fused_dynamics", "mu_guided_qkv", "decode_attention", "decode_layer")
         tests = [str(REPOSITORY / f"tests/test_{name}.py") for name in names]
         if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=REPOSITORY).returncode:
             sys.exit("The kernel tests fail: no figure is reported.")

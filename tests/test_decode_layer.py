@@ -10,8 +10,12 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
-from complexity_deep.kernels.decode_layer import decode_layer_tail, decode_qkv  # noqa: E402
-from complexity_deep.kernels.kernel_reference import decode_layer_tail_reference, decode_qkv_reference  # noqa: E402
+from complexity_deep.kernels.decode_layer import decode_attend, decode_layer_tail, decode_qkv  # noqa: E402
+from complexity_deep.kernels.kernel_reference import (  # noqa: E402
+    decode_attend_reference,
+    decode_layer_tail_reference,
+    decode_qkv_reference,
+)
 
 DEVICE = "cuda" if CUDA else "cpu"
 gpu = pytest.mark.gpu
@@ -80,6 +84,60 @@ def test_matches_fp64(T, H, Q, KV, C, E, I, has_mu, has_router, activation, dtyp
             assert error(found[index], expected) <= limit, (function, index)
 
 
+# T, A, K, D, L, positions in use, QK norm, dtype; each row with its reason
+ATTEND_SHAPES = [
+    pytest.param(1, 4, 2, 16, 8, 0, True, torch.float32, id="empty-cache"),
+    pytest.param(2, 6, 3, 20, 70, 66, False, torch.float32, id="no-norm-odd-sizes-two-parts"),
+    pytest.param(2, 4, 4, 8, 9, 8, True, torch.float16, id="last-position-half"),
+    pytest.param(1, 16, 8, 128, 640, 300, True, torch.bfloat16, id="real", marks=gpu),
+    pytest.param(4, 12, 4, 64, 1000, 999, True, torch.bfloat16, id="real-rows", marks=gpu),
+]
+
+
+def attend_inputs(T, A, K, D, L, used, norm):
+    """Arguments in fp64; the unused end of the cache holds NaN, the rows see what is in use but their padding."""
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    norms = [1 + make(D) / 10, 1 + make(D) / 10, 1e-6] if norm else [None, None, 0.0]
+    angle, cache = make(T, 1, D), [make(T, K, L, D), make(T, K, L, D)]
+    for part in cache:
+        part[:, :, used + 1 :] = float("nan")
+    seen = torch.arange(L).expand(T, 1, 1, L) <= used
+    seen = seen & (torch.arange(L) >= torch.arange(T).view(T, 1, 1, 1).clamp(max=used))
+    return [make(T, (A + 2 * K) * D), *norms, angle.cos(), angle.sin(), *cache, torch.tensor(used), seen, D**-0.5]
+
+
+@pytest.mark.parametrize("T, A, K, D, L, used, norm, dtype", ATTEND_SHAPES)
+def test_attend_matches_fp64(T, A, K, D, L, used, norm, dtype):
+    """Output and what is in the cache afterwards."""
+    found, twin, truth = (
+        cast(attend_inputs(T, A, K, D, L, used, norm), kind, dtype) for kind in (dtype, dtype, torch.float64)
+    )
+    for arguments, function in (
+        (found, decode_attend),
+        (twin, decode_attend_reference),
+        (truth, decode_attend_reference),
+    ):
+        arguments[6:9] = [x.clone() for x in arguments[6:9]]
+        # the twin multiplies what no row sees by zero, so it must not be NaN there
+        if function is decode_attend_reference:
+            arguments[6:8] = [x.nan_to_num(0.0) for x in arguments[6:8]]
+        arguments.append(function(*arguments))
+    assert found[8] == used + 1 and found[-1].dtype == dtype
+    for index in (6, 7, -1):
+        limit = 1e-5 if dtype == torch.float32 else 2 * error(twin[index], truth[index])
+        kept = found[index] if index == -1 else found[index].nan_to_num(0.0)
+        assert error(kept, truth[index]) <= limit, index
+
+
+def test_a_full_cache_gives_nan_and_is_not_written():
+    arguments = cast(attend_inputs(1, 4, 2, 16, 8, 7, True), torch.float32, torch.float32)
+    arguments[8] += 1
+    before = [x.clone() for x in arguments[6:8]]
+    assert decode_attend(*arguments).isnan().all()
+    assert all(torch.equal(old, new) for old, new in zip(before, arguments[6:8]))
+
+
 def test_mu_overrides_the_expert_and_ties_go_to_the_lowest():
     """A router that scores two experts alike, far above the others, whatever the token's own expert."""
     _, tail = inputs(2, 32, 32, 16, 16, 4, 8, True, True, "silu")
@@ -107,6 +165,7 @@ def test_nan_is_not_hidden():
 def test_custom_op_contract():
     qkv, tail = inputs(2, 32, 32, 16, 16, 4, 8, True, True, "silu")
     checks = ("test_schema", "test_faketensor")
-    for operator, arguments in (("decode_qkv", qkv), ("decode_layer_tail", tail)):
+    attend = attend_inputs(2, 4, 2, 16, 8, 3, True)
+    for operator, arguments in (("decode_qkv", qkv), ("decode_layer_tail", tail), ("decode_attend", attend)):
         arguments = cast(arguments, torch.float32, torch.float32)
         torch.library.opcheck(getattr(torch.ops.complexity_deep, operator).default, arguments, test_utils=checks)
