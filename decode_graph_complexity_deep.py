@@ -1,11 +1,10 @@
-"""Decode steps of `generate` with a static cache as one CUDA graph, where the decode kernels compute every layer.
+"""Decode steps of `generate` with a static cache as one CUDA graph, on the Triton kernels.
 
 The library compiles the forward for these steps: a minute before the second token, then guards and bookkeeping before
-each of the others. With the fused kernels there is nothing left to compile. The first step of a cache runs as it is,
+each of the others. With the fused kernels there is little left to compile. The first step of a cache runs as it is,
 the second is recorded, all others are replayed: copy the token, its mask and its position, launch the graph.
 """
 
-import copy
 import weakref
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from .implementations_complexity_deep import is_unhooked, takes_decode_kernels
+from .implementations_complexity_deep import ComplexityDeepFrozenLinear, is_unhooked
 
 
 class DecodeGraph:
@@ -46,13 +45,11 @@ class DecodeGraph:
             self.inputs = {name: x.clone() for name, x in inputs.items() if isinstance(x, Tensor)}
             with torch.cuda.device_of(inputs["input_ids"]):
                 self.replay, self.outputs = record(lambda: self.model(**(inputs | self.inputs)))
-            self.outputs.past_key_values = None  # the recording does not keep a cache alive
+            self.outputs.past_key_values = None  # the recording must not keep a cache alive
         for name, x in self.inputs.items():
             x.copy_(inputs[name])
         self.replay()
-        outputs = copy.copy(self.outputs)
-        outputs.past_key_values = inputs["past_key_values"]
-        return outputs
+        return type(self.outputs)(logits=self.outputs.logits, past_key_values=inputs["past_key_values"])
 
     def _key(self, inputs: dict) -> tuple | None:
         """What a recording depends on; compared before every step, so it is little."""
@@ -70,26 +67,25 @@ class DecodeGraph:
         return self.settings, held, arguments, torch.is_inference_mode_enabled()
 
     def _fits(self, inputs: dict) -> bool:
-        """Whether a step can be recorded: no work on the host may depend on its data, and no module has a hook."""
-        cache, mask, model = inputs.get("past_key_values"), inputs.get("attention_mask"), self.model.model
+        """Whether a step can be recorded: every operation is known, and none waits for data on the host."""
+        cache, mask, config = inputs.get("past_key_values"), inputs.get("attention_mask"), self.model.config
         # Made by the model instead of `generate`, positions and mask would stay those of the recorded step.
         given = (inputs.get("input_ids"), mask, inputs.get("position_ids"))
-        if not all(isinstance(x, Tensor) for x in given) or mask.ndim != 4 or type(cache) is not StaticCache:
+        if not all(isinstance(x, Tensor) for x in given) or given[0].shape[1] != 1 or mask.ndim != 4:
             return False
-        if cache.offloading or any(
-            type(layer) is not StaticLayer or not layer.is_initialized for layer in cache.layers
-        ):
+        if type(cache) is not StaticCache or cache.offloading or torch.is_grad_enabled():
             return False
-        # The tables of these two depend on the largest position so far.
-        if model.rotary_emb.rope_type in ("dynamic", "longrope"):
+        if any(type(layer) is not StaticLayer or not layer.is_initialized for layer in cache.layers):
             return False
-        modules = (model, model.embed_tokens, model.rotary_emb, model.norm, self.model.lm_head)
-        hidden_states = model.embed_tokens.weight[0].expand(*inputs["input_ids"].shape, -1)  # as in the first layer
-        layers = model.layers[: self.model.config.num_hidden_layers]
-        return is_unhooked(*modules) and all(
-            is_unhooked(layer) and takes_decode_kernels(layer, hidden_states, hidden_states if index else None)
-            for index, layer in enumerate(layers)
-        )
+        names = (config._attn_implementation, config._kernels_implementation, config._experts_implementation)
+        # The tables of these two kinds of RoPE depend on the largest position so far.
+        if names != ("sdpa", "triton", "cggr") or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+            return False
+        ours = (type(self.model.model).__module__, ComplexityDeepFrozenLinear.__module__)
+        known = (*ours, "torch.nn.modules", "transformers.activations")
+        return all(
+            type(module).__module__.startswith(known) and is_unhooked(module) for module in self.model.modules()
+        ) and all(type(parameter) is nn.Parameter for parameter in self.model.parameters())
 
 
 def record(step: Callable) -> tuple[Callable, object]:

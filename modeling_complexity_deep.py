@@ -749,7 +749,7 @@ class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
         return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))[:, None, None]
 
     def get_compiled_call(self, compile_config) -> Callable:
-        """What `generate` calls for a decode step with a static cache: a CUDA graph where the decode kernels apply."""
+        """What `generate` calls for a decode step with a static cache: on the Triton kernels, a CUDA graph."""
         if compile_config is not None or self.config._kernels_implementation != "triton" or self.device.type != "cuda":
             return super().get_compiled_call(compile_config)
         library = super().get_compiled_call

@@ -233,7 +233,8 @@ def graph_replays(model, ids: torch.Tensor, args) -> list[float]:
     inputs = {"input_ids": ids[:, -1:].clone(), "past_key_values": cache}
     inputs |= {"attention_mask": seen.expand(len(ids), 1, 1, length).contiguous()}
     inputs |= {"position_ids": torch.full_like(ids[:, -1:], args.sequence_length)}
-    compiled = torch.compile(model)
+    # this model's steps are recorded as they are, see decode_graph_complexity_deep.py
+    compiled = model if model.config.model_type == "complexity-deep" else torch.compile(model)
 
     def rewind():
         for layer in cache.layers:

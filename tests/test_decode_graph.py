@@ -95,7 +95,7 @@ def test_other_weights_and_arguments_are_recorded_anew(recordings):
         pytest.param({"attention_mask": torch.ones(1, 5)}, id="mask-not-made-yet"),
         pytest.param({"position_ids": None}, id="positions-not-given"),
         pytest.param({"input_ids": torch.tensor([[3, 4]])}, id="two-tokens"),
-        pytest.param({"input_ids": torch.full((8, 1), 3)}, id="many-rows"),
+        pytest.param({"attention_mask": None}, id="no-mask"),
     ),
 )
 def test_whatever_else_goes_to_the_library(recordings, change):
@@ -107,24 +107,42 @@ def test_whatever_else_goes_to_the_library(recordings, change):
 
 
 @torch.no_grad()
-def test_models_that_the_decode_kernels_do_not_compute_go_to_the_library(recordings):
+def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
+    """Host work in the step (window, dynamic RoPE, the experts' PyTorch twin), hooks and modules of others."""
     ids = random_ids(1, 8).to(DEVICE)
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    for options in ({"use_dynamics": False}, {"sliding_window": 3}, {"rope_parameters": rope}):
-        model = triton_model(**options)
+
+    def is_taken(model):
         graph = decode_graph(model, otherwise=lambda **inputs: "otherwise")
-        assert graph(**step_inputs(ids, prefilled(model, ids[:, :4]), 4)) == "otherwise"
+        return graph(**step_inputs(ids, prefilled(model, ids[:, :4]), 4)) != "otherwise"
+
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    for options in ({"sliding_window": 3}, {"rope_parameters": rope}):
+        assert not is_taken(triton_model(**options))
+    for options in ({"use_dynamics": False}, {"use_token_routed_mlp": False}):
+        assert is_taken(triton_model(**options))
     model = triton_model()
-    cache = prefilled(model, ids[:, :4])
-    model.model.norm.register_forward_hook(lambda *_: None)
-    graph = decode_graph(model, otherwise=lambda **inputs: "otherwise")
-    assert graph(**step_inputs(ids, cache, 4)) == "otherwise"
+    assert is_taken(model)
+    model.set_experts_implementation("eager")
+    assert not is_taken(model)
+    model.set_experts_implementation("cggr")
+    hook = model.model.norm.register_forward_hook(lambda *_: None)
+    assert not is_taken(model)
+    hook.remove()
+    assert is_taken(model)
+    model.model.layers[0].self_attn.o_proj = type("Other", (torch.nn.Linear,), {})(64, 64, bias=False).to(DEVICE)
+    assert not is_taken(model)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
-    ({}, {"num_beams": 2}, {"do_sample": True, "top_k": 5}, {"output_logits": True, "return_dict_in_generate": True}),
+    (
+        {},
+        {"num_beams": 2},
+        {"num_return_sequences": 4, "do_sample": True},
+        {"do_sample": True, "top_k": 5},
+        {"output_logits": True, "return_dict_in_generate": True},
+    ),
     ids=str,
 )
 def test_generate_with_a_static_cache(recordings, options):
