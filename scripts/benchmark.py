@@ -257,7 +257,7 @@ def graph_replays(model, ids: torch.Tensor, args) -> list[float]:
 def benchmark_kernels(args) -> list[dict]:
     if not args.device.startswith("cuda"):
         sys.exit("benchmark.py kernels needs a CUDA device.")
-    from kernel_cases_attention import decode_attention_rows
+    from kernel_cases_decode import decode_attention_rows, decode_layer_rows
     from kernel_cases_dynamics import dynamics_decode_rows, dynamics_rows, qkv_decode_rows, qkv_rows
     from kernel_cases_experts import cggr_rows
 
@@ -268,6 +268,7 @@ def benchmark_kernels(args) -> list[dict]:
     cases += [dynamics_rows, qkv_rows]
     cases += [functools.partial(rows, tokens) for rows in (dynamics_decode_rows, qkv_decode_rows) for tokens in (1, 32)]
     cases += [functools.partial(decode_attention_rows, *shape) for shape in ((1, 512), (32, 512), (32, 4096))]
+    cases += [functools.partial(decode_layer_rows, batch) for batch in (1, 2, 4)]
     measured = [entry for case in tqdm(cases, desc="kernels", file=sys.stderr) for entry in case()]
     return [
         row(
@@ -278,6 +279,7 @@ def benchmark_kernels(args) -> list[dict]:
             entry["tokens"],
             entry.get("flops", 0),
             **({"peak_gib": entry["bytes"] / 2**30} if entry.get("bytes") else {}),
+            **({"gb_per_s": entry["gb_per_s"]} if "gb_per_s" in entry else {}),
         )
         for entry in measured
     ]
