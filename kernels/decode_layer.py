@@ -32,6 +32,7 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
 
 from .decode_attention import launch_decode_attention
 from .kernel_launch import on_its_device, pdl_options, wait
+from .token_routed_gemm import activate
 
 MAX_ROWS = 4  # of the batch; on an H100 53, 67, 90 us a layer with 1, 2, 4 (other kernels: 84, 97, 111); 8 lose
 MAX_EXPERTS = 32  # every program of decode_gate_up_kernel scores them all
@@ -61,16 +62,6 @@ def _times(weight, x):
 @triton.jit
 def _rms_norm(x, weight, rstd, dtype: tl.constexpr):
     return (x * rstd * weight).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _act(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        return tl.maximum(x, 0.0)
-    elif ACTIVATION == "gelu":
-        return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
-    else:
-        return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -251,8 +242,8 @@ def decode_gate_up_kernel(
             up_rows = _rows(weight_ptr + (expert * 2 + 1) * size, o_n, o_k, inter, H)
         if tl.program_id(0) == 0:
             tl.store(chosen_ptr + t, expert)
-    value = _act(_times(gate_rows, n), ACTIVATION) * _times(up_rows, n)
-    tl.store(act_ptr + t * inter + o_n, value.to(dtype), mask=o_n < inter)
+    value, _ = activate(_times(gate_rows, n), ACTIVATION)
+    tl.store(act_ptr + t * inter + o_n, (value * _times(up_rows, n)).to(dtype), mask=o_n < inter)
 
 
 @triton.jit

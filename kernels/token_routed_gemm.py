@@ -83,7 +83,7 @@ def _halves(tile):
 
 
 @triton.jit
-def _activate(gate, ACTIVATION: tl.constexpr):
+def activate(gate, ACTIVATION: tl.constexpr):
     """act(gate) and its derivative, in fp32."""
     if ACTIVATION == "relu":
         value = tl.maximum(gate, 0.0)
@@ -142,7 +142,7 @@ def gate_up_fwd_kernel(
                 b = _load(weight, b_rows, k, hidden, b_cols < inter, hidden, BLOCK_K, EVEN_K)
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
         gate, up = _halves(acc)
-        value, _ = _activate(gate, ACTIVATION)
+        value, _ = activate(gate, ACTIVATION)
         cols = column + tl.arange(0, BLOCK_N)
         mask = (rows < end)[:, None] & (cols < inter)[None, :]
         row_start = rows.to(tl.int64)[:, None] * inter
@@ -201,7 +201,7 @@ def _gate_up_grad(grad, gate_up, act_out, grad_gate_up, rows, end, column, inter
     pointers = row_start * 2 + cols[None, :]
     gate = tl.load(gate_up + pointers, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + pointers + inter, mask=mask, other=0.0).to(tl.float32)
-    value, derivative = _activate(gate, ACTIVATION)
+    value, derivative = activate(gate, ACTIVATION)
     dtype = grad_gate_up.dtype.element_ty
     tl.store(grad_gate_up + pointers, (grad * up * derivative).to(dtype), mask=mask)
     tl.store(grad_gate_up + pointers + inter, (grad * value).to(dtype), mask=mask)
@@ -303,7 +303,7 @@ def gate_up_decode_kernel(
         for r in range(start, end):
             token = tl.load(order + r).to(tl.int64)
             values = tl.load(x + token * hidden + k, mask=k < hidden, other=0.0).to(tl.float32)[None, :]
-            value, _ = _activate(tl.sum(gate_rows.to(tl.float32) * values, axis=1), ACTIVATION)
+            value, _ = activate(tl.sum(gate_rows.to(tl.float32) * values, axis=1), ACTIVATION)
             value *= tl.sum(up_rows.to(tl.float32) * values, axis=1)
             tl.store(act_out + r * inter + n, value.to(act_out.dtype.element_ty), mask=n < inter)
 
