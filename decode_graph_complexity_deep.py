@@ -26,8 +26,8 @@ class DecodeGraph:
         self.key = self.replay = None
 
     def prepare(self, otherwise: Callable) -> "DecodeGraph":
-        """Called once by every `generate`: between its steps the weights stay where they are."""
-        self.otherwise = otherwise
+        """Called once by every `generate`: between its steps the modules and their weights stay as they are."""
+        self.otherwise, self.checked = otherwise, ()
         config = self.model.config
         names = ("_attn_implementation", "_experts_implementation", "_kernels_implementation", "num_hidden_layers")
         weights = tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
@@ -36,9 +36,11 @@ class DecodeGraph:
 
     def __call__(self, **inputs):
         key = self._key(inputs)
-        if key != self.key or self.key is None:
-            if not self._fits(inputs):
-                return self.otherwise(**inputs)
+        if key != self.checked:
+            self.checked, self.fits = key, self._fits(inputs)
+        if not self.fits:
+            return self.otherwise(**inputs)
+        if key != self.key:
             self.key, self.replay = key, None
             return self.model(**inputs)  # also compiles the kernels, which cannot be done while recording
         if self.replay is None:
