@@ -13,9 +13,11 @@ whatever `report_to` names), N being a layer and E an expert:
     gradient_norm/COMPONENT           of the training step, before clipping
 """
 
+import math
+from collections import Counter
+
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 PROBE_ROWS = 4  # enough for a share to be steady; every layer's mu and velocity of them are in memory at once
@@ -36,19 +38,21 @@ def component_of(parameter_name: str) -> str:
 
 
 def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
-    """Norm of the gradient by component; a collective where gradients are sharded (FSDP2).
+    """Norm of the gradient by component; a collective where gradients are sharded (FSDP2, tensor parallelism).
 
     Empty under DeepSpeed, which keeps gradients to itself.
     """
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            gradients.setdefault(component_of(name), []).append(parameter.grad)
-    norms = {name: torch.nn.utils.get_total_norm(tensors) for name, tensors in gradients.items()}
-    return {
-        f"gradient_norm/{name}": (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        for name, norm in norms.items()
-    }
+            # Tensors that are sharded over different processes, or not at all, cannot go into one norm.
+            key = component_of(name), getattr(parameter.grad, "device_mesh", None)
+            gradients.setdefault(key, []).append(parameter.grad)
+    squares = Counter()
+    for (name, mesh), tensors in gradients.items():
+        norm = torch.nn.utils.get_total_norm(tensors)
+        squares[name] += (norm.full_tensor() if mesh else norm).item() ** 2
+    return {f"gradient_norm/{name}": math.sqrt(square) for name, square in squares.items()}
 
 
 @torch.no_grad()

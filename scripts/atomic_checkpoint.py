@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from text_sources import InputError
+from torch.distributed.checkpoint import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -106,7 +107,12 @@ class AtomicCheckpointMixin:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._publish(unfinished / name, root / name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each file format reports a full disk its own way
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+            CheckpointException,
+        ) as error:  # each file format reports a full disk its own way
             shutil.rmtree(unfinished, ignore_errors=True)
             last = last_good_checkpoint(root, set_aside=False)
             raise InputError(

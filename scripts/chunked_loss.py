@@ -18,6 +18,7 @@ import torch
 from text_sources import InputError
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -108,8 +109,9 @@ def use_chunked_loss(model: PreTrainedModel, z_loss: float = 0.0) -> None:
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         coefficient = z_loss if model.training else 0.0
+        weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
         total, token_losses = ChunkedCrossEntropy.apply(
-            hidden.flatten(0, 1), self.weight, labels.flatten(), coefficient, torch.is_grad_enabled()
+            hidden.flatten(0, 1), weight, labels.flatten(), coefficient, torch.is_grad_enabled()
         )
         return total, token_losses.view_as(labels)
 

@@ -4,6 +4,7 @@
     python scripts/pretrain.py --config recipes/demo.yaml --max-steps 20 --output-dir /tmp/try
     python scripts/pretrain.py --config recipes/30m.yaml --sources 'data/edu/train-*.parquet' --routing balanced
     accelerate launch --config_file recipes/accelerate/ddp.yaml scripts/pretrain.py --config recipes/150m.yaml
+    accelerate launch --config_file recipes/accelerate/tp.yaml scripts/pretrain.py --config recipes/1.5b.yaml
 
 A recipe holds ScriptArguments and any of transformers' TrainingArguments; the command line overrides it. The model's
 shape comes from a config file (any architecture that AutoConfig knows), its vocabulary from the tokenizer. Giving the
@@ -26,6 +27,7 @@ from packed_dataset import PackedCollator, PackedDocuments, ResumableLoader, hel
 from perplexity_metric import perplexity_metrics, token_nll
 from resumable_trainer import ResumableTrainerMixin
 from routing_balance import compare_routing, count_once
+from tensor_parallel import ShardedModelMixin, requested_parallelism, shard
 from text_sources import InputError, load_sources
 from training_report import TrainingProgress, flops_per_token, write_report
 from transformers import Trainer, TrainingArguments, logging, set_seed
@@ -80,6 +82,10 @@ class ScriptArguments:
     routing_sample_tokens: float = field(
         default=20e6, metadata={"help": "Balance the routing table over this many tokens from the start of the text."}
     )
+    expert_parallel_size: int = field(
+        default=1,
+        metadata={"help": "Divide whole experts among so many processes (with recipes/accelerate/tp.yaml)."},
+    )
     monitor_steps: int = field(
         default=100, metadata={"help": "Log the architecture's monitors every so many steps; 0 for never."}
     )
@@ -94,17 +100,11 @@ class ScriptArguments:
     )
 
 
-class PretrainTrainer(ResumableTrainerMixin, Trainer):
+class PretrainTrainer(ResumableTrainerMixin, ShardedModelMixin, Trainer):
     """Trainer that keeps its place in the text, and decays matrices only."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and parallelism.non_data_parallel_size > 1:
-            raise InputError(
-                "Processes that share a row (tensor, context or sequence parallelism) would each read other text here: "
-                "use DDP, FSDP2 or DeepSpeed ZeRO, as in recipes/accelerate."
-            )
         self.monitors: ArchitectureMonitors | None = None
 
     def training_step(self, *args, **kwargs):
@@ -147,7 +147,9 @@ class PretrainTrainer(ResumableTrainerMixin, Trainer):
         self.train_dataset.cursors = state["cursors"]
 
 
-def load_data(script_args: ScriptArguments, training_args: TrainingArguments, tokenizer, row_length: int):
+def load_data(
+    script_args: ScriptArguments, training_args: TrainingArguments, tokenizer, row_length: int, processes_per_row: int
+):
     """The training rows of this process and the held-out rows of all of them."""
     stream = load_sources(script_args.sources, script_args.source_weights, script_args.text_column, training_args.seed)
     held_out_stream = stream
@@ -162,8 +164,8 @@ def load_data(script_args: ScriptArguments, training_args: TrainingArguments, to
         shuffle_buffer=script_args.shuffle_buffer,
         seed=training_args.seed,
         held_out_fraction=training_fraction,
-        rank=training_args.process_index,
-        world_size=training_args.world_size,
+        rank=training_args.process_index // processes_per_row,
+        world_size=training_args.world_size // processes_per_row,
         workers=max(1, training_args.dataloader_num_workers),
     )
     validation_rows = held_out_rows(
@@ -199,6 +201,10 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
         script_args.routing,
         script_args.scaled_residual_init,
     )
+    parallelism = requested_parallelism(training_args.world_size, script_args.expert_parallel_size)
+    if parallelism:
+        model = shard(model, parallelism, checkpoint)
+    processes_per_row = parallelism.tp_size if parallelism else 1
     if script_args.chunked_loss:
         use_chunked_loss(model, script_args.z_loss)
     elif script_args.z_loss:
@@ -209,11 +215,11 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
             f"row_length {row_length} is more than the model's {model.config.max_position_embeddings} positions."
         )
     tokenizer.model_max_length = row_length
-    training_rows, validation_rows = load_data(script_args, training_args, tokenizer, row_length)
+    training_rows, validation_rows = load_data(script_args, training_args, tokenizer, row_length, processes_per_row)
 
     rows_per_step = (
         training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-    )
+    ) // processes_per_row
     if training_args.max_steps <= 0:
         training_args.max_steps = math.ceil(script_args.max_tokens / (rows_per_step * row_length))
     routing = model.config.routing if getattr(model.config, "is_routed", False) else None
@@ -233,6 +239,8 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
             "sources": script_args.sources,
             "source_weights": script_args.source_weights,
             "routing": routing,
+            # The optimizer of a model divided this way is stored in another form.
+            "tensor x expert parallelism": [parallelism.tp_size, parallelism.ep_size] if parallelism else [1, 1],
             **training_rows.settings,
         },
         progress=TrainingProgress(

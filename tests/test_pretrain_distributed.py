@@ -13,22 +13,36 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from pretraining import ROOT, finish, start, write_recipe
 from safetensors.torch import load_file
+from tensor_parallel import requested_parallelism, shard
+from text_sources import InputError
 from transformers import TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from support import tiny_model
 
 STEPS = 6
 ONE_PROCESS = ["--dataloader-num-workers", 2, "--gradient-accumulation-steps", 4]
 # The library renamed it after 5.17.
 RENAMED = hasattr(TrainingArguments, "activation_checkpointing")
 RECOMPUTE = "--activation-checkpointing" if RENAMED else "--gradient-checkpointing"
+# The monitors twice, gradients clipped, and held-out rows that do not fill their last batch.
+WATCHED = ["--monitor-steps", 3, "--max-grad-norm", 0.5, "--held-out-rows", 11]
+needs_sharded_trainer = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="the Trainer of older transformers takes no model that is sharded when it is loaded",
+)
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
-    # A small learning rate, for Adam makes much of the rounding of a gradient close to zero.
-    return write_recipe(folder, {}, max_steps=STEPS, learning_rate=1e-3, logging_steps=1, save_steps=4)
+    # A small learning rate and a large epsilon, for Adam makes much of the rounding of a gradient close to zero.
+    adam = {"learning_rate": 1e-3, "adam_epsilon": 1e-6}
+    return write_recipe(folder, {}, max_steps=STEPS, logging_steps=1, save_steps=4, **adam)
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +104,25 @@ def test_other_number_of_processes_is_refused_on_resume(recipe, one_process, tmp
     assert "was written with processes x dataloader workers = 2, but it is now 1" in printed.splitlines()[-1]
 
 
-def launch(config: str, recipe: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+def launch(
+    config: str,
+    recipe: Path,
+    folder: Path,
+    *options: object,
+    processes: int = 2,
+    sizes: dict[str, int] | None = None,
+    **environment: str,
+) -> subprocess.CompletedProcess:
     """By accelerate and a shipped config, as on GPUs; see accelerated_on_cpu.py for the one thing that is not."""
     path = str(ROOT / "recipes" / "accelerate" / f"{config}.yaml")
     environment = {**os.environ, **environment, "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
-    command += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", str(free_port())]
+    command += ["--mixed_precision", "no", "--num_processes", str(processes), "--main_process_port", str(free_port())]
+    command += [f"--parallelism_config_{name}_size={size}" for name, size in (sizes or {}).items()]
     command += [str(ROOT / "tests" / "accelerated_on_cpu.py"), "--config", str(recipe), "--output-dir", str(folder)]
-    return subprocess.run([*command, "--use-cpu", "false"], env=environment, capture_output=True, text=True)
+    command += ["--use-cpu", "false", *map(str, options)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name, written", [("fsdp2", "pytorch_model_fsdp.bin"), ("zero2", "latest")])
@@ -112,8 +136,109 @@ def test_sharded_training_is_that_of_one_process(recipe, one_process, name, writ
     assert_same_training(folder, one_process)
 
 
-def test_parallelism_within_a_row_is_refused(recipe, tmp_path):
-    parallelism = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}
-    process = launch("ddp", recipe, tmp_path, **parallelism)
-    assert process.returncode != 0
-    assert "error: Processes that share a row (tensor" in process.stderr, process.stderr
+@pytest.fixture(scope="module")
+def one_process_with_one_share(recipe):
+    """Reads what a single tensor-parallel group reads."""
+    folder, log = recipe.parent / "one_share", recipe.parent / "one_share.log"
+    finish(start(log, "--config", recipe, "--output-dir", folder, *WATCHED), log)
+    return folder
+
+
+def assert_same_monitors(folder: Path, reference: Path) -> None:
+    logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (folder, reference)]
+    measured, expected = (
+        {name: value for entry in log for name, value in entry.items() if "/" in name or name == "eval_perplexity"}
+        for log in logs
+    )
+    assert any("gradient_norm/" in name for name in expected)
+    assert measured == pytest.approx(expected, rel=1e-4)
+
+
+@needs_sharded_trainer
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--expert-parallel-size", 2], ["--chunked-loss", "false", RECOMPUTE, "true"]],
+    ids=["tensor", "tensor and expert", "plain loss, activation checkpointing"],
+)
+def test_tensor_parallel_training_is_that_of_one_process(recipe, one_process_with_one_share, options, tmp_path):
+    folder = tmp_path / "run"
+    process = launch("tp", recipe, folder, *WATCHED, *options, sizes={"tp": 2, "dp_shard": 1})
+    assert process.returncode == 0, process.stderr
+    assert_same_training(folder, one_process_with_one_share)
+    assert_same_monitors(folder, one_process_with_one_share)
+
+
+@needs_sharded_trainer
+def test_tensor_parallel_training_resumes(recipe, tmp_path):
+    folder = tmp_path / "run"
+    process = launch("tp", recipe, folder, sizes={"tp": 2, "dp_shard": 1})
+    assert process.returncode == 0, process.stderr
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    process = launch("tp", recipe, folder, sizes={"tp": 2, "dp_shard": 1})
+    assert "checkpoint-4" in process.stdout, process.stderr
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+    log = tmp_path / "log"
+    printed = finish(start(log, "--config", recipe, "--output-dir", folder), log, exitcode=1)
+    assert "tensor x expert parallelism = [2, 1], but it is now [1, 1]" in printed.splitlines()[-1]
+
+
+@needs_sharded_trainer
+@pytest.mark.parametrize(
+    "processes, tensor, options",
+    [(4, 2, []), (2, 1, ["--expert-parallel-size", 2])],
+    ids=["two groups of two", "experts over data-parallel processes"],
+)
+def test_parallelism_of_both_kinds_is_that_of_one_process(recipe, one_process, processes, tensor, options, tmp_path):
+    folder = tmp_path / "run"
+    sizes = {"tp": tensor, "dp_shard": 2}
+    process = launch("tp", recipe, folder, *options, processes=processes, sizes=sizes)
+    assert process.returncode == 0, process.stderr
+    assert_same_training(folder, one_process)
+
+
+@needs_sharded_trainer
+def test_tensor_parallel_training_of_a_dense_llama_is_that_of_one_process(recipe, tmp_path):
+    """Its plan has no part that `shard` replaces."""
+    shape = {"model_type": "llama", "vocab_size": None, "hidden_size": 64, "intermediate_size": 96}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    model = tmp_path / "llama.json"
+    model.write_text(json.dumps({**shape, "max_position_embeddings": 64}))
+    log, options = tmp_path / "log", ["--model-config", model, "--max-grad-norm", 0.5]
+    finish(start(log, "--config", recipe, "--output-dir", tmp_path / "one", *options), log)
+    process = launch("tp", recipe, tmp_path / "run", *options, sizes={"tp": 2, "dp_shard": 1})
+    assert process.returncode == 0, process.stderr
+    assert_same_training(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "environment, experts, version, sentence",
+    [
+        ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, 1, "5.23.0", "Context and sequence parallelism, which"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, 1, "5.17.0", "need transformers 5.23 or newer, and this is 5.17.0"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, 1, "5.23.0", "the library shards the"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "3"}, 1, "5.23.0", "3 x parallelism_config_dp_shard_size 1 must be the number"),
+        ({}, 2, "5.23.0", "1 x parallelism_config_dp_shard_size 1 must be the number of processes, which is 2"),
+    ],
+)
+def test_parallelism_that_cannot_be_is_refused(monkeypatch, environment, experts, version, sentence):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(InputError, match=sentence):
+        requested_parallelism(2, experts)
+
+
+@pytest.mark.parametrize(
+    "sizes, sentence",
+    [
+        ({"tp_size": 3}, "num_attention_heads is 4, which 3 processes cannot divide"),
+        ({"fsdp_size": 3, "ep_size": 3}, "num_experts is 4, which 3 processes cannot divide"),
+    ],
+)
+@needs_sharded_trainer
+def test_a_model_that_cannot_be_divided_is_refused(sizes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        shard(tiny_model(), DistributedConfig(**sizes), checkpoint=None)
