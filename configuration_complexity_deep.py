@@ -19,6 +19,7 @@ SHIPPED_FILES = (
     "implementations_complexity_deep.py",
     "decode_graph_complexity_deep.py",
     "routing_complexity_deep.py",
+    "kernels/op_registration.py",
     "kernels/kernel_reference.py",
     "kernels/kernel_launch.py",
     "kernels/token_routed_gemm.py",

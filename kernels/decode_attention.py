@@ -20,6 +20,7 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
     raise
 
 from .kernel_launch import on_its_device, pdl_options, wait
+from .op_registration import custom_op
 
 BLOCK_L = 64
 PROGRAMS = 528  # four for each multiprocessor of an H200; fixed, so that results do not depend on the device
@@ -121,7 +122,7 @@ def launch_decode_attention(
     return out
 
 
-@torch.library.custom_op("complexity_deep::decode_attention", mutates_args=())
+@custom_op("decode_attention")
 @on_its_device
 def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return launch_decode_attention(query, key, value, mask, scale)

@@ -32,6 +32,7 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
 
 from .decode_attention import launch_decode_attention
 from .kernel_launch import on_its_device, pdl_options, wait
+from .op_registration import custom_op
 from .token_routed_gemm import activate
 
 MAX_ROWS = 4  # of the batch; on an H100 53, 67, 90 us a layer with 1, 2, 4 (other kernels: 84, 97, 111); 8 lose
@@ -274,7 +275,7 @@ def _rows_config(rows: int, columns: int, matrices: int, itemsize: int) -> tuple
     return triton.cdiv(rows, BN), {"BN": BN, "BK": BK, "num_warps": 4}
 
 
-@torch.library.custom_op("complexity_deep::decode_qkv", mutates_args=())
+@custom_op("decode_qkv")
 @on_its_device
 def decode_qkv(
     x: Tensor, norm_weight: Tensor, eps: float, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
@@ -296,7 +297,7 @@ def _(x, norm_weight, eps, m, q, k, v, mu_q, mu_k, mu_v):
     return x.new_empty(x.shape[0], q.shape[0] + 2 * k.shape[0])
 
 
-@torch.library.custom_op("complexity_deep::decode_attend", mutates_args=("keys", "values", "used"))
+@custom_op("decode_attend", mutates_args=("keys", "values", "used"))
 @on_its_device
 def decode_attend(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
@@ -319,7 +320,7 @@ def _(qkv, q_weight, k_weight, eps, cos, sin, keys, values, used, mask, scale):
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3])
 
 
-@torch.library.custom_op("complexity_deep::decode_layer_tail", mutates_args=())
+@custom_op("decode_layer_tail")
 @on_its_device
 def decode_layer_tail(
     attention: Tensor, x: Tensor, v: Tensor, r: Tensor | None, expert_ids: Tensor, o_proj: Tensor,

@@ -31,6 +31,7 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
     raise
 
 from .kernel_launch import on_its_device
+from .op_registration import custom_op
 
 FEW_TOKENS = 32  # up to here the projections are bound by reading their weights: one kernel reads them all
 MAX_CONTROLLER = 256  # the dots take all of C at once
@@ -286,7 +287,7 @@ def _launch_projection(h, v, w_in, b_in, w_mu, mu_vec):
     return z_pre, z, mu
 
 
-@torch.library.custom_op("complexity_deep::inl_dynamics", mutates_args=())
+@custom_op("inl_dynamics")
 @on_its_device
 def _inl_dynamics(
     h: Tensor, v: Tensor, r: Tensor | None, z: Tensor, mu: Tensor, w: Tensor, b: Tensor, dt: float
@@ -299,7 +300,7 @@ def _(h, v, r, z, mu, w, b, dt):
     return tuple(torch.empty_like(h) for _ in range(4))
 
 
-@torch.library.custom_op("complexity_deep::inl_dynamics_backward", mutates_args=())
+@custom_op("inl_dynamics_backward")
 @on_its_device
 def _inl_dynamics_backward(
     dh: Tensor | None, dv: Tensor | None, dm: Tensor | None, dr: Tensor | None,
@@ -332,7 +333,7 @@ def _dynamics_grad(ctx, *grads):
 _inl_dynamics.register_autograd(_dynamics_grad, setup_context=_save_dynamics)
 
 
-@torch.library.custom_op("complexity_deep::inl_dynamics_block", mutates_args=())
+@custom_op("inl_dynamics_block")
 @on_its_device
 def _inl_dynamics_block(
     h: Tensor, v: Tensor, r: Tensor | None, mu_vec: Tensor, w_mu: Tensor,
@@ -349,7 +350,7 @@ def _(h, v, r, mu_vec, w_mu, w_in, b_in, w_out, b_out, dt, highway):
     return torch.empty_like(h), torch.empty_like(h), m, r, torch.empty_like(h), z_pre, z
 
 
-@torch.library.custom_op("complexity_deep::inl_dynamics_block_backward", mutates_args=())
+@custom_op("inl_dynamics_block_backward")
 @on_its_device
 def _inl_dynamics_block_backward(
     dh: Tensor | None, dv: Tensor | None, dm: Tensor | None, dr: Tensor | None, dmu: Tensor | None,

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .op_registration import custom_op
+
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
@@ -26,7 +28,7 @@ def routing_plan_reference(expert_ids: Tensor, num_experts: int) -> tuple[Tensor
     return order.int(), torch.searchsorted(sorted_ids, bounds, out_int32=True)
 
 
-@torch.library.custom_op("complexity_deep::grouped_linear", mutates_args=())
+@custom_op("grouped_linear")
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """`x` [T, K] in sorted order, `weight` [E, N, K], `offsets` [E+1] -> [T, N]; row r uses its own expert's weight.
 
@@ -46,7 +48,7 @@ def _(x, weight, offsets):
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("complexity_deep::grouped_linear_backward", mutates_args=())
+@custom_op("grouped_linear_backward")
 def grouped_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `grouped_linear` with respect to `x` and `weight`; an expert without tokens gets zeros."""
     grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)

@@ -27,6 +27,7 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
     raise
 
 from .kernel_launch import on_its_device, pdl_options, wait
+from .op_registration import custom_op
 
 FEW_TOKENS = 32  # up to here reading the weights is all that takes time
 MANY_TOKENS = 1024  # from here on our GEMM beats the library's two: 66 / 73 us here, 734 / 842 us at 16384, on an H200
@@ -233,7 +234,7 @@ def _inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("complexity_deep::qk_norm_rope", mutates_args=())
+@custom_op("qk_norm_rope")
 @on_its_device
 def _qk_norm_rope(
     query: Tensor, key: Tensor, query_weight: Tensor | None, key_weight: Tensor | None,
@@ -260,7 +261,7 @@ def _(query, key, query_weight, key_weight, cos, sin, eps):
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-@torch.library.custom_op("complexity_deep::qk_norm_rope_backward", mutates_args=())
+@custom_op("qk_norm_rope_backward")
 @on_its_device
 def _qk_norm_rope_backward(
     dq: Tensor, dk: Tensor, query: Tensor, key: Tensor, query_weight: Tensor | None, key_weight: Tensor | None,
@@ -331,7 +332,7 @@ def _launch_hopper(x: Tensor, m: Tensor, weights: Tensor, out: Tensor) -> Tensor
     return out
 
 
-@torch.library.custom_op("complexity_deep::mu_guided_qkv", mutates_args=())
+@custom_op("mu_guided_qkv")
 @on_its_device
 def _mu_guided_qkv(
     x: Tensor, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
@@ -359,7 +360,7 @@ def _(x, m, q, k, v, mu_q, mu_k, mu_v):
     return x.new_empty(x.shape[0], q.shape[0] + 2 * k.shape[0])
 
 
-@torch.library.custom_op("complexity_deep::mu_guided_qkv_backward", mutates_args=())
+@custom_op("mu_guided_qkv_backward")
 @on_its_device
 def _mu_guided_qkv_backward(
     grad: Tensor, x: Tensor, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,

@@ -39,6 +39,7 @@ except ImportError:  # the caller names the fallback
     raise
 
 from .kernel_launch import device_properties, on_its_device, pdl_options, wait
+from .op_registration import custom_op
 
 ACTIVATIONS = ("silu", "swish", "gelu", "relu")
 DECODE_TOKENS = 2  # H200: 7.5 and 10 us for 1 and 2 tokens; at 4, tensor-core tiles of 16 tokens win (19 against 21 us)
@@ -493,7 +494,7 @@ def _decode(x, gate_up_proj, down_proj, order, offsets, act_out, out, activation
     )  # fmt: skip
 
 
-@torch.library.custom_op("complexity_deep::routing_plan", mutates_args=())
+@custom_op("routing_plan")
 @on_its_device
 def routing_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Sort tokens by expert: `expert_ids` [T] integers in 0..num_experts-1 -> (`order`, `offsets`), both int32.
@@ -522,7 +523,7 @@ def _(expert_ids, num_experts):
     return order, expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
 
 
-@torch.library.custom_op("complexity_deep::token_routed_mlp_forward", mutates_args=())
+@custom_op("token_routed_mlp_forward")
 @on_its_device
 def token_routed_mlp_forward(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, order: Tensor, offsets: Tensor, activation: str, keep: bool
@@ -550,7 +551,7 @@ def _(x, gate_up_proj, down_proj, order, offsets, activation, keep):
     return torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[0], gate_up_proj.shape[1])
 
 
-@torch.library.custom_op("complexity_deep::token_routed_mlp_backward", mutates_args=())
+@custom_op("token_routed_mlp_backward")
 @on_its_device
 def token_routed_mlp_backward(
     grad: Tensor, x_sorted: Tensor, gate_up: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
