@@ -126,7 +126,7 @@ def test_compiled_fsdp2_in_bf16(recipe, one_process, tmp_path):
         assert measured[0] == pytest.approx(expected[0], rel=2**-9), name  # later ones: Adam makes much of rounding
         assert measured[-1] < measured[0]
         # Between 4 and 8 the numbers of bf16 are multiples of 1/32.
-        assert 4 < min(measured) and max(measured) < 8 and any(loss * 32 % 1 for loss in measured)
+        assert min(measured) > 4 and max(measured) < 8 and any(loss * 32 % 1 for loss in measured)
 
 
 def test_parallelism_within_a_row_is_refused(recipe, tmp_path):
