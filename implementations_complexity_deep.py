@@ -49,6 +49,10 @@ class ComplexityDeepFrozenLinear(nn.Linear):
         del self.weight
         self.register_buffer("weight", torch.zeros(out_features, in_features))
 
+    def forward(self, input: Tensor) -> Tensor:
+        # Cast, because FSDP2's mixed precision leaves buffers as they are.
+        return F.linear(input, self.weight.to(input.dtype))
+
 
 def is_unhooked(*modules: nn.Module) -> bool:
     """Whether nothing else happens when the modules are called: no offloading, parallel or recording hook."""
@@ -70,7 +74,7 @@ def _is_plain_linear(*modules: nn.Module) -> bool:
 def _has_adapter_without_mu(attention: nn.Module) -> bool:
     """Whether an adapter wraps layer 0's guidance: it is given zeros for mu, so that DDP gets its (zero) gradients."""
     guidance = [getattr(attention, name, None) for name in ("mu_to_q", "mu_to_k", "mu_to_v")]
-    return attention.layer_idx == 0 and any(type(g) not in (ComplexityDeepFrozenLinear, type(None)) for g in guidance)
+    return attention.is_first and any(type(g) not in (ComplexityDeepFrozenLinear, type(None)) for g in guidance)
 
 
 def eager_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor | None, cos: Tensor, sin: Tensor):

@@ -168,6 +168,7 @@ class ComplexityDeepAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.is_first = layer_idx == 0  # not compared in forward: a compiled layer would be compiled for every index
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
@@ -299,7 +300,8 @@ class ComplexityDeepMuRouter(nn.Module):
 
     def forward(self, mu: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """mu [T, H], expert_ids [T] -> (scores [T, E], weights [T] that are ones, or None, expert ids [T])."""
-        logits = F.linear(mu, self.weight)  # [T, E]
+        # Cast, because FSDP2's mixed precision leaves buffers as they are.
+        logits = F.linear(mu, self.weight.to(mu.dtype))  # [T, E]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = self.base_logit * F.one_hot(expert_ids, self.num_experts).to(logits.dtype) + logits
         expert_ids = scores.argmax(dim=-1)

@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--attn-implementation", default="sdpa", help="attention backend of every model")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to decode (generate)")
     parser.add_argument("--repeats", type=int, default=7, help="timed repeats, after two warm-ups")
-    parser.add_argument("--compile", action="store_true", help="compile the models (train), or the decode (generate)")
+    parser.add_argument("--compile", action="store_true", help="compile the models (train), static cache (generate)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--output-dir", default=str(REPOSITORY / "benchmarks"), help="where results.csv and charts go")
     parser.add_argument("--only", choices=("complexity-deep", "qwen3-moe", "llama"), help="measure one model")
@@ -213,7 +213,7 @@ def benchmark_generate(args) -> list[dict]:
         prefill = statistics.median(timed(lambda: decode(1), args.repeats, args.device))
         steps = [(time - prefill) / (args.new_tokens - 1) for time in whole]
         case = f"{shape} batch {args.batch_size} decode step"
-        variant = name + (", static cache, compiled" if args.compile else ", dynamic cache")
+        variant = name + (", static cache" if args.compile else ", dynamic cache")
         rows.append(row("generate", case, variant, steps, args.batch_size))
         if args.compile and args.device.startswith("cuda"):
             case = f"{shape} batch {args.batch_size} decode step, graph replay"

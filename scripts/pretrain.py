@@ -191,6 +191,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
         checkpoint = last_good_checkpoint(training_args.output_dir)
     training_args.logging_nan_inf_filter = False  # it would show a run that diverged as one at loss 0
     training_args.ignore_data_skip = True  # the stream goes to its place by itself, without reading what was used
+    training_args.remove_unused_columns = False  # there are none, and a compiled model under FSDP2 hides what it uses
     training_args.eval_on_start = checkpoint is None
 
     tokenizer = load_tokenizer(script_args.tokenizer)

@@ -1,8 +1,10 @@
 """What the Trainers of pretrain.py and sft.py share: whole checkpoints, one bar, and going on where a run stopped."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from atomic_checkpoint import AtomicCheckpointMixin
 from text_sources import InputError
 from training_report import TrainingProgress
@@ -19,6 +21,11 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         super().__init__(**kwargs)
         self.settings = settings
         self.progress = progress
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # accelerate's policy would round the loss and each token's to bf16 too, and sum gradients in it.
+            policy = replace(plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32)
+            plugin.mixed_precision_policy = policy
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(progress)

@@ -2,19 +2,21 @@
 
     ACCELERATE_TORCH_DEVICE=cpu accelerate launch --config_file recipes/accelerate/fsdp2.yaml THIS_FILE --config ...
 
-accelerate turns to FSDP and DeepSpeed only where it found an accelerator. That choice aside, everything is as on GPUs:
-the shipped config, the wrapping of the model, gathering weights for a checkpoint.
+accelerate turns to FSDP and DeepSpeed, and Trainer to bf16, only where they found an accelerator. These choices aside,
+everything is as on GPUs: the shipped config, the wrapping of the model, gathering weights for a checkpoint.
 """
 
 import runpy
 import sys
 from pathlib import Path
 
+import transformers.training_args
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 PartialState._prepare_backend = lambda self, *arguments: ("gloo", DistributedType.MULTI_GPU)
+transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 sys.path.insert(0, str(SCRIPTS))
 runpy.run_path(str(SCRIPTS / "pretrain.py"), run_name="__main__")

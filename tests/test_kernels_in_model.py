@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from complexity_deep import ComplexityDeepForCausalLM
 from complexity_deep import implementations_complexity_deep as implementations
@@ -57,6 +58,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model.gradient_checkpointing_enable()
     for plain, checkpointed in zip(*gradients):
         torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_layers_compiled_one_by_one_share_their_code():
+    """As under FSDP2: the first layer and all others, not one for every index, which ends at dynamo's limit of 8."""
+    model, ids = tiny_model(num_hidden_layers=10, intermediate_size=64).to(DEVICE).train(), random_ids(1, 4)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for layer in model.model.layers:
+        layer.compile(backend=counter)
+    model(ids.to(DEVICE), use_cache=False)
+    assert counter.frame_count == 2
 
 
 def decode_calls(monkeypatch) -> list:
