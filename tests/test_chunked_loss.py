@@ -63,7 +63,8 @@ def test_loss_and_gradients_are_those_of_the_plain_head(model_type, tied):
     use_chunked_loss(chunked)
     for items in ({}, {"num_items_in_batch": torch.tensor(777)}):  # as in gradient accumulation
         inputs = {**batch(), **items}
-        assert_same(loss_and_gradients(chunked, inputs), loss_and_gradients(model, inputs), 1e-6)
+        # The order of sums in fp32 depends on the processor: 1.03e-6 was seen on an AMD one.
+        assert_same(loss_and_gradients(chunked, inputs), loss_and_gradients(model, inputs), 5e-6)
 
 
 @pytest.mark.parametrize("model_type", ["complexity-deep", "llama"])
