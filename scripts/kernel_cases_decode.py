@@ -63,7 +63,11 @@ def decode_layer_rows(batch: int, length: int = 512, layers: int = 8) -> list[di
 
     active = model.parameter_counts()["active"] - model.model.embed_tokens.weight.numel()
     rows, max_rows = [], implementations.MAX_ROWS
-    for name, kernels, most in (("this", "triton", max_rows), ("by module", "triton", 0), ("PyTorch", "eager", 0)):
+    for name, kernels, most in (
+        ("this", "triton", max_rows),
+        ("by module", "triton", 0),
+        ("PyTorch, experts in Triton", "eager", 0),
+    ):
         model.set_kernels_implementation(kernels)
         implementations.MAX_ROWS = most
         times = [time / layers for time in time_graph(step, [[]])]
