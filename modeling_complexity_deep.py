@@ -384,20 +384,11 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         mu_residual: Tensor | None,
         expert_ids: Tensor | None = None,
         routing_plan: RoutingPlan | None = None,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """hidden_states, velocity, guidance m, highway R, each [B, S, H] -> the same four after this layer."""
-        attn_output, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            guidance if self.use_mu_guidance else None,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        """hidden_states, velocity, guidance m, highway R, each [B, S, H] -> the same four; `kwargs` are attention's."""
+        mu = guidance if self.use_mu_guidance else None
+        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), mu, **kwargs)
         mu = None
         if self.dynamics is not None:
             attn_output, velocity, mu, guidance, mu_residual = self.dynamics(attn_output, velocity, mu_residual)
@@ -637,8 +628,7 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
             )
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            position_ids = position_ids.unsqueeze(0)
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
