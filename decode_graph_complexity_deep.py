@@ -5,7 +5,7 @@ each of the others. With the fused kernels there is little left to compile. The 
 the second is recorded, all others are replayed: copy the token, its mask and its position, launch the graph.
 """
 
-import weakref
+import threading
 from collections.abc import Callable
 
 import torch
@@ -14,25 +14,19 @@ from transformers.cache_utils import StaticCache, StaticLayer
 
 from .implementations_complexity_deep import ComplexityDeepFrozenLinear, is_unhooked
 
+_CAPTURE = threading.Lock()  # one capture at a time in a process
+
 
 class DecodeGraph:
     """`model.__call__` for one new token per row and a static cache; whatever else goes to `otherwise`.
 
-    A recording holds the addresses of weights and cache: it is made again when one of them, or an argument, is another.
+    One object for each call of `generate`, between whose steps weights, modules and settings stay as they are; cache
+    and arguments are compared before every step. The logits it returns are overwritten by its next step.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = weakref.proxy(model)
-        self.key = self.replay = None
-
-    def prepare(self, otherwise: Callable) -> "DecodeGraph":
-        """Called once by every `generate`: between its steps the modules and their weights stay as they are."""
-        self.otherwise, self.checked = otherwise, ()
-        config = self.model.config
-        names = ("_attn_implementation", "_experts_implementation", "_kernels_implementation", "num_hidden_layers")
-        weights = tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
-        self.settings = weights, self.model.training, *(getattr(config, name) for name in names)
-        return self
+    def __init__(self, model: nn.Module, otherwise: Callable):
+        self.model, self.otherwise = model, otherwise
+        self.checked, self.key, self.replay = (), None, None
 
     def __call__(self, **inputs):
         key = self._key(inputs)
@@ -45,9 +39,8 @@ class DecodeGraph:
             return self.model(**inputs)  # also compiles the kernels, which cannot be done while recording
         if self.replay is None:
             self.inputs = {name: x.clone() for name, x in inputs.items() if isinstance(x, Tensor)}
-            with torch.cuda.device_of(inputs["input_ids"]):
-                self.replay, self.outputs = record(lambda: self.model(**(inputs | self.inputs)))
-            self.outputs.past_key_values = None  # the recording must not keep a cache alive
+            device = inputs["input_ids"].device
+            self.replay, self.outputs = record(lambda: self.model(**(inputs | self.inputs)), device)
         for name, x in self.inputs.items():
             x.copy_(inputs[name])
         self.replay()
@@ -66,7 +59,7 @@ class DecodeGraph:
             for name, x in inputs.items()
             if name != "past_key_values"
         )
-        return self.settings, held, arguments, torch.is_inference_mode_enabled()
+        return held, arguments, torch.is_inference_mode_enabled()
 
     def _fits(self, inputs: dict) -> bool:
         """Whether a step can be recorded: every operation is known, and none waits for data on the host."""
@@ -77,6 +70,9 @@ class DecodeGraph:
             return False
         if type(cache) is not StaticCache or cache.offloading or torch.is_grad_enabled():
             return False
+        # Autocast frees its casts of the weights when its context ends: a recording would read what is no longer there.
+        if torch.is_autocast_enabled(given[0].device.type):
+            return False
         if any(type(layer) is not StaticLayer or not layer.is_initialized for layer in cache.layers):
             return False
         names = (config._attn_implementation, config._kernels_implementation, config._experts_implementation)
@@ -84,23 +80,19 @@ class DecodeGraph:
         if names != ("sdpa", "triton", "cggr") or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
             return False
         ours = (type(self.model.model).__module__, ComplexityDeepFrozenLinear.__module__)
-        known = (*ours, "torch.nn.modules", "transformers.activations")
-        return all(
-            type(module).__module__.startswith(known) and is_unhooked(module) for module in self.model.modules()
-        ) and all(type(parameter) is nn.Parameter for parameter in self.model.parameters())
+        known = (type(self.model).__module__, *ours, "transformers.activations")
+        origins = (type(module).__module__ for module in self.model.modules())
+        return (
+            all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
+            and is_unhooked(*self.model.modules())
+            and all(type(parameter) is nn.Parameter for parameter in self.model.parameters())
+        )
 
 
-def record(step: Callable) -> tuple[Callable, object]:
+def record(step: Callable, device: torch.device) -> tuple[Callable, object]:
     """Record `step` without running it: what replays it, and its outputs, whose tensors every replay writes again."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # A stream of the model's device: torch's default one for captures lies on the device that was the first to record.
+    with _CAPTURE, torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
         outputs = step()
     return graph.replay, outputs
-
-
-_GRAPHS: "weakref.WeakKeyDictionary[nn.Module, DecodeGraph]" = weakref.WeakKeyDictionary()
-
-
-def decode_graph(model: nn.Module, otherwise: Callable) -> DecodeGraph:
-    """The model's one `DecodeGraph`, kept outside the model, which can be copied and saved as before."""
-    return _GRAPHS.setdefault(model, DecodeGraph(model)).prepare(otherwise)

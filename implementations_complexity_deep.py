@@ -24,7 +24,15 @@ from .kernels.kernel_reference import (
 
 try:
     from .kernels.decode_attention import decode_attention
-    from .kernels.decode_layer import MAX_EXPERTS, MAX_ROWS, MAX_WIDTH, decode_attend, decode_layer_tail, decode_qkv
+    from .kernels.decode_layer import (
+        MAX_CONTROLLER,
+        MAX_EXPERTS,
+        MAX_ROWS,
+        MAX_WIDTH,
+        decode_attend,
+        decode_layer_tail,
+        decode_qkv,
+    )
     from .kernels.fused_dynamics import inl_dynamics_block
     from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
     from .kernels.token_routed_gemm import routing_plan, token_routed_mlp
@@ -277,20 +285,31 @@ def takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, guidance: Tens
     weights += [experts.gate_up_proj, experts.down_proj]
     return (
         all(type(weight) in (nn.Parameter, Tensor) and weight.dtype == hidden_states.dtype for weight in weights)
+        and all(weight.is_contiguous() for weight in weights)
         and experts.config._experts_implementation == "cggr"
         and not getattr(experts, "_is_expert_parallel", False)
         and not torch.is_autocast_enabled(hidden_states.device.type)
         and experts.num_experts <= MAX_EXPERTS
+        and dynamics.controller_in.out_features <= MAX_CONTROLLER
         and max(hidden, attention.q_proj.out_features, experts.down_proj.shape[2]) <= MAX_WIDTH
     )
 
 
-def _static_cache_layer(attention: nn.Module, cache: Cache | None) -> StaticLayer | None:
-    """This layer's part of a static cache whose update is no more than writing keys and values, or None."""
-    if type(cache) is not StaticCache or cache.offloading:
+def _static_cache_layer(
+    attention: nn.Module, cache: Cache | None, mask: Tensor | None, hidden_states: Tensor
+) -> StaticLayer | None:
+    """This layer's part of a static cache that the decode kernels can write and read, or None.
+
+    Its update is no more than writing keys and values; it and the mask have the rows, positions and dtype of the step.
+    """
+    if type(cache) is not StaticCache or cache.offloading or mask is None:
         return None
     layer = cache.layers[attention.layer_idx]
-    return layer if type(layer) is StaticLayer and layer.is_initialized else None
+    if type(layer) is not StaticLayer or not layer.is_initialized or not _takes_decode_attention(attention, mask):
+        return None
+    rows, length = layer.keys.shape[0], layer.keys.shape[2]
+    has_rows = rows == hidden_states.shape[0] and mask.shape[0] in (1, rows) and mask.shape[1:] == (1, 1, length)
+    return layer if has_rows and layer.keys.dtype == hidden_states.dtype else None
 
 
 def triton_layer_forward(layer: nn.Module, hidden_states, velocity, guidance, mu_residual, **kwargs):
@@ -298,7 +317,7 @@ def triton_layer_forward(layer: nn.Module, hidden_states, velocity, guidance, mu
     if not takes_decode_kernels(layer, hidden_states, guidance):
         return layer.module_forward(hidden_states, velocity, guidance, mu_residual, **kwargs)
     expert_ids, (cos, sin) = kwargs.pop("expert_ids"), kwargs.pop("position_embeddings")
-    kwargs.pop("routing_plan")  # for one token it is not worth following
+    kwargs.pop("routing_plan", None)  # for one token it is not worth following
     attention, dynamics, experts, router = layer.self_attn, layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
     B, _, H = hidden_states.shape  # one token in each row
     flat = lambda x: None if x is None else x.reshape(B, -1).contiguous()  # noqa: E731
@@ -315,8 +334,9 @@ def triton_layer_forward(layer: nn.Module, hidden_states, velocity, guidance, mu
         attention.mu_to_k.weight if is_guided else None,
         attention.mu_to_v.weight if is_guided else None,
     )
-    cache, mask = _static_cache_layer(attention, kwargs.get("past_key_values")), kwargs.get("attention_mask")
-    if cache is not None and mask is not None and _takes_decode_attention(attention, mask):
+    mask = kwargs.get("attention_mask")
+    cache = _static_cache_layer(attention, kwargs.get("past_key_values"), mask, hidden_states)
+    if cache is not None:
         norms = (None, None, 0.0)
         if attention.q_norm is not None:
             norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps

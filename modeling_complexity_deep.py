@@ -43,7 +43,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_complexity_deep import CheckpointMixin
 from .configuration_complexity_deep import ComplexityDeepConfig
-from .decode_graph_complexity_deep import decode_graph
+from .decode_graph_complexity_deep import DecodeGraph
 from .implementations_complexity_deep import (
     KERNELS,
     ROUTING_PLANS,
@@ -745,7 +745,7 @@ class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
         if compile_config is not None or self.config._kernels_implementation != "triton" or self.device.type != "cuda":
             return super().get_compiled_call(compile_config)
         library = super().get_compiled_call
-        return decode_graph(self, otherwise=lambda **inputs: library(None)(**inputs))
+        return DecodeGraph(self, otherwise=lambda **inputs: library(None)(**inputs))
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, routing_ids: Tensor | None = None, **kwargs

@@ -36,6 +36,7 @@ from .op_registration import custom_op
 from .token_routed_gemm import activate
 
 MAX_ROWS = 4  # of the batch; on an H100 53, 67, 90 us a layer with 1, 2, 4 (other kernels: 84, 97, 111); 8 lose
+MAX_CONTROLLER = 256  # a program of decode_update_kernel holds three times its columns of C weights
 MAX_EXPERTS = 32  # every program of decode_gate_up_kernel scores them all
 MAX_WIDTH = 16384  # a weight row must fit in registers
 ROW_BYTES = 16384  # weights that a program holds at once
@@ -100,7 +101,7 @@ def decode_rope_kernel(
     PDL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: q to q_out [T, A, D]; k and v to position `used` of keys and values [T, K, L, D]."""
-    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     is_q, is_k = head < A, (head >= A) & (head < A + K)
     o_d = tl.arange(0, BD)
     cos_ptr += t * cos_stride_b
@@ -190,8 +191,8 @@ def decode_update_kernel(
         z = _vector(z_ptr + t * C, o_c, C)
         alpha = 1.0 / (1.0 + tl.exp(-_times(w_alpha, z) - b_alpha))
         gate = 1.0 / (1.0 + tl.exp(-_times(w_gate, z) - b_gate))
-        softplus = tl.log(1.0 + tl.exp(tl.minimum(_times(w_beta, z) + b_beta, 20.0)))  # above 2 it is clamped
-        beta = tl.minimum(softplus, 2.0)
+        beta = tl.minimum(_times(w_beta, z) + b_beta, 20.0, propagate_nan=tl.PropagateNan.ALL)  # clamped to 2 next
+        beta = tl.minimum(tl.log(1.0 + tl.exp(beta)), 2.0, propagate_nan=tl.PropagateNan.ALL)
         at = t * H + o_h
         h, mu = _vector(h_ptr + t * H, o_h, H), _vector(mu_ptr + t * H, o_h, H)
         v = alpha * _vector(v_ptr + t * H, o_h, H) - beta * (h - mu)

@@ -1,11 +1,14 @@
 """Decode steps as one CUDA graph. Without a GPU a stand-in records, which runs the step again at every replay."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 from complexity_deep import decode_graph_complexity_deep as graphs
-from complexity_deep.decode_graph_complexity_deep import decode_graph
+from complexity_deep.decode_graph_complexity_deep import DecodeGraph
 from complexity_deep.modeling_complexity_deep import ComplexityDeepCausalLMOutputWithPast
 from support import random_ids, tiny_model
 
@@ -20,7 +23,7 @@ def recordings(monkeypatch) -> list:
     """One entry for each recording."""
     made, record = [], graphs.record
 
-    def stand_in(step):
+    def stand_in(step, device):
         outputs = ComplexityDeepCausalLMOutputWithPast()
 
         def replay():
@@ -28,7 +31,7 @@ def recordings(monkeypatch) -> list:
 
         return replay, outputs
 
-    monkeypatch.setattr(graphs, "record", lambda step: made.append(1) or (record if CUDA else stand_in)(step))
+    monkeypatch.setattr(graphs, "record", lambda *a: made.append(1) or (record if CUDA else stand_in)(*a))
     return made
 
 
@@ -60,7 +63,7 @@ def never(**inputs):
 def test_steps_equal_the_full_forward(recordings):
     """The first step of a cache as it is, the second recorded, the rest replayed; another cache is recorded anew."""
     model, ids = triton_model(num_hidden_layers=2), random_ids(2, 7).to(DEVICE)
-    full, graph = model(ids).logits, decode_graph(model, never)
+    full, graph = model(ids).logits, DecodeGraph(model, never)
     for count in (1, 2):
         cache = prefilled(model, ids[:, :4])
         for position in range(4, 7):
@@ -73,7 +76,7 @@ def test_steps_equal_the_full_forward(recordings):
 @torch.no_grad()
 def test_other_weights_and_arguments_are_recorded_anew(recordings):
     model, ids = triton_model(), random_ids(1, 8).to(DEVICE)
-    cache, graph = prefilled(model, ids[:, :4]), decode_graph(model, never)
+    cache, graph = prefilled(model, ids[:, :4]), DecodeGraph(model, never)
     for position in (4, 5):
         graph(**step_inputs(ids, cache, position))
     assert len(recordings) == 1
@@ -81,7 +84,7 @@ def test_other_weights_and_arguments_are_recorded_anew(recordings):
     doubled = graph(**step_inputs(ids, cache, 6)).logits.clone()
     torch.testing.assert_close(doubled[:, 0], model(ids[:, :7]).logits[:, 6], rtol=1e-4, atol=1e-4)
     model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight * 3)  # it would read the old one
-    graph = decode_graph(model, never)  # as the next `generate` does
+    graph = DecodeGraph(model, never)  # as the next `generate` does
     tripled = graph(**step_inputs(ids, cache, 7)).logits
     torch.testing.assert_close(tripled[:, 0], model(ids).logits[:, 7], rtol=1e-4, atol=1e-4)
     assert len(recordings) == 1 and graph.replay is None  # the first step with these weights runs as it is
@@ -100,7 +103,7 @@ def test_other_weights_and_arguments_are_recorded_anew(recordings):
 )
 def test_whatever_else_goes_to_the_library(recordings, change):
     model, ids = triton_model(), random_ids(1, 8).to(DEVICE)
-    graph = decode_graph(model, otherwise=lambda **inputs: "otherwise")
+    graph = DecodeGraph(model, otherwise=lambda **inputs: "otherwise")
     inputs = step_inputs(ids, prefilled(model, ids[:, :4]), 4) | change
     inputs = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     assert graph(**inputs) == graph(**inputs) == graph(**inputs) == "otherwise"
@@ -113,7 +116,7 @@ def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
 
     def is_taken(model, cache=None):
         cache = cache or prefilled(model, ids[:, :4])
-        graph = decode_graph(model, otherwise=lambda **inputs: "otherwise")
+        graph = DecodeGraph(model, otherwise=lambda **inputs: "otherwise")
         return graph(**step_inputs(ids, cache, 4)) != "otherwise"
 
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -125,6 +128,8 @@ def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
     model = triton_model()
     cache = prefilled(model, ids[:, :4])
     assert is_taken(model, cache) and is_taken(model, cache)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert not is_taken(model, cache)
     model.set_experts_implementation("eager")
     assert not is_taken(model, cache)
     model.set_experts_implementation("cggr")
@@ -134,6 +139,16 @@ def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
     assert is_taken(model, cache)
     model.model.layers[0].self_attn.o_proj = type("Other", (torch.nn.Linear,), {})(64, 64, bias=False).to(DEVICE)
     assert not is_taken(model, cache)
+
+
+def test_generate_keeps_no_model_alive(monkeypatch):
+    model = triton_model()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert isinstance(model.get_compiled_call(None), DecodeGraph)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.gpu

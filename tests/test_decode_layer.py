@@ -162,6 +162,14 @@ def test_nan_is_not_hidden():
         assert found[1].isnan().all() and found[0].isfinite().all()
 
 
+def test_nan_in_the_bias_of_beta_is_not_hidden():
+    _, tail = inputs(1, 32, 32, 16, 16, 4, 8, True, True, "silu")
+    arguments = cast(tail, torch.float32, torch.float32)
+    arguments[11][32 + 5] = float("nan")
+    found = decode_layer_tail(*arguments)[1]
+    assert found.isnan().sum() == 1 and found[0, 5].isnan()
+
+
 def test_custom_op_contract():
     qkv, tail = inputs(2, 32, 32, 16, 16, 4, 8, True, True, "silu")
     checks = ("test_schema", "test_faketensor")

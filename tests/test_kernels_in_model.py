@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
+from transformers import StaticCache
 
 from complexity_deep import ComplexityDeepForCausalLM
 from complexity_deep import implementations_complexity_deep as implementations
@@ -131,6 +132,40 @@ def test_the_decode_kernels_pass_over_no_module_that_does_more(monkeypatch):
         layer.self_attn.o_proj = torch.nn.Sequential(layer.self_attn.o_proj)
         model(ids)
         assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ("self_attn.o_proj.weight", "mlp.experts.down_proj", "dynamics.mu_proj.weight"))
+@torch.no_grad()
+def test_weights_that_are_not_contiguous(name):
+    model, ids = tiny_model(num_hidden_layers=1).to(DEVICE), random_ids(1, 1).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    expected = model(ids).logits
+    weight = model.model.layers[0].get_parameter(name)
+    weight.data = weight.data.mT.contiguous().mT
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_static_cache_that_does_not_fit_the_step_is_refused():
+    """Of another batch, of another length than its mask, of another dtype: as without the decode kernels."""
+    model, ids = tiny_model(num_hidden_layers=1).to(DEVICE), random_ids(4, 5).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+
+    def step(rows=4, length=8, dtype=None):
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        model(ids[:, :4], past_key_values=cache)
+        layer = cache.layers[0]
+        layer.keys, layer.values = (x.to(dtype or x.dtype) for x in (layer.keys, layer.values))
+        seen = (torch.arange(length, device=DEVICE) <= 4).expand(rows, 1, 1, length).contiguous()
+        positions = torch.full((rows, 1), 4, device=DEVICE)
+        return model(ids[:rows, 4:5], past_key_values=cache, attention_mask=seen, position_ids=positions).logits
+
+    torch.testing.assert_close(step()[:, 0], model(ids).logits[:, 4], rtol=1e-4, atol=1e-4)
+    for wrong in ({"rows": 1}, {"length": 6}, {"dtype": torch.float64}):
+        with pytest.raises((RuntimeError, ValueError)):
+            step(**wrong)
 
 
 @pytest.mark.gpu
