@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticCache, StaticLayer
 
-from .implementations_complexity_deep import ComplexityDeepFrozenLinear, is_unhooked
+from .implementations_complexity_deep import ComplexityDeepFrozenLinear, is_unhooked, plain_static_layer
 
 _CAPTURE = threading.Lock()  # one capture at a time in a process
 
@@ -31,7 +30,7 @@ class DecodeGraph:
     def __call__(self, **inputs):
         key = self._key(inputs)
         if key != self.checked:
-            self.checked, self.fits = key, self._fits(inputs)
+            self.checked, self.fits = key, key is not None and self._fits(inputs)
         if not self.fits:
             return self.otherwise(**inputs)
         if key != self.key:
@@ -47,13 +46,12 @@ class DecodeGraph:
         return type(self.outputs)(logits=self.outputs.logits, past_key_values=inputs["past_key_values"])
 
     def _key(self, inputs: dict) -> tuple | None:
-        """What a recording depends on; compared before every step, so it is little."""
+        """What a recording depends on, compared before every step, so it is little; None without a static cache."""
         cache = inputs.get("past_key_values")
-        if type(cache) is not StaticCache or not all(layer.is_initialized for layer in cache.layers):
+        layers = [plain_static_layer(cache, index) for index in range(len(getattr(cache, "layers", ())))]
+        if not layers or None in layers:
             return None
-        held = tuple(
-            x.data_ptr() for layer in cache.layers for x in (layer.keys, layer.values, layer.cumulative_length)
-        )
+        held = tuple(x.data_ptr() for layer in layers for x in (layer.keys, layer.values, layer.cumulative_length))
         arguments = tuple(
             (name, (x.shape, x.dtype) if isinstance(x, Tensor) else x)
             for name, x in inputs.items()
@@ -63,17 +61,13 @@ class DecodeGraph:
 
     def _fits(self, inputs: dict) -> bool:
         """Whether a step can be recorded: every operation is known, and none waits for data on the host."""
-        cache, mask, config = inputs.get("past_key_values"), inputs.get("attention_mask"), self.model.config
+        mask, config = inputs.get("attention_mask"), self.model.config
         # Made by the model instead of `generate`, positions and mask would stay those of the recorded step.
         given = (inputs.get("input_ids"), mask, inputs.get("position_ids"))
         if not all(isinstance(x, Tensor) for x in given) or given[0].shape[1] != 1 or mask.ndim != 4:
             return False
-        if type(cache) is not StaticCache or cache.offloading or torch.is_grad_enabled():
-            return False
         # Autocast frees its casts of the weights when its context ends: a recording would read what is no longer there.
-        if torch.is_autocast_enabled(given[0].device.type):
-            return False
-        if any(type(layer) is not StaticLayer or not layer.is_initialized for layer in cache.layers):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(given[0].device.type):
             return False
         names = (config._attn_implementation, config._kernels_implementation, config._experts_implementation)
         # The tables of these two kinds of RoPE depend on the largest position so far.

@@ -147,22 +147,19 @@ def _split_heads(attention: nn.Module, qkv: Tensor, cos: Tensor, sin: Tensor) ->
     return query, key, value
 
 
+def _dynamics_weights(dynamics: nn.Module) -> tuple:
+    """What the kernels take of the module, in their order: mu, its projection, the controller, the step size."""
+    inner, outer = dynamics.controller_in, dynamics.controller_out
+    return dynamics.mu, dynamics.mu_proj.weight, inner.weight, inner.bias, outer.weight, outer.bias, dynamics.dt
+
+
 def triton_dynamics_forward(dynamics: nn.Module, hidden_states: Tensor, velocity: Tensor, mu_residual: Tensor | None):
     """`eager_dynamics_forward` as one fused kernel and its matrix products, where the weights are plain."""
     modules = dynamics.mu_proj, dynamics.controller_in, dynamics.controller_out
     if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules):
         return eager_dynamics_forward(dynamics, hidden_states, velocity, mu_residual)
     hidden_states, velocity, guidance, mu_residual, mu = inl_dynamics_block(
-        hidden_states,
-        velocity,
-        mu_residual,
-        dynamics.mu,
-        dynamics.mu_proj.weight,
-        dynamics.controller_in.weight,
-        dynamics.controller_in.bias,
-        dynamics.controller_out.weight,
-        dynamics.controller_out.bias,
-        dynamics.dt,
+        hidden_states, velocity, mu_residual, *_dynamics_weights(dynamics)
     )
     return hidden_states, velocity, mu, guidance, mu_residual
 
@@ -259,7 +256,7 @@ def eager_layer_forward(layer: nn.Module, *args, **kwargs):
     return layer.module_forward(*args, **kwargs)
 
 
-def takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, guidance: Tensor | None) -> bool:
+def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mu: Tensor | None) -> bool:
     """Whether decode_layer.py computes this layer: few rows of one new token, no gradient, the published parts, plain.
 
     Every module whose forward is passed over must be of our own class or a plain linear, and without hooks.
@@ -275,7 +272,7 @@ def takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, guidance: Tens
     own += [module for module in (mlp.mu_router, attention.q_norm, attention.k_norm) if module is not None]
     linear = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linear += [dynamics.mu_proj, dynamics.controller_in, dynamics.controller_out]
-    if layer.use_mu_guidance and guidance is not None:
+    if mu is not None:
         linear += [attention.mu_to_q, attention.mu_to_k, attention.mu_to_v]
     is_plain = _is_plain_linear(*linear) and is_unhooked(*own) and not _has_adapter_without_mu(attention)
     if not is_plain or any(type(module).__module__ != type(layer).__module__ for module in own):
@@ -295,17 +292,20 @@ def takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, guidance: Tens
     )
 
 
-def _static_cache_layer(
+def plain_static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
+    """A layer of a static cache whose update is no more than writing keys and values in place, or None."""
+    if type(cache) is not StaticCache or cache.offloading:
+        return None
+    layer = cache.layers[layer_idx]
+    return layer if type(layer) is StaticLayer and layer.is_initialized else None
+
+
+def _decode_cache_layer(
     attention: nn.Module, cache: Cache | None, mask: Tensor | None, hidden_states: Tensor
 ) -> StaticLayer | None:
-    """This layer's part of a static cache that the decode kernels can write and read, or None.
-
-    Its update is no more than writing keys and values; it and the mask have the rows, positions and dtype of the step.
-    """
-    if type(cache) is not StaticCache or cache.offloading or mask is None:
-        return None
-    layer = cache.layers[attention.layer_idx]
-    if type(layer) is not StaticLayer or not layer.is_initialized or not _takes_decode_attention(attention, mask):
+    """The static cache that the decode kernels write, if it and the mask fit the rows and the dtype of the step."""
+    layer = plain_static_layer(cache, attention.layer_idx)
+    if layer is None or mask is None or not _takes_decode_attention(attention, mask):
         return None
     rows, length = layer.keys.shape[0], layer.keys.shape[2]
     has_rows = rows == hidden_states.shape[0] and mask.shape[0] in (1, rows) and mask.shape[1:] == (1, 1, length)
@@ -314,28 +314,28 @@ def _static_cache_layer(
 
 def triton_layer_forward(layer: nn.Module, hidden_states, velocity, guidance, mu_residual, **kwargs):
     """`eager_layer_forward`; a step of few new tokens runs in the fused kernels around the attention."""
-    if not takes_decode_kernels(layer, hidden_states, guidance):
+    mu = guidance if layer.use_mu_guidance else None
+    if not _takes_decode_kernels(layer, hidden_states, mu):
         return layer.module_forward(hidden_states, velocity, guidance, mu_residual, **kwargs)
     expert_ids, (cos, sin) = kwargs.pop("expert_ids"), kwargs.pop("position_embeddings")
     kwargs.pop("routing_plan", None)  # for one token it is not worth following
     attention, dynamics, experts, router = layer.self_attn, layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
     B, _, H = hidden_states.shape  # one token in each row
     flat = lambda x: None if x is None else x.reshape(B, -1).contiguous()  # noqa: E731
-    is_guided = layer.use_mu_guidance and guidance is not None
     qkv = decode_qkv(
         flat(hidden_states),
         layer.input_layernorm.weight,
         layer.input_layernorm.eps,
-        flat(guidance) if is_guided else None,
+        flat(mu),
         attention.q_proj.weight,
         attention.k_proj.weight,
         attention.v_proj.weight,
-        attention.mu_to_q.weight if is_guided else None,
-        attention.mu_to_k.weight if is_guided else None,
-        attention.mu_to_v.weight if is_guided else None,
+        attention.mu_to_q.weight if mu is not None else None,
+        attention.mu_to_k.weight if mu is not None else None,
+        attention.mu_to_v.weight if mu is not None else None,
     )
     mask = kwargs.get("attention_mask")
-    cache = _static_cache_layer(attention, kwargs.get("past_key_values"), mask, hidden_states)
+    cache = _decode_cache_layer(attention, kwargs.get("past_key_values"), mask, hidden_states)
     if cache is not None:
         norms = (None, None, 0.0)
         if attention.q_norm is not None:
@@ -352,13 +352,7 @@ def triton_layer_forward(layer: nn.Module, hidden_states, velocity, guidance, mu
         flat(mu_residual),
         expert_ids.flatten(),
         attention.o_proj.weight,
-        dynamics.mu,
-        dynamics.mu_proj.weight,
-        dynamics.controller_in.weight,
-        dynamics.controller_in.bias,
-        dynamics.controller_out.weight,
-        dynamics.controller_out.bias,
-        dynamics.dt,
+        *_dynamics_weights(dynamics),
         layer.post_attention_layernorm.weight,
         layer.post_attention_layernorm.eps,
         None if router is None else router.weight,

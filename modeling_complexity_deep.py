@@ -387,8 +387,8 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """hidden_states, velocity, guidance m, highway R, each [B, S, H] -> the same four; `kwargs` are attention's."""
-        mu = guidance if self.use_mu_guidance else None
-        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), mu, **kwargs)
+        mu_below = guidance if self.use_mu_guidance else None
+        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), mu_below, **kwargs)
         mu = None
         if self.dynamics is not None:
             attn_output, velocity, mu, guidance, mu_residual = self.dynamics(attn_output, velocity, mu_residual)

@@ -32,6 +32,7 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
 
 from .decode_attention import launch_decode_attention
 from .kernel_launch import on_its_device, pdl_options, wait
+from .mu_guided_qkv import locate_projection
 from .op_registration import custom_op
 from .token_routed_gemm import activate
 
@@ -72,12 +73,7 @@ def decode_qkv_kernel(
     T, H, Q, KV, eps, HAS_MU: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out [T, Q + 2 KV]; a program owns BN rows of one of the three projections and of its guidance."""
-    pid = tl.program_id(0)
-    q_blocks, kv_blocks = tl.cdiv(Q, BN), tl.cdiv(KV, BN)
-    is_q, is_k = pid < q_blocks, pid < q_blocks + kv_blocks
-    block = tl.where(is_q, pid, tl.where(is_k, pid - q_blocks, pid - q_blocks - kv_blocks))
-    column = tl.where(is_q, 0, tl.where(is_k, Q, Q + KV))  # where the projection begins in out
-    N = tl.where(is_q, Q, KV)
+    is_q, is_k, block, column, N = locate_projection(Q, KV, BN)
     o_n, o_k = block * BN + tl.arange(0, BN), tl.arange(0, BK)
     w = _rows(tl.where(is_q, q_ptr, tl.where(is_k, k_ptr, v_ptr)), o_n, o_k, N, H)
     if HAS_MU:

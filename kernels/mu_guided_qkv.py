@@ -51,17 +51,22 @@ def _dot_rows(acc, x_ptr, w_ptr, o_t, o_n, T, N, H, BK: tl.constexpr):
 
 
 @triton.jit
+def locate_projection(Q, KV, BN: tl.constexpr):
+    """Program -> has it rows of q, or else of k; which block of BN rows; where its projection begins in out; N."""
+    pid = tl.program_id(0)
+    q_blocks, kv_blocks = tl.cdiv(Q, BN), tl.cdiv(KV, BN)
+    is_q, is_k = pid < q_blocks, pid < q_blocks + kv_blocks
+    block = tl.where(is_q, pid, tl.where(is_k, pid - q_blocks, pid - q_blocks - kv_blocks))
+    return is_q, is_k, block, tl.where(is_q, 0, tl.where(is_k, Q, Q + KV)), tl.where(is_q, Q, KV)
+
+
+@triton.jit
 def mu_guided_qkv_few_kernel(
     x_ptr, m_ptr, q_ptr, k_ptr, v_ptr, mu_q_ptr, mu_k_ptr, mu_v_ptr, out_ptr,
     T, H, Q, KV, HAS_MU: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out [T, Q + 2 KV]; a program owns BN rows of one of the three projections."""
-    pid = tl.program_id(0)
-    q_blocks, kv_blocks = tl.cdiv(Q, BN), tl.cdiv(KV, BN)
-    is_q, is_k = pid < q_blocks, pid < q_blocks + kv_blocks
-    block = tl.where(is_q, pid, tl.where(is_k, pid - q_blocks, pid - q_blocks - kv_blocks))
-    column = tl.where(is_q, 0, tl.where(is_k, Q, Q + KV))  # where the projection begins in out
-    N = tl.where(is_q, Q, KV)
+    is_q, is_k, block, column, N = locate_projection(Q, KV, BN)
     w_ptr = tl.where(is_q, q_ptr, tl.where(is_k, k_ptr, v_ptr))
     o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     o_n = block * BN + tl.arange(0, BN)

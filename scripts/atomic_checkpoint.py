@@ -107,12 +107,8 @@ class AtomicCheckpointMixin:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._publish(unfinished / name, root / name)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-            CheckpointException,
-        ) as error:  # each file format reports a full disk its own way
+        # each file format reports a full disk its own way
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             last = last_good_checkpoint(root, set_aside=False)
             raise InputError(
