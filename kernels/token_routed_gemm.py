@@ -419,10 +419,12 @@ def _use_tma(tokens: int, hidden: int, inter: int, experts: int, *tensors: Tenso
 
 
 def _grid(tokens: int, experts: int, columns: int, config: dict, device: torch.device, tma: bool) -> tuple[int]:
+    """Programs of a GEMM: one per tile; with TMA persistent ones, one per multiprocessor."""
     tiles = min(tokens, tokens // config["BLOCK_M"] + experts) * triton.cdiv(columns, config["BLOCK_N"])
-    return (
-        min(tiles, device_properties(device)[0]) if tma else tiles,
-    )  # persistent with TMA: one program per multiprocessor
+    programs = device_properties(device)[0]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        programs *= 4  # a sum of gradients holds some multiprocessors: their programs would start after all others
+    return (min(tiles, programs) if tma else tiles,)
 
 
 def _matrix(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:

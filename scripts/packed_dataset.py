@@ -22,6 +22,7 @@ import datasets
 import fsspec.asyn
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets.distributed import split_dataset_by_node
 from text_sources import InputError, is_held_out, read_blocks
 from tqdm.auto import tqdm
@@ -171,9 +172,15 @@ class ResumableLoader(torch.utils.data.DataLoader):
 
     Workers deliver in turn, so the worker of the next batch is always the one whose cursor is oldest: cursors are kept
     in that order, and a resumed loader begins with worker 0 on the oldest one.
+
+    Batches are copied to `device` without waiting for it. Trainer would wait for its own copies, and by then for every
+    step before, so that the GPU ran dry at each step while the host launched the next one.
     """
 
-    seconds_waited = 0.0  # by whoever takes the batches
+    def __init__(self, *args, device: torch.device | str = "cpu", **options):
+        super().__init__(*args, **options)
+        self.device = device
+        self.seconds_waited = 0.0  # by whoever takes the batches
 
     def __iter__(self) -> Iterator[dict]:
         batches = super().__iter__()
@@ -185,4 +192,4 @@ class ResumableLoader(torch.utils.data.DataLoader):
                 raise InputError(str(error).splitlines()[-1].removeprefix("text_sources.InputError: ")) from None
             self.seconds_waited += time.perf_counter() - start
             self.dataset.cursors = [*self.dataset.cursors[1:], batch.pop("cursor")]
-            yield batch
+            yield send_to_device(batch, self.device, non_blocking=True)

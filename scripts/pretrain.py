@@ -122,6 +122,7 @@ class PretrainTrainer(ResumableTrainerMixin, ShardedModelMixin, Trainer):
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
+            device=self.args.device,
             # Its own, because a starting loader draws from it, and a resumed run starts its loader once more.
             generator=torch.Generator(),
         )

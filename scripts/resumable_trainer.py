@@ -7,8 +7,28 @@ from pathlib import Path
 import torch
 from atomic_checkpoint import AtomicCheckpointMixin
 from text_sources import InputError
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from training_report import TrainingProgress
 from transformers import PrinterCallback, ProgressCallback
+
+
+def clip_shards(gradients: list[Tensor], max_norm: float) -> Tensor | None:
+    """Scale FSDP2's gradients in place to a total norm of at most `max_norm`; returns the norm before, a scalar.
+
+    The library's way leads through DTensor's dispatch, which keeps the host busy for longer than the GPU. None, and
+    nothing is done, where the gradients are not all sharded over one group of processes.
+    """
+    layouts = {(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None for grad in gradients}
+    meshes = {layout and layout[0] for layout in layouts}
+    if len(meshes) != 1 or None in meshes or not all(len(kinds) == 1 and kinds[0].is_shard() for _, kinds in layouts):
+        return None
+    shards = [grad.to_local() for grad in gradients]
+    norm = torch.nn.utils.get_total_norm(shards).square()
+    torch.distributed.all_reduce(norm, group=meshes.pop().get_group())
+    norm = norm.sqrt()
+    torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 class ResumableTrainerMixin(AtomicCheckpointMixin):
@@ -26,6 +46,9 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
             # accelerate's policy would round the loss and each token's to bf16 too, and sum gradients in it.
             policy = replace(plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32)
             plugin.mixed_precision_policy = policy
+        if self.accelerator.ddp_handler is not None:
+            # Gradients lie in the buckets that are summed: no copies to and fro, and no second set of them in memory.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(progress)
@@ -34,6 +57,13 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         if self.state.global_step >= self.state.max_steps:
             return [], None  # Trainer takes one step more when it resumes a run that is already over
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _clip_grad_norm(self, model):
+        norm = None
+        if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision != "fp16":  # those are scaled
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            norm = clip_shards(gradients, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm
 
     def log(self, logs, start_time=None):
         self.progress.measure(logs, self.state)
