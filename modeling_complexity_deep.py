@@ -32,6 +32,7 @@ from transformers.masking_utils import (
     create_causal_mask,
     create_masks_for_generate,
     create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
 )
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -615,16 +616,20 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         # The mask comes before the cache: with a cache in hand the library takes a packed row for one document. It is
         # made before the default positions: given any, the library looks for packed rows, at a host synchronisation.
-        is_plain = attention_mask is None and position_ids is None and past_key_values is None
+        is_first = attention_mask is None and past_key_values is None
+        is_plain = is_first and position_ids is None
         # Plain causal rows need no mask with SDPA; under compile the library makes one and loses the fast kernel.
         if not (is_plain and self.config._attn_implementation == "sdpa" and self.config.sliding_window is None):
             make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+            documents = {"position_ids": position_ids}
+            if is_first and self.config._attn_implementation == "flex_attention":
+                documents = _document_mask(position_ids, inputs_embeds)
             attention_mask = make_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                position_ids=position_ids,
+                **documents,
             )
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -764,6 +769,14 @@ class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
                 given = torch.cat((given, step_ids[:, given.shape[1] :]), dim=1)
             model_inputs["routing_ids"] = given
         return model_inputs
+
+
+def _document_mask(position_ids: Tensor | None, inputs_embeds: Tensor) -> dict:
+    """Arguments that separate packed documents; the library's own way waits for the GPU to say whether there are any."""
+    if position_ids is None:
+        return {}
+    document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)  # (B or 1, S)
+    return {"and_mask_function": packed_sequence_mask_function(document.expand(len(inputs_embeds), -1))}
 
 
 def _select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

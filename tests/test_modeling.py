@@ -135,6 +135,20 @@ def test_attention_implementations_agree_and_the_switch_takes_effect(implementat
     assert weights is None or (len(weights) == 3 and weights[0].shape == (2, 4, 11, 11))
 
 
+@pytest.mark.parametrize("window", (None, 4))
+@pytest.mark.parametrize("rows", (1, 2))
+def test_flex_attention_separates_packed_documents_without_asking_the_device(window, rows, monkeypatch):
+    model, ids = tiny_model(sliding_window=window), random_ids(2, 11)
+    positions = torch.tensor([[*range(5), *range(6)], [*range(11)]])[:rows]  # one row stands for both
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=False).logits
+        model.set_attn_implementation("flex_attention")
+        # It waits for the GPU, once in every forward that is not compiled.
+        monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", None)
+        close(model(ids, position_ids=positions, use_cache=False).logits, expected)
+
+
 @pytest.mark.parametrize("implementation", ("batched_mm", "grouped_mm"))
 @pytest.mark.parametrize("options", ({}, {"mu_router_gradient": True}, {"use_mu_routing": False}), ids=str)
 def test_experts_implementations_agree_in_logits_and_gradients(implementation, options):
