@@ -2,14 +2,17 @@
 
 The library compiles the forward for these steps: a minute before the second token, then guards and bookkeeping before
 each of the others. With the fused kernels there is little left to compile. The first step of a cache runs as it is,
-the second is recorded, all others are replayed: copy the token, its mask and its position, launch the graph.
+the second is recorded, all others are replayed: copy the token, launch the graph. Mask and position were copied while
+the step before was running.
 """
 
 import threading
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
 
 from .implementations_complexity_deep import ComplexityDeepFrozenLinear, is_unhooked, plain_static_layer
 
@@ -25,39 +28,52 @@ class DecodeGraph:
 
     def __init__(self, model: nn.Module, otherwise: Callable):
         self.model, self.otherwise = model, otherwise
-        self.checked, self.key, self.replay = (), None, None
+        self.cache, self.held, self.arguments = None, (), None
 
     def __call__(self, **inputs):
-        key = self._key(inputs)
-        if key != self.checked:
-            self.checked, self.fits = key, key is not None and self._fits(inputs)
+        if not self._is_as_before(inputs):
+            self._look_at(inputs)
+            if self.fits:
+                return self.model(**inputs)  # also compiles the kernels, which cannot be done while recording
         if not self.fits:
             return self.otherwise(**inputs)
-        if key != self.key:
-            self.key, self.replay = key, None
-            return self.model(**inputs)  # also compiles the kernels, which cannot be done while recording
         if self.replay is None:
             self.inputs = {name: x.clone() for name, x in inputs.items() if isinstance(x, Tensor)}
             device = inputs["input_ids"].device
             self.replay, self.outputs = record(lambda: self.model(**(inputs | self.inputs)), device)
         for name, x in self.inputs.items():
-            x.copy_(inputs[name])
+            if inputs[name] is not x:
+                x.copy_(inputs[name])
         self.replay()
-        return type(self.outputs)(logits=self.outputs.logits, past_key_values=inputs["past_key_values"])
+        outputs = type(self.outputs)(logits=self.outputs.logits, past_key_values=inputs["past_key_values"])
+        outputs.decode_graph = self
+        return outputs
 
-    def _key(self, inputs: dict) -> tuple | None:
-        """What a recording depends on, compared before every step, so it is little; None without a static cache."""
-        cache = inputs.get("past_key_values")
-        layers = [plain_static_layer(cache, index) for index in range(len(getattr(cache, "layers", ())))]
-        if not layers or None in layers:
-            return None
-        held = tuple(x.data_ptr() for layer in layers for x in (layer.keys, layer.values, layer.cumulative_length))
-        arguments = tuple(
-            (name, (x.shape, x.dtype) if isinstance(x, Tensor) else x)
-            for name, x in inputs.items()
-            if name != "past_key_values"
+    def fill(self, inputs: dict) -> dict:
+        """`inputs` of the next step with tensors, all but the token, that lie where the recording reads them."""
+        for name, x in self.inputs.items():
+            given = inputs.get(name)
+            if name != "input_ids" and isinstance(given, Tensor) and (given.shape, given.dtype) == (x.shape, x.dtype):
+                inputs[name] = x.copy_(given)
+        return inputs
+
+    def _is_as_before(self, inputs: dict) -> bool:
+        """Whether the step differs from the last one in values only. The GPU waits for the answer, so it is little."""
+        return (
+            inputs.get("past_key_values") is self.cache
+            and _arguments(inputs) == self.arguments
+            and all(
+                layer.keys is keys and layer.values is values and layer.cumulative_length is length
+                for layer, (keys, values, length) in zip(getattr(self.cache, "layers", ()), self.held, strict=False)
+            )
         )
-        return held, arguments, torch.is_inference_mode_enabled()
+
+    def _look_at(self, inputs: dict) -> None:
+        self.cache, self.arguments, self.replay = inputs.get("past_key_values"), _arguments(inputs), None
+        layers = [plain_static_layer(self.cache, index) for index in range(len(getattr(self.cache, "layers", ())))]
+        self.fits = bool(layers) and None not in layers and self._fits(inputs)
+        # Held, so that no other tensor comes to lie where a recording reads them.
+        self.held = [(x.keys, x.values, x.cumulative_length) for x in layers] if self.fits else ()
 
     def _fits(self, inputs: dict) -> bool:
         """Whether a step can be recorded: every operation is known, and none waits for data on the host."""
@@ -83,6 +99,16 @@ class DecodeGraph:
         )
 
 
+def _arguments(inputs: dict) -> tuple:
+    """What a recording depends on besides the cache."""
+    arguments = tuple(
+        (name, (x.shape, x.dtype) if isinstance(x, Tensor) else x)
+        for name, x in inputs.items()
+        if name != "past_key_values"
+    )
+    return arguments, torch.is_inference_mode_enabled()
+
+
 def record(step: Callable, device: torch.device) -> tuple[Callable, object]:
     """Record `step` without running it: what replays it, and its outputs, whose tensors every replay writes again."""
     graph = torch.cuda.CUDAGraph()
@@ -90,3 +116,53 @@ def record(step: Callable, device: torch.device) -> tuple[Callable, object]:
     with _CAPTURE, torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
         outputs = step()
     return graph.replay, outputs
+
+
+class DecodeGraphMixin:
+    """`generate` of a model whose decode steps with a static cache are recorded, and what it does between two of them.
+
+    The library reads on the host, after every step, whether all rows have ended: the GPU waits from there to the next
+    launch. So the next step is prepared before, while the GPU computes, and only its token is added after.
+    """
+
+    def get_compiled_call(self, compile_config) -> Callable:
+        """What `generate` calls for a decode step with a static cache: on the Triton kernels, a CUDA graph."""
+        if compile_config is not None or self.config._kernels_implementation != "triton" or self.device.type != "cuda":
+            return super().get_compiled_call(compile_config)
+        library = super().get_compiled_call
+        return DecodeGraph(self, otherwise=lambda **inputs: library(None)(**inputs))
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict, *args, **kwargs) -> dict:
+        model_kwargs.pop("prepared", None)
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        graph = getattr(outputs, "decode_graph", None)
+        if graph is not None:
+            last_token = graph.inputs["input_ids"]
+            inputs = super().prepare_inputs_for_generation(last_token, next_sequence_length=1, **model_kwargs)
+            model_kwargs["prepared"] = dict(model_kwargs), graph.fill(inputs)
+        return model_kwargs
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, next_sequence_length=None, prepared=None, **kwargs):
+        """The library's inputs; `prepared` is what they were prepared from, and all of them but the token."""
+        given, inputs = prepared or ({}, {})
+        if next_sequence_length == 1 and inputs and all(given.get(name) is kwargs.get(name) for name in given | kwargs):
+            return inputs | {"input_ids": input_ids[:, -1:]}
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values, **kwargs
+    ) -> Tensor | None:
+        """The library's mask for a static cache of L positions; that of one new token is the padding mask alone.
+
+        attention_mask: [B, positions so far], or None. Returns bool [B or 1, 1, 1, L] for one token, made in two
+        operations instead of the library's ten or so.
+        """
+        is_plain = config.sliding_window is None and config._attn_implementation == "sdpa"
+        if not is_plain or inputs_embeds.shape[1] != 1:
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        length, _ = past_key_values.get_mask_sizes(1, 0)
+        if attention_mask is None:
+            seen = torch.arange(length, device=inputs_embeds.device) <= past_key_values.get_seq_length()
+            return seen[None, None, None]
+        return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))[:, None, None]

@@ -30,7 +30,6 @@ from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import (
     create_causal_mask,
-    create_masks_for_generate,
     create_sliding_window_causal_mask,
     packed_sequence_mask_function,
 )
@@ -44,7 +43,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_complexity_deep import CheckpointMixin
 from .configuration_complexity_deep import ComplexityDeepConfig
-from .decode_graph_complexity_deep import DecodeGraph
+from .decode_graph_complexity_deep import DecodeGraphMixin
 from .implementations_complexity_deep import (
     KERNELS,
     ROUTING_PLANS,
@@ -669,7 +668,7 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         )
 
 
-class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
+class ComplexityDeepForCausalLM(DecodeGraphMixin, ComplexityDeepPreTrainedModel, GenerationMixin):
     """Complexity-Deep with a language-model head, tied to the embedding by default."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -729,28 +728,6 @@ class ComplexityDeepForCausalLM(ComplexityDeepPreTrainedModel, GenerationMixin):
             velocities=outputs.velocities,
             mus=outputs.mus,
         )
-
-    @staticmethod
-    def create_masks_for_generate(
-        config: ComplexityDeepConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values, **kwargs
-    ) -> Tensor | None:
-        """The library's mask for a static cache of L positions; that of one new token is the padding mask alone.
-
-        attention_mask: [B, positions so far]. Returns bool [B, 1, 1, L] for one token, made in two operations: the
-        library's ten or so are launched one by one between two steps, while the GPU waits.
-        """
-        is_plain = config.sliding_window is None and config._attn_implementation == "sdpa"
-        if not is_plain or attention_mask is None or inputs_embeds.shape[1] != 1:
-            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
-        length, _ = past_key_values.get_mask_sizes(1, 0)
-        return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))[:, None, None]
-
-    def get_compiled_call(self, compile_config) -> Callable:
-        """What `generate` calls for a decode step with a static cache: on the Triton kernels, a CUDA graph."""
-        if compile_config is not None or self.config._kernels_implementation != "triton" or self.device.type != "cuda":
-            return super().get_compiled_call(compile_config)
-        library = super().get_compiled_call
-        return DecodeGraph(self, otherwise=lambda **inputs: library(None)(**inputs))
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, routing_ids: Tensor | None = None, **kwargs

@@ -6,8 +6,10 @@ import weakref
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from complexity_deep import decode_graph_complexity_deep as graphs
+from complexity_deep import implementations_complexity_deep as implementations
 from complexity_deep.decode_graph_complexity_deep import DecodeGraph
 from complexity_deep.modeling_complexity_deep import ComplexityDeepCausalLMOutputWithPast
 from support import random_ids, tiny_model
@@ -151,24 +153,58 @@ def test_generate_keeps_no_model_alive(monkeypatch):
     assert alive() is None
 
 
-@pytest.mark.gpu
+@pytest.fixture
+def generate_records(recordings, monkeypatch):
+    """One entry for each step of `generate`: the inputs that were copied.
+
+    Without a GPU it takes the decode graph all the same, and PyTorch's functions go by the names of the kernels, which
+    the interpreter would need minutes for.
+    """
+    copied = []
+
+    class Watched(DecodeGraph):
+        def __call__(self, **inputs):
+            outputs = super().__call__(**inputs)
+            copied.append([name for name, x in getattr(self, "inputs", {}).items() if inputs[name] is not x])
+            return outputs
+
+    if not CUDA:
+        mixin = graphs.DecodeGraphMixin
+        is_static = lambda _, kwargs, config: type(kwargs["past_key_values"]) is StaticCache  # noqa: E731
+        monkeypatch.setattr(mixin, "_valid_auto_compile_criteria", is_static, raising=False)
+        monkeypatch.setattr(mixin, "get_compiled_call", lambda self, _: graphs.DecodeGraph(self, never))
+        monkeypatch.setitem(implementations.KERNELS, "triton", implementations.KERNELS["eager"])
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "cggr", implementations.eager_experts_forward)
+        monkeypatch.setitem(implementations.ROUTING_PLANS, "cggr", implementations.ROUTING_PLANS["eager"])
+    monkeypatch.setattr(graphs, "DecodeGraph", Watched)
+    return copied
+
+
+STATIC = {"cache_implementation": "static"}
+ROUTED_BY_OTHERS = {"routing_ids": random_ids(2, 7, seed=5)}
+SHIFTED = {"position_ids": torch.arange(7).expand(2, -1) + torch.tensor([[2], [5]])}
+
+
 @pytest.mark.parametrize(
     "options",
     (
-        {},
-        {"num_beams": 2},
-        {"num_return_sequences": 4, "do_sample": True},
-        {"do_sample": True, "top_k": 5},
-        {"output_logits": True, "return_dict_in_generate": True},
+        pytest.param({}, id="greedy"),
+        pytest.param({"eos_token_id": list(range(3, 100)), "min_new_tokens": 0}, id="rows-end-one-by-one"),
+        pytest.param({"num_beams": 2}, id="beams"),
+        pytest.param({"num_return_sequences": 4, "do_sample": True}, id="four-samples"),
+        pytest.param({"do_sample": True, "top_k": 5}, id="sampling"),
+        pytest.param({"output_logits": True, "return_dict_in_generate": True}, id="logits"),
+        pytest.param(ROUTED_BY_OTHERS, id="routing-ids"),
+        pytest.param(SHIFTED, id="position-ids"),
     ),
-    ids=str,
 )
-def test_generate_with_a_static_cache(recordings, options):
+def test_generate_with_a_static_cache(recordings, generate_records, options):
     """Equals generate with a dynamic cache, with left padding, again, and under inference mode."""
     model, ids = triton_model(), random_ids(2, 7).to(DEVICE)
     mask = torch.ones_like(ids)
     ids[0, :3], mask[0, :3] = 1, 0
     options = {"attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12, **options}
+    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
 
     def generate(**more):
         torch.manual_seed(0)
@@ -177,7 +213,65 @@ def test_generate_with_a_static_cache(recordings, options):
 
     expected = generate()
     for _ in range(2):
-        torch.testing.assert_close(generate(cache_implementation="static"), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(generate(**STATIC), expected, rtol=1e-3, atol=1e-3)
     with torch.inference_mode():
-        torch.testing.assert_close(generate(cache_implementation="static"), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(generate(**STATIC), expected, rtol=1e-3, atol=1e-3)
     assert recordings or "num_beams" in options
+
+
+@pytest.mark.parametrize("padded", (False, True))
+def test_a_step_is_prepared_while_the_one_before_runs(generate_records, padded):
+    """All but the token lies in the recording's memory when the library has seen that generation goes on."""
+    model, ids = triton_model(), random_ids(2, 5).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = not padded
+    model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, **STATIC)
+    assert generate_records == [[], ["input_ids", "position_ids", "attention_mask"], *[["input_ids"]] * 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ("attention_mask", "position_ids", "past_key_values", "keys"))
+def test_what_changed_since_it_was_prepared_is_prepared_anew(recordings, generate_records, change):
+    model, ids = triton_model(), random_ids(2, 8).to(DEVICE)
+    caches = [prefilled(model, ids[:, :4]) for _ in range(2)]
+    positions = torch.arange(5, device=DEVICE).expand(2, -1)
+    kwargs = {"past_key_values": caches[0], "attention_mask": torch.ones_like(ids[:, :5]), "position_ids": positions}
+    graph = DecodeGraph(model, never)
+
+    def step(count):
+        inputs = model.prepare_inputs_for_generation(ids[:, :count], next_sequence_length=1, **kwargs)
+        return inputs, graph(**inputs)
+
+    for count in (5, 6, 7):
+        kwargs = model._update_model_kwargs_for_generation(step(count)[1], kwargs)
+    given, prepared = kwargs["prepared"]
+    assert given.keys() == {"past_key_values", "attention_mask", "position_ids"}
+    two = model.prepare_inputs_for_generation(ids, next_sequence_length=2, **kwargs)
+    assert two["input_ids"].shape == (2, 2) and "prepared" not in two
+    if change == "past_key_values":
+        kwargs[change] = caches[1]
+    elif change == "keys":
+        caches[0].layers[0].keys = caches[0].layers[0].keys.clone()
+    else:
+        kwargs[change] = torch.zeros_like(kwargs[change])
+    inputs, outputs = step(8)
+    if change in ("attention_mask", "position_ids"):
+        assert inputs[change] is not prepared[change] and not inputs[change].any()
+        assert outputs.decode_graph is graph
+    else:  # the first step with other tensors runs as it is: there is no recording
+        assert not hasattr(outputs, "decode_graph")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", (False, True))
+def test_mask_of_one_new_token_is_the_librarys(padded):
+    model, ids = tiny_model(num_hidden_layers=1), random_ids(2, 5)
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :2] = 0
+    inputs = {"inputs_embeds": torch.empty(2, 1, 0), "attention_mask": mask if padded else None}
+    inputs |= {"past_key_values": prefilled(model.to(DEVICE), ids.to(DEVICE)), "position_ids": torch.tensor([[5], [5]])}
+    inputs = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    ours = model.create_masks_for_generate(config=model.config, **inputs)
+    theirs = graphs.create_masks_for_generate(config=model.config, **inputs)
+    assert ours.shape[1:] == theirs.shape[1:] == (1, 1, LENGTH) and ours.dtype == theirs.dtype == torch.bool
+    assert torch.equal(ours.expand_as(theirs), theirs)
