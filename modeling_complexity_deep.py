@@ -749,7 +749,7 @@ class ComplexityDeepForCausalLM(DecodeGraphMixin, ComplexityDeepPreTrainedModel,
 
 
 def _document_mask(position_ids: Tensor | None, inputs_embeds: Tensor) -> dict:
-    """Arguments that separate packed documents; the library's own way waits for the GPU to say whether there are any."""
+    """Arguments that separate packed documents. The library would wait for the GPU to say whether there are any."""
     if position_ids is None:
         return {}
     document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)  # (B or 1, S)
