@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from complexity_deep.kernels.token_routed_gemm import routing_plan, token_routed_mlp
 
 QUANTILES = [0.5, 0.2, 0.8]
-GRAPH_TOKENS = 4096
+GRAPH_TOKENS = 16384
 BATCHED_TOKENS = 64  # batched_mm gathers one expert's weights per token: 1.1 GB at 64
 
 

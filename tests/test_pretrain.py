@@ -144,6 +144,14 @@ def test_loader_state_follows_the_batches_handed_out(corpus, tokenizer, workers)
     assert all(torch.equal(batch, expected) for batch, expected in zip(rest, whole[7:], strict=True))
 
 
+def test_loader_puts_batches_where_they_are_used(corpus, tokenizer):
+    """Else Trainer counts the labels on the host and waits for the device, at every step, to hand it the count."""
+    dataset = packed(load_sources([f"{corpus}/*.jsonl"]), tokenizer)
+    batch = next(iter(ResumableLoader(dataset, batch_size=3, collate_fn=PackedCollator(True), device="meta")))
+    assert {x.device.type for x in batch.values() if isinstance(x, torch.Tensor)} == {"meta"}
+    assert batch["use_cache"] is False and "cursor" not in batch
+
+
 @pytest.mark.parametrize("world_size, workers", [(2, 1), (2, 2), (3, 1)])  # 3 files: shared by document, or by file
 def test_ranks_and_workers_read_disjoint_shares_that_cover_everything(corpus, texts, tokenizer, world_size, workers):
     seen = []

@@ -58,9 +58,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_on_two(recipe: Path, folder: Path, *options: object) -> list[str]:
+def run_on_two(recipe: Path, folder: Path, *options: object, **environment: str) -> list[str]:
     """What each of the two processes printed."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = environment | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     logs = [folder.with_suffix(f".rank{rank}.log") for rank in range(2)]
     options = ["--config", recipe, "--output-dir", folder, *options]
     processes = [
@@ -131,6 +131,13 @@ def launch(
     command += [str(ROOT / "tests" / "accelerated_on_cpu.py"), "--config", str(recipe), "--output-dir", str(folder)]
     command += ["--use-cpu", "false", *map(str, options)]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_ddp_compiled_layer_by_layer_is_one_process(recipe, one_process, tmp_path):
+    """As recipes/accelerate/ddp.yaml says; gloo processes on the CPU cannot start by that file."""
+    options = ["--torch-compile-backend", "aot_eager", "--save-strategy", "no"]
+    run_on_two(recipe, tmp_path / "run", *options, ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION="true")
+    assert_same_training(tmp_path / "run", one_process)
 
 
 @pytest.mark.parametrize("name, written", [("fsdp2", "pytorch_model_fsdp.bin"), ("zero2", "latest")])
