@@ -60,7 +60,8 @@ def free_port() -> int:
 
 def run_on_two(recipe: Path, folder: Path, *options: object, **environment: str) -> list[str]:
     """What each of the two processes printed."""
-    shared = environment | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= environment
     logs = [folder.with_suffix(f".rank{rank}.log") for rank in range(2)]
     options = ["--config", recipe, "--output-dir", folder, *options]
     processes = [
