@@ -17,15 +17,17 @@ def clip_shards(gradients: list[Tensor], max_norm: float) -> Tensor | None:
     """Scale FSDP2's gradients in place to a total norm of at most `max_norm`; returns the norm before, a scalar.
 
     The library's way leads through DTensor's dispatch, which keeps the host busy for longer than the GPU. None, and
-    nothing is done, where the gradients are not all sharded over one group of processes.
+    nothing is done, where gradients are offloaded or not all sharded over one group of processes.
     """
     layouts = {(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None for grad in gradients}
     meshes = {layout and layout[0] for layout in layouts}
     if len(meshes) != 1 or None in meshes or not all(len(kinds) == 1 and kinds[0].is_shard() for _, kinds in layouts):
         return None
-    shards = [grad.to_local() for grad in gradients]
+    mesh, shards = meshes.pop(), [grad.to_local() for grad in gradients]
     norm = torch.nn.utils.get_total_norm(shards).square()
-    torch.distributed.all_reduce(norm, group=meshes.pop().get_group())
+    if norm.device.type != mesh.device_type:  # offloaded, where the processes cannot exchange it
+        return None
+    torch.distributed.all_reduce(norm, group=mesh.get_group())
     norm = norm.sqrt()
     torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
