@@ -163,6 +163,7 @@ class DecodeGraphMixin:
             return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
         length, _ = past_key_values.get_mask_sizes(1, 0)
         if attention_mask is None:
-            seen = torch.arange(length, device=inputs_embeds.device) <= past_key_values.get_seq_length()
-            return seen[None, None, None]
+            # The library takes ids that still lie on the host, and moves them after the mask.
+            position = torch.as_tensor(past_key_values.get_seq_length(), device=inputs_embeds.device)
+            return (torch.arange(length, device=inputs_embeds.device) <= position)[None, None, None]
         return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))[:, None, None]

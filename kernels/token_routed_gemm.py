@@ -419,7 +419,7 @@ def _use_tma(tokens: int, hidden: int, inter: int, experts: int, *tensors: Tenso
 
 
 def _grid(tokens: int, experts: int, columns: int, config: dict, device: torch.device, tma: bool) -> tuple[int]:
-    """Programs of a GEMM: one per tile; with TMA persistent ones, one per multiprocessor."""
+    """Programs of a GEMM: one per tile; with TMA persistent ones, one per multiprocessor (four beside NCCL)."""
     tiles = min(tokens, tokens // config["BLOCK_M"] + experts) * triton.cdiv(columns, config["BLOCK_N"])
     programs = device_properties(device)[0]
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -275,3 +275,14 @@ def test_mask_of_one_new_token_is_the_librarys(padded):
     theirs = graphs.create_masks_for_generate(config=model.config, **inputs)
     assert ours.shape[1:] == theirs.shape[1:] == (1, 1, LENGTH) and ours.dtype == theirs.dtype == torch.bool
     assert torch.equal(ours.expand_as(theirs), theirs)
+
+
+def test_the_one_token_mask_of_ids_on_another_device_than_the_cache():
+    """transformers 5.23 passes no mask for unpadded prompts, and moves ids from the host only after the mask."""
+    model = tiny_model()
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    cache.get_seq_length = lambda: torch.zeros(1, dtype=torch.long)  # a CPU scalar would go with any device
+    cache.get_mask_sizes = lambda *_: (8, 0)
+    embeds = torch.empty(1, 1, model.config.hidden_size, device="meta")  # stands for the other device
+    mask = model.create_masks_for_generate(model.config, embeds, None, cache)
+    assert mask.device.type == "meta" and mask.shape == (1, 1, 1, 8)
