@@ -28,7 +28,7 @@ class DecodeGraph:
 
     def __init__(self, model: nn.Module, otherwise: Callable):
         self.model, self.otherwise = model, otherwise
-        self.cache, self.held, self.arguments = None, (), None
+        self.cache, self.held, self.arguments, self.filled = None, (), None, None
 
     def __call__(self, **inputs):
         if not self._is_as_before(inputs):
@@ -55,6 +55,7 @@ class DecodeGraph:
             given = inputs.get(name)
             if name != "input_ids" and isinstance(given, Tensor) and (given.shape, given.dtype) == (x.shape, x.dtype):
                 inputs[name] = x.copy_(given)
+        self.filled = inputs
         return inputs
 
     def _is_as_before(self, inputs: dict) -> bool:
@@ -136,17 +137,18 @@ class DecodeGraphMixin:
         model_kwargs.pop("prepared", None)
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         graph = getattr(outputs, "decode_graph", None)
-        if graph is not None:
+        if graph is not None and model_kwargs.get("routing_ids") is None:  # those are cut to the step
             last_token = graph.inputs["input_ids"]
             inputs = super().prepare_inputs_for_generation(last_token, next_sequence_length=1, **model_kwargs)
-            model_kwargs["prepared"] = dict(model_kwargs), graph.fill(inputs)
+            model_kwargs["prepared"] = dict(model_kwargs), graph.fill(inputs), graph
         return model_kwargs
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, next_sequence_length=None, prepared=None, **kwargs):
-        """The library's inputs; `prepared` is what they were prepared from, and all of them but the token."""
-        given, inputs = prepared or ({}, {})
-        if next_sequence_length == 1 and inputs and all(given.get(name) is kwargs.get(name) for name in given | kwargs):
-            return inputs | {"input_ids": input_ids[:, -1:]}
+        """The library's inputs. `prepared`: what they were prepared from, all but the token, and the graph."""
+        if next_sequence_length == 1 and prepared is not None:
+            given, inputs, graph = prepared
+            if graph.filled is inputs and all(given.get(name) is kwargs.get(name) for name in given | kwargs):
+                return inputs | {"input_ids": input_ids[:, -1:]}
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
 
     @staticmethod

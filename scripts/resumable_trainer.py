@@ -24,9 +24,9 @@ def clip_shards(gradients: list[Tensor], max_norm: float) -> Tensor | None:
     if len(meshes) != 1 or None in meshes or not all(len(kinds) == 1 and kinds[0].is_shard() for _, kinds in layouts):
         return None
     mesh, shards = meshes.pop(), [grad.to_local() for grad in gradients]
-    norm = torch.nn.utils.get_total_norm(shards).square()
-    if norm.device.type != mesh.device_type:  # offloaded, where the processes cannot exchange it
+    if shards[0].device.type != mesh.device_type:  # offloaded
         return None
+    norm = torch.nn.utils.get_total_norm(shards).square()
     torch.distributed.all_reduce(norm, group=mesh.get_group())
     norm = norm.sqrt()
     torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))

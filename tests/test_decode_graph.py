@@ -244,7 +244,7 @@ def test_what_changed_since_it_was_prepared_is_prepared_anew(recordings, generat
 
     for count in (5, 6, 7):
         kwargs = model._update_model_kwargs_for_generation(step(count)[1], kwargs)
-    given, prepared = kwargs["prepared"]
+    given, prepared, _ = kwargs["prepared"]
     assert given.keys() == {"past_key_values", "attention_mask", "position_ids"}
     two = model.prepare_inputs_for_generation(ids, next_sequence_length=2, **kwargs)
     assert two["input_ids"].shape == (2, 2) and "prepared" not in two
@@ -260,6 +260,22 @@ def test_what_changed_since_it_was_prepared_is_prepared_anew(recordings, generat
         assert outputs.decode_graph is graph
     else:  # the first step with other tensors runs as it is: there is no recording
         assert not hasattr(outputs, "decode_graph")
+
+
+@torch.no_grad()
+def test_a_loop_that_goes_back_to_an_older_step_reads_that_steps_inputs(recordings, generate_records):
+    """What was prepared for it lay in memory that newer steps have filled since."""
+    model, ids = triton_model(), random_ids(2, 8).to(DEVICE)
+    kwargs = {"past_key_values": prefilled(model, ids[:, :4]), "attention_mask": torch.ones_like(ids[:, :5])}
+    kwargs["position_ids"] = torch.arange(5, device=DEVICE).expand(2, -1)
+    graph, steps = DecodeGraph(model, never), {}
+    for count in (5, 6, 7, 8):
+        steps[count] = dict(kwargs)
+        inputs = model.prepare_inputs_for_generation(ids[:, :count], next_sequence_length=1, **kwargs)
+        kwargs = model._update_model_kwargs_for_generation(graph(**inputs), kwargs)
+    assert "prepared" in steps[7]
+    inputs = model.prepare_inputs_for_generation(ids[:, :7], next_sequence_length=1, **steps[7])
+    assert inputs["position_ids"].tolist() == [[6], [6]]
 
 
 @torch.no_grad()
