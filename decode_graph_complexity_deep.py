@@ -1,12 +1,13 @@
 """Decode steps of `generate` with a static cache as one CUDA graph, on the Triton kernels.
 
 The library compiles the forward for these steps: a minute before the second token, then guards and bookkeeping before
-each of the others. With the fused kernels there is little left to compile. The first step of a cache runs as it is,
-the second is recorded, all others are replayed: copy the token, launch the graph. Mask and position were copied while
-the step before was running.
+each of the others. With the fused kernels there is little left to compile. The first step of a model runs as it is,
+which compiles them; the next is recorded, and in every later `generate` already the first. All others are replayed:
+copy the token, launch the graph. Mask and position were copied while the step before was running.
 """
 
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from transformers.masking_utils import create_masks_for_generate
 from .implementations_complexity_deep import ComplexityDeepFrozenLinear, is_unhooked, plain_static_layer
 
 _CAPTURE = threading.Lock()  # one capture at a time in a process
+_HAVE_RUN = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
 
 
 class DecodeGraph:
@@ -33,8 +35,11 @@ class DecodeGraph:
     def __call__(self, **inputs):
         if not self._is_as_before(inputs):
             self._look_at(inputs)
-            if self.fits:
-                return self.model(**inputs)  # also compiles the kernels, which cannot be done while recording
+            have_run = _HAVE_RUN.setdefault(self.model, [])
+            if self.fits and (variant := self._variant(inputs)) not in have_run:
+                outputs = self.model(**inputs)  # also compiles the kernels, which cannot be done while recording
+                have_run.append(variant)
+                return outputs
         if not self.fits:
             return self.otherwise(**inputs)
         if self.replay is None:
@@ -76,6 +81,19 @@ class DecodeGraph:
         # Held, so that no other tensor comes to lie where a recording reads them.
         self.held = [(x.keys, x.values, x.cumulative_length) for x in layers] if self.fits else ()
 
+    def _variant(self, inputs: dict) -> tuple:
+        """All that decides which kernels a step runs and what Triton compiles them for."""
+        from .kernels.decode_attention import decode_attention_variant  # where there is Triton, as for every step here
+
+        mask, weights = inputs["attention_mask"], (*self.model.parameters(), *self.model.buffers())
+        return (
+            _arguments(inputs | {"attention_mask": (mask.shape[0], mask.dtype)}),
+            dict(vars(self.model.config)),
+            self.model.training,
+            [decode_attention_variant(keys, values) for keys, values, _ in self.held],
+            hash(tuple((x.dtype, x.device, x.shape, x.stride(), x.data_ptr() % 16) for x in weights)),
+        )
+
     def _fits(self, inputs: dict) -> bool:
         """Whether a step can be recorded: every operation is known, and none waits for data on the host."""
         mask, config = inputs.get("attention_mask"), self.model.config
@@ -96,7 +114,8 @@ class DecodeGraph:
         return (
             all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
             and is_unhooked(*self.model.modules())
-            and all(type(parameter) is nn.Parameter for parameter in self.model.parameters())
+            # fp64 goes to the kernels' PyTorch twins, which read on the host where each expert's tokens end.
+            and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in self.model.parameters())
         )
 
 

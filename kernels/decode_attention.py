@@ -78,7 +78,7 @@ def decode_attention_kernel(
         tl.store(stats_ptr + head * 2 + 1, total, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def join_parts_kernel(
     parts_ptr, stats_ptr, out_ptr, num_parts, D, PDL: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr
 ):
@@ -96,15 +96,28 @@ def join_parts_kernel(
     tl.store(out_ptr + head * D + o_d, out.to(out_ptr.dtype.element_ty), mask=m_d)
 
 
+def _split(rows: int, positions: int) -> tuple[int, int]:
+    """`positions` of B * K `rows` in parts: positions of a part, and how many parts."""
+    parts = max(1, min(triton.cdiv(positions, BLOCK_L), PROGRAMS // rows, MAX_PARTS))
+    length = triton.cdiv(triton.cdiv(positions, BLOCK_L), parts) * BLOCK_L
+    return length, triton.cdiv(positions, length)
+
+
+def decode_attention_variant(key: Tensor, value: Tensor) -> tuple:
+    """What Triton compiles the kernels for, of key and value [B, K, L, D]: not L, but what L makes of the launches."""
+    (B, K, L, D), strides = key.shape, (*key.stride(), *value.stride())
+    parts = triton.next_power_of_2(_split(B * K, L)[1])
+    aligned = [size % 16 == 0 for size in (L, *strides, key.data_ptr(), value.data_ptr())]
+    return B, K, D, key.dtype, value.dtype, key.device, strides[3], strides[7], parts, aligned
+
+
 def launch_decode_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, used: Tensor | None = None
 ) -> Tensor:
     """`decode_attention` [B, 1, A, D]; `used`, the fill of a static cache, is counted up by one."""
     (B, A, _, D), (K, L) = query.shape, key.shape[1:3]
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    parts = max(1, min(triton.cdiv(L, BLOCK_L), PROGRAMS // (B * K), MAX_PARTS))
-    length = triton.cdiv(triton.cdiv(L, BLOCK_L), parts) * BLOCK_L
-    parts = triton.cdiv(L, length)
+    length, parts = _split(B * K, L)
     out = query.new_empty(B, 1, A, D)
     acc = torch.empty(B, A, parts, D, dtype=torch.float32, device=query.device) if parts > 1 else out
     stats = torch.empty(B, A, parts, 2, dtype=torch.float32, device=query.device) if parts > 1 else out

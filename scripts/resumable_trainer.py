@@ -13,6 +13,7 @@ from training_report import TrainingProgress
 from transformers import PrinterCallback, ProgressCallback
 
 
+@torch.no_grad()  # with gradients, `to_local` is an operation of autograd
 def clip_shards(gradients: list[Tensor], max_norm: float) -> Tensor | None:
     """Scale FSDP2's gradients in place to a total norm of at most `max_norm`; returns the norm before, a scalar.
 
@@ -51,6 +52,8 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         if self.accelerator.ddp_handler is not None:
             # Gradients lie in the buckets that are summed: no copies to and fro, and no second set of them in memory.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        if self.accelerator.state.dynamo_plugin.use_regional_compilation:
+            torch._dynamo.config.optimize_ddp = False  # it cuts a model at its buckets: here, each layer in two
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(progress)

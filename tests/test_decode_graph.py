@@ -11,6 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from complexity_deep import decode_graph_complexity_deep as graphs
 from complexity_deep import implementations_complexity_deep as implementations
 from complexity_deep.decode_graph_complexity_deep import DecodeGraph
+from complexity_deep.kernels.decode_attention import decode_attention_variant
 from complexity_deep.modeling_complexity_deep import ComplexityDeepCausalLMOutputWithPast
 from support import random_ids, tiny_model
 
@@ -63,16 +64,51 @@ def never(**inputs):
 
 @torch.no_grad()
 def test_steps_equal_the_full_forward(recordings):
-    """The first step of a cache as it is, the second recorded, the rest replayed; another cache is recorded anew."""
+    """A model's first step as it is, the second recorded, the rest replayed; another cache is recorded at once."""
     model, ids = triton_model(num_hidden_layers=2), random_ids(2, 7).to(DEVICE)
     full, graph = model(ids).logits, DecodeGraph(model, never)
-    for count in (1, 2):
+    for steps in ([0, 1, 1], [2, 2, 2]):
         cache = prefilled(model, ids[:, :4])
-        for position in range(4, 7):
+        for position, count in zip(range(4, 7), steps, strict=True):
             outputs = graph(**step_inputs(ids, cache, position))
-            assert outputs.past_key_values is cache
+            assert outputs.past_key_values is cache and len(recordings) == count
             torch.testing.assert_close(outputs.logits[:, 0], full[:, position], rtol=1e-4, atol=1e-4)
-        assert len(recordings) == count and cache.get_seq_length() == 7
+        assert cache.get_seq_length() == 7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    (
+        pytest.param(lambda model: model.half(), id="dtype"),
+        pytest.param(lambda model: setattr(model.config, "hidden_act", "gelu"), id="config"),
+        pytest.param(lambda model: model.train(), id="training"),
+        pytest.param(lambda model: setattr(model.lm_head, "bias", torch.nn.Parameter(torch.ones(257))), id="weights"),
+    ),
+)
+def test_a_step_that_takes_other_kernels_runs_as_it_is(recordings, change):
+    """Triton cannot compile them while a graph is recorded."""
+    model, ids = triton_model().to(DEVICE), random_ids(1, 8).to(DEVICE)
+    DecodeGraph(model, never)(**step_inputs(ids, prefilled(model, ids[:, :4]), 4))
+    change(model.cpu())
+    model.to(DEVICE)
+    graph, cache = DecodeGraph(model, never), prefilled(model, ids[:, :4])
+    graph(**step_inputs(ids, cache, 4))
+    assert not recordings
+    graph(**step_inputs(ids, cache, 5))
+    assert len(recordings) == 1
+
+
+def test_caches_that_the_kernels_are_compiled_for_alike():
+    """Generations of other lengths need no step that compiles, but for what the length makes of the launches."""
+    variant = (
+        lambda rows, length, offset=0: decode_attention_variant(  # noqa: E731
+            *(torch.empty(rows * length * 32 + 16)[offset : offset + rows * length * 32].view(rows, 2, length, 16),) * 2
+        )
+    )
+    assert variant(1, 256) == variant(1, 208) != variant(1, 264)  # four parts each, then five
+    assert variant(1, 257) == variant(1, 263) != variant(1, 256)  # a multiple of 16 or not
+    assert variant(2, 256) != variant(1, 256) != variant(1, 256, offset=1)
 
 
 @torch.no_grad()
@@ -89,7 +125,7 @@ def test_other_weights_and_arguments_are_recorded_anew(recordings):
     graph = DecodeGraph(model, never)  # as the next `generate` does
     tripled = graph(**step_inputs(ids, cache, 7)).logits
     torch.testing.assert_close(tripled[:, 0], model(ids).logits[:, 7], rtol=1e-4, atol=1e-4)
-    assert len(recordings) == 1 and graph.replay is None  # the first step with these weights runs as it is
+    assert len(recordings) == 2
 
 
 @torch.no_grad()
@@ -126,6 +162,7 @@ def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
         assert not is_taken(triton_model(**options))
     for options in ({"use_dynamics": False}, {"use_token_routed_mlp": False}):
         assert is_taken(triton_model(**options))
+    assert not is_taken(triton_model().double())
     # one cache, so that nothing but the model is another
     model = triton_model()
     cache = prefilled(model, ids[:, :4])
@@ -225,8 +262,10 @@ def test_a_step_is_prepared_while_the_one_before_runs(generate_records, padded):
     model, ids = triton_model(), random_ids(2, 5).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[0, 0] = not padded
-    model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, **STATIC)
-    assert generate_records == [[], ["input_ids", "position_ids", "attention_mask"], *[["input_ids"]] * 3]
+    for _ in range(2):
+        model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, **STATIC)
+    everything = ["input_ids", "position_ids", "attention_mask"]
+    assert generate_records == [[], everything, *[["input_ids"]] * 3, everything, *[["input_ids"]] * 4]
 
 
 @torch.no_grad()
@@ -258,8 +297,8 @@ def test_what_changed_since_it_was_prepared_is_prepared_anew(recordings, generat
     if change in ("attention_mask", "position_ids"):
         assert inputs[change] is not prepared[change] and not inputs[change].any()
         assert outputs.decode_graph is graph
-    else:  # the first step with other tensors runs as it is: there is no recording
-        assert not hasattr(outputs, "decode_graph")
+    else:
+        assert len(recordings) == 2  # of the step with other tensors
 
 
 @torch.no_grad()
