@@ -19,7 +19,7 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .kernel_launch import on_its_device, pdl_options, wait
+from .kernel_launch import cdiv, next_power_of_2, on_its_device, pdl_options, wait
 from .op_registration import custom_op
 
 BLOCK_L = 64
@@ -98,15 +98,15 @@ def join_parts_kernel(
 
 def _split(rows: int, positions: int) -> tuple[int, int]:
     """`positions` of B * K `rows` in parts: positions of a part, and how many parts."""
-    parts = max(1, min(triton.cdiv(positions, BLOCK_L), PROGRAMS // rows, MAX_PARTS))
-    length = triton.cdiv(triton.cdiv(positions, BLOCK_L), parts) * BLOCK_L
-    return length, triton.cdiv(positions, length)
+    parts = max(1, min(cdiv(positions, BLOCK_L), PROGRAMS // rows, MAX_PARTS))
+    length = cdiv(cdiv(positions, BLOCK_L), parts) * BLOCK_L
+    return length, cdiv(positions, length)
 
 
 def decode_attention_variant(key: Tensor, value: Tensor) -> tuple:
     """What Triton compiles the kernels for, of key and value [B, K, L, D]: not L, but what L makes of the launches."""
     (B, K, L, D), strides = key.shape, (*key.stride(), *value.stride())
-    parts = triton.next_power_of_2(_split(B * K, L)[1])
+    parts = next_power_of_2(_split(B * K, L)[1])
     aligned = [size % 16 == 0 for size in (L, *strides, key.data_ptr(), value.data_ptr())]
     return B, K, D, key.dtype, value.dtype, key.device, strides[3], strides[7], parts, aligned
 
@@ -121,16 +121,16 @@ def launch_decode_attention(
     out = query.new_empty(B, 1, A, D)
     acc = torch.empty(B, A, parts, D, dtype=torch.float32, device=query.device) if parts > 1 else out
     stats = torch.empty(B, A, parts, 2, dtype=torch.float32, device=query.device) if parts > 1 else out
-    BD, options = max(16, triton.next_power_of_2(D)), pdl_options(query.device)  # 16 is the least that tl.dot takes
+    BD, options = max(16, next_power_of_2(D)), pdl_options(query.device)  # 16 is the least that tl.dot takes
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     decode_attention_kernel[B * K, parts](
         query, key, value, mask, used, out, acc, stats, scale, K, A // K, L, D, length,
         query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3],
         0 if mask is None or mask.shape[0] == 1 else L,
-        BR=max(16, triton.next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4, **options,
+        BR=max(16, next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4, **options,
     )  # fmt: skip
     if parts > 1:
-        BP = triton.next_power_of_2(parts)
+        BP = next_power_of_2(parts)
         join_parts_kernel[(B * A,)](acc, stats, out, parts, D, BP=BP, BD=BD, num_warps=4, **options)
     return out
 

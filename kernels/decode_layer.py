@@ -31,7 +31,7 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
     raise
 
 from .decode_attention import launch_decode_attention
-from .kernel_launch import on_its_device, pdl_options, wait
+from .kernel_launch import cdiv, next_power_of_2, on_its_device, pdl_options, wait
 from .mu_guided_qkv import locate_projection
 from .op_registration import custom_op
 from .token_routed_gemm import activate
@@ -267,9 +267,9 @@ def decode_down_kernel(
 
 def _rows_config(rows: int, columns: int, matrices: int, itemsize: int) -> tuple[int, dict]:
     """Programs and tile of a kernel that holds some rows of each of `matrices` matrices in registers."""
-    BK = max(16, triton.next_power_of_2(columns))
+    BK = max(16, next_power_of_2(columns))
     BN = max(1, min(16, ROW_BYTES // (BK * itemsize * matrices)))
-    return triton.cdiv(rows, BN), {"BN": BN, "BK": BK, "num_warps": 4}
+    return cdiv(rows, BN), {"BN": BN, "BK": BK, "num_warps": 4}
 
 
 @custom_op("decode_qkv")
@@ -282,7 +282,7 @@ def decode_qkv(
     (T, H), Q, KV = x.shape, q.shape[0], k.shape[0]
     out = x.new_empty(T, Q + 2 * KV)
     _, tile = _rows_config(Q, H, 1 if m is None else 2, x.element_size())
-    decode_qkv_kernel[(triton.cdiv(Q, tile["BN"]) + 2 * triton.cdiv(KV, tile["BN"]),)](
+    decode_qkv_kernel[(cdiv(Q, tile["BN"]) + 2 * cdiv(KV, tile["BN"]),)](
         x, norm_weight, m, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV, eps,
         HAS_MU=m is not None, **tile, **pdl_options(x.device),
     )  # fmt: skip
@@ -307,7 +307,7 @@ def decode_attend(
     decode_rope_kernel[(T, A + 2 * K)](
         qkv, q_weight, k_weight, cos, sin, used, query, keys, values, A, K, L, D // 2, eps,
         0 if cos.shape[0] == 1 else cos.stride(0), *keys.stride()[:3], *values.stride()[:3],
-        BD=triton.next_power_of_2(D // 2), num_warps=1, **pdl_options(qkv.device),
+        BD=next_power_of_2(D // 2), num_warps=1, **pdl_options(qkv.device),
     )  # fmt: skip
     return launch_decode_attention(query, keys, values, mask, scale, used).view(T, A * D)
 
@@ -330,14 +330,14 @@ def decode_layer_tail(
     options, itemsize = pdl_options(x.device), x.element_size()
     h, mu_l, x_mid, v_out, m_out, r_out, out = (torch.empty_like(x) for _ in range(7))
     z, act = x.new_empty(T, C), x.new_empty(T, inter)
-    power = triton.next_power_of_2
+    power = next_power_of_2
     programs, tile = _rows_config(H, attention.shape[1], 1, itemsize)
     decode_linear_kernel[(programs,)](attention, o_proj, h, T, H, attention.shape[1], **tile, **options)
     programs, tile = _rows_config(H, H, 1, itemsize)
     decode_controller_kernel[(programs + C,)](
         h, v, mu, mu_proj, controller_in, controller_in_bias, z, mu_l, T, H, C, **tile, **options
     )
-    BE, blocks = 1 if router is None else power(E), triton.cdiv(H, UPDATE_COLUMNS)
+    BE, blocks = 1 if router is None else power(E), cdiv(H, UPDATE_COLUMNS)
     parts = torch.empty(T, blocks, 1 + BE, dtype=torch.float32, device=x.device)
     chosen = torch.empty(T if router is not None else 0, dtype=torch.int32, device=x.device)
     routed = {"ROUTED": router is not None} | options

@@ -30,7 +30,7 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .kernel_launch import on_its_device
+from .kernel_launch import cdiv, next_power_of_2, on_its_device
 from .op_registration import custom_op
 
 FEW_TOKENS = 32  # up to here the projections are bound by reading their weights: one kernel reads them all
@@ -238,10 +238,10 @@ def _launch_dynamics(h, v, r, z, mu, w, b, dt: float, highway: bool):
     BT, BH, warps = (16, 8, 1) if T <= FEW_TOKENS else (64, 32, 4)
     if h.dtype == torch.float32:
         BT = min(BT, 32)
-    inl_dynamics_fwd_kernel[triton.cdiv(H, BH), triton.cdiv(T, BT)](
+    inl_dynamics_fwd_kernel[cdiv(H, BH), cdiv(T, BT)](
         h, v, r, z, mu, w, b, h_out, v_out, m_out, r_out, T, H, z.shape[1], dt,
         HAS_RESIDUAL=r is not None, HIGHWAY=highway, PTX=PTX,
-        BT=BT, BH=BH, BC=max(16, triton.next_power_of_2(z.shape[1])), num_warps=warps,
+        BT=BT, BH=BH, BC=max(16, next_power_of_2(z.shape[1])), num_warps=warps,
     )  # fmt: skip
     return h_out, v_out, m_out, r_out
 
@@ -257,9 +257,9 @@ def _launch_dynamics_backward(grads, h, v, z, mu, w, b, dt: float, has_residual:
     dr = torch.empty_like(h) if has_residual else h.new_empty(0)
     logits = torch.addmm(b, z, w.T)  # [T, 3H]
     BT, BH = 32, 64  # 285 us by sweep on an H200 (285 to 390 else)
-    blocks = triton.cdiv(T, BT)
+    blocks = cdiv(T, BT)
     dmu_sums = torch.empty(blocks, H, dtype=torch.float32, device=h.device) if sums else None
-    inl_dynamics_bwd_kernel[triton.cdiv(H, BH), blocks](
+    inl_dynamics_bwd_kernel[cdiv(H, BH), blocks](
         *grads, h, v, mu, logits, dh, dv, dr, dmu, dmu_sums, T, H, dt, dmu.stride(0),
         *[grad is not None for grad in grads], has_residual, PTX, BT, BH, num_warps=8,
     )  # fmt: skip
@@ -278,8 +278,8 @@ def _launch_projection(h, v, w_in, b_in, w_mu, mu_vec):
     BT, BN, BK, warps, stages = (16, 16, 256, 2, 5) if few else (64, 64, 64, 4, 4)
     if h.dtype == torch.float32:
         BN, BK, stages = min(BN, 32), 64, 2
-    mu_blocks = triton.cdiv(H, BN) if few else 0
-    grid = (mu_blocks + triton.cdiv(C, BN), triton.cdiv(T, BT))
+    mu_blocks = cdiv(H, BN) if few else 0
+    grid = (mu_blocks + cdiv(C, BN), cdiv(T, BT))
     inl_projection_kernel[grid](
         h, v, w_in, b_in, w_mu, mu_vec, z_pre, z, mu, T, H, C, mu_blocks,
         PTX=PTX, BT=BT, BN=BN, BK=BK, num_warps=warps, num_stages=stages,

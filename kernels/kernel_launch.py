@@ -1,4 +1,4 @@
-"""What the launches of all kernels share: the right device, and programmatic dependent launch (PDL) from Hopper on.
+"""What the launches of all kernels share: sizes, the right device, programmatic dependent launch (PDL) from Hopper on.
 
 A kernel launched with PDL starts while the one before it drains. It calls `wait` before it reads what that one wrote
 or writes what that one reads; weights, which no kernel of a forward writes, may be on their way before.
@@ -22,6 +22,16 @@ def wait(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's takes microseconds on the host, where a layer of a decode step needs a dozen."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is not less than n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 @functools.lru_cache

@@ -26,7 +26,7 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .kernel_launch import on_its_device, pdl_options, wait
+from .kernel_launch import cdiv, next_power_of_2, on_its_device, pdl_options, wait
 from .op_registration import custom_op
 
 FEW_TOKENS = 32  # up to here reading the weights is all that takes time
@@ -229,7 +229,7 @@ def qk_norm_rope_bwd_kernel(
 
 def _head_blocks(query: Tensor, key: Tensor) -> dict:
     """Tile sizes: all heads of a token at once, up to 16."""
-    power = triton.next_power_of_2
+    power = next_power_of_2
     BA, BK, BD = min(16, power(query.shape[2])), min(16, power(key.shape[2])), power(query.shape[3] // 2)
     return {"BA": BA, "BK": BK, "BD": BD}
 
@@ -353,7 +353,7 @@ def _mu_guided_qkv(
     BT, BN, BK = 16 if T <= 16 else 32, 16, 256
     if x.dtype == torch.float32:
         BK = 64
-    mu_guided_qkv_few_kernel[(triton.cdiv(Q, BN) + 2 * triton.cdiv(KV, BN), triton.cdiv(T, BT))](
+    mu_guided_qkv_few_kernel[(cdiv(Q, BN) + 2 * cdiv(KV, BN), cdiv(T, BT))](
         x, m, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV,
         HAS_MU=m is not None, BT=BT, BN=BN, BK=BK, num_warps=2, num_stages=4,
     )  # fmt: skip

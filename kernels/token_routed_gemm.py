@@ -38,7 +38,7 @@ try:
 except ImportError:  # the caller names the fallback
     raise
 
-from .kernel_launch import device_properties, on_its_device, pdl_options, wait
+from .kernel_launch import cdiv, device_properties, next_power_of_2, on_its_device, pdl_options, wait
 from .op_registration import custom_op
 
 ACTIVATIONS = ("silu", "swish", "gelu", "relu")
@@ -420,7 +420,7 @@ def _use_tma(tokens: int, hidden: int, inter: int, experts: int, *tensors: Tenso
 
 def _grid(tokens: int, experts: int, columns: int, config: dict, device: torch.device, tma: bool) -> tuple[int]:
     """Programs of a GEMM: one per tile; with TMA persistent ones, one per multiprocessor (four beside NCCL)."""
-    tiles = min(tokens, tokens // config["BLOCK_M"] + experts) * triton.cdiv(columns, config["BLOCK_N"])
+    tiles = min(tokens, tokens // config["BLOCK_M"] + experts) * cdiv(columns, config["BLOCK_N"])
     programs = device_properties(device)[0]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         programs *= 4  # a sum of gradients holds some multiprocessors: their programs would start after all others
@@ -434,8 +434,8 @@ def _matrix(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 def _gather_rows(source: Tensor, order: Tensor) -> Tensor:
     out = torch.empty_like(source)
-    block = min(triton.next_power_of_2(source.shape[1]), 2048)
-    grid = (triton.cdiv(source.shape[0], 2), triton.cdiv(source.shape[1], block))
+    block = min(next_power_of_2(source.shape[1]), 2048)
+    grid = (cdiv(source.shape[0], 2), cdiv(source.shape[1], block))
     gather_rows_kernel[grid](
         source, order, out, *source.shape, ROWS=2, BLOCK=block, num_warps=8, **pdl_options(source.device)
     )
@@ -452,7 +452,7 @@ def _gate_up(x, weight, order, offsets, act_out, gate_up, activation, gather, tm
         x = x if gather else _matrix(x, config["BLOCK_M"], config["BLOCK_K"])
     gate_up_fwd_kernel[grid](
         x, weight, order, offsets, act_out, gate_up, experts, hidden, inter,
-        EXPERTS=triton.next_power_of_2(experts), ACTIVATION=activation, KEEP=gate_up.numel() > 0, GATHER=gather,
+        EXPERTS=next_power_of_2(experts), ACTIVATION=activation, KEEP=gate_up.numel() > 0, GATHER=gather,
         TMA=tma, EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **pdl_options(act_out.device),
     )  # fmt: skip
 
@@ -466,7 +466,7 @@ def _routed_linear(a, weight, order, offsets, out, transposed, tma):
         weight = _matrix(weight, config[rows], config[cols])
         a = _matrix(a, config["BLOCK_M"], config["BLOCK_K"])
     routed_linear_kernel[grid](
-        a, weight, order, offsets, out, experts, in_size, out_size, EXPERTS=triton.next_power_of_2(experts),
+        a, weight, order, offsets, out, experts, in_size, out_size, EXPERTS=next_power_of_2(experts),
         TRANSPOSED=transposed, TMA=tma, EVEN_K=in_size % config["BLOCK_K"] == 0, **config, **pdl_options(out.device),
     )  # fmt: skip
 
@@ -474,7 +474,7 @@ def _routed_linear(a, weight, order, offsets, out, transposed, tma):
 def _weight_grad(left, right, offsets, out, tma):
     experts, size_m, size_n = out.shape
     config = _config("weight_grad", len(left), experts, left.dtype, tma)
-    grid = (experts * triton.cdiv(size_m, config["BLOCK_M"]) * triton.cdiv(size_n, config["BLOCK_N"]),)
+    grid = (experts * cdiv(size_m, config["BLOCK_M"]) * cdiv(size_n, config["BLOCK_N"]),)
     left_tma = _matrix(left, config["BLOCK_K"], config["BLOCK_M"]) if tma else left
     right_tma = _matrix(right, config["BLOCK_K"], config["BLOCK_N"]) if tma else right
     options = config | pdl_options(out.device)
@@ -483,14 +483,14 @@ def _weight_grad(left, right, offsets, out, tma):
 
 def _decode(x, gate_up_proj, down_proj, order, offsets, act_out, out, activation):
     (tokens, hidden), (experts, _, inter) = x.shape, down_proj.shape
-    slots, blocks = min(tokens, experts), (triton.next_power_of_2(hidden), triton.next_power_of_2(inter))
+    slots, blocks = min(tokens, experts), (next_power_of_2(hidden), next_power_of_2(inter))
     rows = [max(1, 4096 // block) for block in blocks]  # 8 KB a matrix and program: all its loads are in flight at once
-    options = {"EXPERTS": triton.next_power_of_2(experts)} | pdl_options(x.device)
-    gate_up_decode_kernel[(triton.cdiv(inter, rows[0]), slots)](
+    options = {"EXPERTS": next_power_of_2(experts)} | pdl_options(x.device)
+    gate_up_decode_kernel[(cdiv(inter, rows[0]), slots)](
         x, gate_up_proj, order, offsets, act_out, experts, hidden, inter,
         ACTIVATION=activation, BLOCK_N=rows[0], BLOCK_K=blocks[0], num_warps=max(2, blocks[0] // 2048), **options,
     )  # fmt: skip
-    down_decode_kernel[(triton.cdiv(hidden, rows[1]), slots)](
+    down_decode_kernel[(cdiv(hidden, rows[1]), slots)](
         act_out, down_proj, order, offsets, out, experts, hidden, inter,
         BLOCK_N=rows[1], BLOCK_K=blocks[1], num_warps=max(1, blocks[1] // 4096), **options,
     )  # fmt: skip
@@ -507,12 +507,12 @@ def routing_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     order = expert_ids.new_empty(tokens, dtype=torch.int32)
     offsets = expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
     if tokens <= 512:
-        grid = (triton.cdiv(tokens, 64) + triton.cdiv(num_experts + 1, 64),)
+        grid = (cdiv(tokens, 64) + cdiv(num_experts + 1, 64),)
         routing_plan_kernel[grid](expert_ids, order, offsets, tokens, num_experts, BLOCK=64)
         return order, offsets
-    blocks = triton.cdiv(tokens, 128)
+    blocks = cdiv(tokens, 128)
     counts = expert_ids.new_empty(num_experts, blocks, dtype=torch.int32)
-    sizes = {"EXPERTS": triton.next_power_of_2(num_experts + 1), "BLOCK": 128}
+    sizes = {"EXPERTS": next_power_of_2(num_experts + 1), "BLOCK": 128}
     routing_count_kernel[(blocks,)](expert_ids, counts, tokens, num_experts, **sizes)
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
     routing_place_kernel[(blocks,)](expert_ids, counts, ends, order, offsets, tokens, num_experts, **sizes)
@@ -575,7 +575,7 @@ def token_routed_mlp_backward(
         weight = _matrix(down_proj, config["BLOCK_K"], config["BLOCK_N"])
     gate_up_bwd_kernel[_grid(tokens, experts, inter, config, grad.device, tma)](
         source, weight, offsets, gate_up, act, grad_gate_up, experts, hidden, inter,
-        EXPERTS=triton.next_power_of_2(experts), ACTIVATION=activation, TMA=tma,
+        EXPERTS=next_power_of_2(experts), ACTIVATION=activation, TMA=tma,
         EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **pdl_options(grad.device),
     )  # fmt: skip
     if need_down_proj:

@@ -8,6 +8,7 @@ import torch
 from atomic_checkpoint import AtomicCheckpointMixin
 from text_sources import InputError
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_report import TrainingProgress
 from transformers import PrinterCallback, ProgressCallback
@@ -62,6 +63,12 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         if self.state.global_step >= self.state.max_steps:
             return [], None  # Trainer takes one step more when it resumes a run that is already over
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def training_step(self, model, *args, **kwargs):
+        if isinstance(model, FSDPModule) and not self.accelerator.state.fsdp_plugin.reshard_after_forward:
+            # Whole weights that a forward may keep are kept to the end of the step: until then nothing changes them.
+            model.set_reshard_after_backward(self.accelerator.sync_gradients)
+        return super().training_step(model, *args, **kwargs)
 
     def _clip_grad_norm(self, model):
         norm = None

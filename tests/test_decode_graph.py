@@ -101,11 +101,12 @@ def test_a_step_that_takes_other_kernels_runs_as_it_is(recordings, change):
 
 def test_caches_that_the_kernels_are_compiled_for_alike():
     """Generations of other lengths need no step that compiles, but for what the length makes of the launches."""
-    variant = (
-        lambda rows, length, offset=0: decode_attention_variant(  # noqa: E731
-            *(torch.empty(rows * length * 32 + 16)[offset : offset + rows * length * 32].view(rows, 2, length, 16),) * 2
-        )
-    )
+
+    def variant(rows, length, offset=0):
+        size = rows * length * 32
+        keys = torch.empty(size + offset)[offset:].view(rows, 2, length, 16)
+        return decode_attention_variant(keys, keys)
+
     assert variant(1, 256) == variant(1, 208) != variant(1, 264)  # four parts each, then five
     assert variant(1, 257) == variant(1, 263) != variant(1, 256)  # a multiple of 16 or not
     assert variant(2, 256) != variant(1, 256) != variant(1, 256, offset=1)
