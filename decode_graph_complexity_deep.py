@@ -35,15 +35,15 @@ class DecodeGraph:
     def __call__(self, **inputs):
         if not self._is_as_before(inputs):
             self._look_at(inputs)
-            have_run = _HAVE_RUN.setdefault(self.model, [])
-            if self.fits and (variant := self._variant(inputs)) not in have_run:
-                outputs = self.model(**inputs)  # also compiles the kernels, which cannot be done while recording
-                have_run.append(variant)
-                return outputs
         if not self.fits:
             return self.otherwise(**inputs)
         if self.replay is None:
             self.inputs = {name: x.clone() for name, x in inputs.items() if isinstance(x, Tensor)}
+            variant, have_run = self._variant(inputs), _HAVE_RUN.setdefault(self.model, [])
+            if variant not in have_run:
+                outputs = self.model(**(inputs | self.inputs))  # compiles the kernels: not possible while recording
+                have_run.append(variant)
+                return outputs
             device = inputs["input_ids"].device
             self.replay, self.outputs = record(lambda: self.model(**(inputs | self.inputs)), device)
         for name, x in self.inputs.items():

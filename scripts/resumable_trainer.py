@@ -65,7 +65,8 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model, *args, **kwargs):
-        if isinstance(model, FSDPModule) and not self.accelerator.state.fsdp_plugin.reshard_after_forward:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)  # none for a model that was sharded when loaded
+        if isinstance(model, FSDPModule) and plugin is not None and not plugin.reshard_after_forward:
             # Whole weights that a forward may keep are kept to the end of the step: until then nothing changes them.
             model.set_reshard_after_backward(self.accelerator.sync_gradients)
         return super().training_step(model, *args, **kwargs)

@@ -266,7 +266,7 @@ def test_a_step_is_prepared_while_the_one_before_runs(generate_records, padded):
     for _ in range(2):
         model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, **STATIC)
     everything = ["input_ids", "position_ids", "attention_mask"]
-    assert generate_records == [[], everything, *[["input_ids"]] * 3, everything, *[["input_ids"]] * 4]
+    assert generate_records == [everything] * 2 + [["input_ids"]] * 3 + [everything] + [["input_ids"]] * 4
 
 
 @torch.no_grad()
