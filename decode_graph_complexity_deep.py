@@ -87,9 +87,9 @@ class DecodeGraph:
 
         mask, weights = inputs["attention_mask"], (*self.model.parameters(), *self.model.buffers())
         return (
-            _arguments(inputs | {"attention_mask": (mask.shape[0], mask.dtype)}),
+            _arguments(inputs | {"attention_mask": (mask.shape[:3], mask.dtype)}),
             dict(vars(self.model.config)),
-            self.model.training,
+            tuple(module.training for module in self.model.modules()),
             [decode_attention_variant(keys, values) for keys, values, _ in self.held],
             hash(tuple((x.dtype, x.device, x.shape, x.stride(), x.data_ptr() % 16) for x in weights)),
         )
