@@ -1,9 +1,10 @@
 """Decode steps of `generate` with a static cache as one CUDA graph, on the Triton kernels.
 
 The library compiles the forward for these steps: a minute before the second token, then guards and bookkeeping before
-each of the others. With the fused kernels there is little left to compile. The first step of a model runs as it is,
-which compiles them; the next is recorded, and in every later `generate` already the first. All others are replayed:
-copy the token, launch the graph. Mask and position were copied while the step before was running.
+each of the others. With the fused kernels there is little left to compile. A model's first step of a kind (`_variant`)
+runs as it is, so that Triton compiles its kernels; the next is recorded. A later `generate` with steps of that kind
+records its first. All others are replayed: copy the token, launch the graph. Mask and position were copied while the
+step before was running.
 """
 
 import threading

@@ -66,8 +66,9 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
 
     def training_step(self, model, *args, **kwargs):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)  # none for a model that was sharded when loaded
-        if isinstance(model, FSDPModule) and plugin is not None and not plugin.reshard_after_forward:
-            # Whole weights that a forward may keep are kept to the end of the step: until then nothing changes them.
+        keeps_weights = isinstance(model, FSDPModule) and plugin is not None and not plugin.reshard_after_forward
+        if keeps_weights and self.args.gradient_accumulation_steps > 1:
+            # Not resharded between the batches of a step, for weights change only at its end.
             model.set_reshard_after_backward(self.accelerator.sync_gradients)
         return super().training_step(model, *args, **kwargs)
 

@@ -88,9 +88,9 @@ def test_steps_equal_the_full_forward(recordings):
 )
 def test_a_step_that_takes_other_kernels_runs_as_it_is(recordings, change):
     """Triton cannot compile them while a graph is recorded."""
-    model, ids = triton_model().to(DEVICE), random_ids(1, 8).to(DEVICE)
+    model, ids = triton_model(), random_ids(1, 8).to(DEVICE)
     DecodeGraph(model, never)(**step_inputs(ids, prefilled(model, ids[:, :4]), 4))
-    change(model.cpu())
+    change(model)
     model.to(DEVICE)
     graph, cache = DecodeGraph(model, never), prefilled(model, ids[:, :4])
     graph(**step_inputs(ids, cache, 4))
@@ -181,8 +181,10 @@ def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
     assert not is_taken(model, cache)
 
 
-def test_generate_keeps_no_model_alive(monkeypatch):
-    model = triton_model()
+@torch.no_grad()
+def test_generate_keeps_no_model_alive(recordings, monkeypatch):
+    model, ids = triton_model(), random_ids(1, 5).to(DEVICE)
+    DecodeGraph(model, never)(**step_inputs(ids, prefilled(model, ids[:, :4]), 4))
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     assert isinstance(model.get_compiled_call(None), DecodeGraph)
     alive = weakref.ref(model)
