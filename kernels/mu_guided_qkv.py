@@ -78,12 +78,12 @@ def mu_guided_qkv_few_kernel(
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_at"])  # the allocator's choice: a recorded graph must not meet an uncompiled kernel
 def mu_guided_qkv_kernel(
-    x_desc, w_desc, out_desc, T, N, H, X_FIRST: tl.constexpr, PROGRAMS: tl.constexpr,
+    x_desc, w_desc, out_desc, T, N, H, x_at, PROGRAMS: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out [T, N] = [x ‖ m] [W ‖ U]ᵀ; x_desc [2, T, H] holds x and m, w_desc [2N, H] W over U; persistent programs."""
+    """out [T, N] = [x ‖ m] [W ‖ U]ᵀ; x_desc [2, T, H] holds x (at x_at) and m; w_desc [2N, H] is W over U."""
     blocks_t, blocks_n = tl.cdiv(T, BT), tl.cdiv(N, BN)
     steps = H // BK
     for tile in tl.range(tl.program_id(0), blocks_t * blocks_n, PROGRAMS):
@@ -95,7 +95,7 @@ def mu_guided_qkv_kernel(
         for step in range(2 * steps):
             source = step // steps  # first x with W, then m with U
             k = (step - source * steps) * BK
-            x = x_desc.load([source if X_FIRST else 1 - source, i_t * BT, k]).reshape(BT, BK)
+            x = x_desc.load([source ^ x_at, i_t * BT, k]).reshape(BT, BK)
             w = w_desc.load([source * N + i_n * BN, k])
             acc = tl.dot(x, w.T, acc)
         out_desc.store([i_t * BT, i_n * BN], acc.to(out_desc.dtype))
@@ -332,7 +332,7 @@ def _launch_hopper(x: Tensor, m: Tensor, weights: Tensor, out: Tensor) -> Tensor
         TensorDescriptor(low, [2, T, H], [distance, H, 1], [1, BT, BK]),
         TensorDescriptor(weights, [2 * N, H], [H, 1], [BN, BK]),
         TensorDescriptor(out, [T, N], [N, 1], [BT, BN]),
-        T, N, H, X_FIRST=low is x, PROGRAMS=programs, BT=BT, BN=BN, BK=BK, GROUP=8, num_warps=8, num_stages=3,
+        T, N, H, int(low is not x), PROGRAMS=programs, BT=BT, BN=BN, BK=BK, GROUP=8, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
 

@@ -12,7 +12,7 @@ if not CUDA:
 pytest.importorskip("triton")
 
 from complexity_deep.kernels.kernel_reference import qk_norm_rope_reference  # noqa: E402
-from complexity_deep.kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope  # noqa: E402
+from complexity_deep.kernels.mu_guided_qkv import mu_guided_qkv, mu_guided_qkv_kernel, qk_norm_rope  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 EPS = 1e-6
@@ -125,6 +125,20 @@ def qkv_case(tokens, H, Q, KV, mu):
 def test_mu_guided_qkv_matches_fp64(tokens, H, Q, KV, mu, dtype):
     inputs, upstream = qkv_case(tokens, H, Q, KV, mu)
     assert_close(qkv, qkv_reference, inputs, dtype, upstream)
+
+
+@gpu
+def test_order_in_memory_is_no_matter_of_compilation():
+    """x and m lie where the allocator put them; a recorded graph must not meet a kernel that is not compiled."""
+    inputs, _ = qkv_case((2048,), 192, 256, 128, True)
+    both = torch.empty(2, 2048, 192, dtype=torch.bfloat16, device=DEVICE)
+    x, m, *weights = (tensor.bfloat16() for tensor in inputs)
+    outputs, kernels = [], []
+    for at in (0, 1):
+        both[at], both[1 - at] = x, m
+        outputs.append(mu_guided_qkv(both[at], both[1 - at], weights))
+        kernels.append(len(mu_guided_qkv_kernel.device_caches[torch.cuda.current_device()][0]))
+    assert torch.equal(*outputs) and kernels[0] == kernels[1] > 0
 
 
 def test_frozen_weights():
