@@ -83,7 +83,7 @@ def mu_guided_qkv_kernel(
     x_desc, w_desc, out_desc, T, N, H, x_at, PROGRAMS: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out [T, N] = [x ‖ m] [W ‖ U]ᵀ; x_desc [2, T, H] holds x (at x_at) and m; w_desc [2N, H] W over U; persistent programs."""
+    """out [T, N] = [x ‖ m] [W ‖ U]ᵀ; x_desc [2, T, H] holds x (at x_at) and m; w_desc [2N, H] is W over U."""
     blocks_t, blocks_n = tl.cdiv(T, BT), tl.cdiv(N, BN)
     steps = H // BK
     for tile in tl.range(tl.program_id(0), blocks_t * blocks_n, PROGRAMS):
