@@ -4,12 +4,15 @@
 
 accelerate turns to FSDP and DeepSpeed, and Trainer to bf16, only where they found an accelerator. These choices aside,
 everything is as on GPUs: the shipped config, the wrapping of the model, gathering weights for a checkpoint.
+How often FSDP2 gathered weights is printed at the end.
 """
 
+import atexit
 import runpy
 import sys
 from pathlib import Path
 
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp
 import transformers.training_args
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -18,5 +21,16 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 PartialState._prepare_backend = lambda self, *arguments: ("gloo", DistributedType.MULTI_GPU)
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def count(*arguments, **options):
+    global gathers
+    gathers += 1
+    return gather(*arguments, **options)
+
+
+gather, gathers = fsdp.foreach_all_gather, 0
+fsdp.foreach_all_gather = count
+atexit.register(lambda: print(f"weights gathered {gathers} times", flush=True))
 sys.path.insert(0, str(SCRIPTS))
 runpy.run_path(str(SCRIPTS / "pretrain.py"), run_name="__main__")

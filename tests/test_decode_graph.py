@@ -99,6 +99,20 @@ def test_a_step_that_takes_other_kernels_runs_as_it_is(recordings, change):
     assert len(recordings) == 1
 
 
+@torch.no_grad()
+def test_a_mask_of_another_kind_takes_other_kernels(recordings):
+    """One mask for all rows is read with another stride than a mask for each row."""
+    model, ids = triton_model(), random_ids(2, 8).to(DEVICE)
+
+    def step(rows):
+        inputs = step_inputs(ids, prefilled(model, ids[:, :4]), 4)
+        DecodeGraph(model, never)(**inputs | {"attention_mask": inputs["attention_mask"][:rows]})
+        return len(recordings)
+
+    assert [step(2), step(1)] == [0, 0]  # each runs as it is
+    assert [step(2), step(1)] == [1, 2]
+
+
 def test_caches_that_the_kernels_are_compiled_for_alike():
     """Generations of other lengths need no step that compiles, but for what the length makes of the launches."""
 

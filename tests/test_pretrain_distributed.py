@@ -152,6 +152,13 @@ def test_sharded_training_is_that_of_one_process(recipe, one_process, name, writ
     assert_same_training(folder, one_process)
 
 
+def test_fsdp2_gathers_weights_once_a_step(recipe, tmp_path):
+    """Not for each of its two batches: two layers and what is around them, in four steps and the last evaluation."""
+    process = launch("fsdp2", recipe, tmp_path / "run", "--max-steps", 4, "--save-strategy", "no")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count(f"weights gathered {3 * (4 + 1)} times") == 2
+
+
 def test_compiled_fsdp2_in_bf16(recipe, one_process, tmp_path):
     """As the recipes train on GPUs: weights are rounded to bf16 for the computation, but not the loss."""
     options = ["--bf16", "true", "--torch-compile-backend", "aot_eager", "--save-strategy", "no"]
