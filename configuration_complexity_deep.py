@@ -4,9 +4,26 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+import transformers
+from packaging.version import Version
+
+OLDEST_TRANSFORMERS = "5.17"
+
+
+def check_library_version(installed: str = transformers.__version__) -> None:
+    """Raise `ImportError` on a Transformers release that lacks what the model's code calls."""
+    if Version(installed).release < Version(OLDEST_TRANSFORMERS).release:
+        raise ImportError(
+            f"Complexity-Deep needs transformers {OLDEST_TRANSFORMERS} or newer, but {installed} is installed: run "
+            "`pip install -U transformers`."
+        )
+
+
+check_library_version()  # before the imports below, which an older release does not have
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import PreTrainedConfig  # noqa: E402
+from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
 
 if TYPE_CHECKING:  # never run, but the remote-code loader reads it and so keeps every shipped file beside this one
     from .modeling_complexity_deep import ComplexityDeepModel  # noqa: F401
@@ -16,6 +33,7 @@ SHIPPED_FILES = (
     "configuration_complexity_deep.py",
     "modeling_complexity_deep.py",
     "checkpoint_complexity_deep.py",
+    "compatibility_complexity_deep.py",
     "implementations_complexity_deep.py",
     "decode_graph_complexity_deep.py",
     "routing_complexity_deep.py",
@@ -88,6 +106,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
 
     model_type = "complexity-deep"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "cache",
         "past_key_values",
         "router_logits",
         "expert_ids",

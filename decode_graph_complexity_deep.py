@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
+from .compatibility_complexity_deep import CACHE_NAME
 from .implementations_complexity_deep import ComplexityDeepFrozenLinear, is_unhooked, plain_static_layer
 
 _CAPTURE = threading.Lock()  # one capture at a time in a process
@@ -51,7 +52,7 @@ class DecodeGraph:
             if inputs[name] is not x:
                 x.copy_(inputs[name])
         self.replay()
-        outputs = type(self.outputs)(logits=self.outputs.logits, past_key_values=inputs["past_key_values"])
+        outputs = type(self.outputs)(logits=self.outputs.logits, **{CACHE_NAME: inputs[CACHE_NAME]})
         outputs.decode_graph = self
         return outputs
 
@@ -67,7 +68,7 @@ class DecodeGraph:
     def _is_as_before(self, inputs: dict) -> bool:
         """Whether the step differs from the last one in values only. The GPU waits for the answer, so it is little."""
         return (
-            inputs.get("past_key_values") is self.cache
+            inputs.get(CACHE_NAME) is self.cache
             and _arguments(inputs) == self.arguments
             and all(
                 layer.keys is keys and layer.values is values and layer.cumulative_length is length
@@ -76,7 +77,7 @@ class DecodeGraph:
         )
 
     def _look_at(self, inputs: dict) -> None:
-        self.cache, self.arguments, self.replay = inputs.get("past_key_values"), _arguments(inputs), None
+        self.cache, self.arguments, self.replay = inputs.get(CACHE_NAME), _arguments(inputs), None
         layers = [plain_static_layer(self.cache, index) for index in range(len(getattr(self.cache, "layers", ())))]
         self.fits = bool(layers) and None not in layers and self._fits(inputs)
         # Held, so that no other tensor comes to lie where a recording reads them.
@@ -123,9 +124,7 @@ class DecodeGraph:
 def _arguments(inputs: dict) -> tuple:
     """What a recording depends on besides the cache."""
     arguments = tuple(
-        (name, (x.shape, x.dtype) if isinstance(x, Tensor) else x)
-        for name, x in inputs.items()
-        if name != "past_key_values"
+        (name, (x.shape, x.dtype) if isinstance(x, Tensor) else x) for name, x in inputs.items() if name != CACHE_NAME
     )
     return arguments, torch.is_inference_mode_enabled()
 
@@ -173,7 +172,7 @@ class DecodeGraphMixin:
 
     @staticmethod
     def create_masks_for_generate(
-        config, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values, **kwargs
+        config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs
     ) -> Tensor | None:
         """The library's mask for a static cache of L positions; that of one new token is the padding mask alone.
 
@@ -182,10 +181,11 @@ class DecodeGraphMixin:
         """
         is_plain = config.sliding_window is None and config._attn_implementation == "sdpa"
         if not is_plain or inputs_embeds.shape[1] != 1:
-            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
-        length, _ = past_key_values.get_mask_sizes(1, 0)
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
+        cache = kwargs[CACHE_NAME]
+        length, _ = cache.get_mask_sizes(1, 0)
         if attention_mask is None:
             # The library takes ids that still lie on the host, and moves them after the mask.
-            position = torch.as_tensor(past_key_values.get_seq_length(), device=inputs_embeds.device)
+            position = torch.as_tensor(cache.get_seq_length(), device=inputs_embeds.device)
             return (torch.arange(length, device=inputs_embeds.device) <= position)[None, None, None]
         return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))[:, None, None]

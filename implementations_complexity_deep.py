@@ -335,7 +335,7 @@ def triton_layer_forward(layer: nn.Module, hidden_states, velocity, guidance, mu
         attention.mu_to_v.weight if mu is not None else None,
     )
     mask = kwargs.get("attention_mask")
-    cache = _decode_cache_layer(attention, kwargs.get("past_key_values"), mask, hidden_states)
+    cache = _decode_cache_layer(attention, kwargs.get("cache"), mask, hidden_states)
     if cache is not None:
         norms = (None, None, 0.0)
         if attention.q_norm is not None:

@@ -42,6 +42,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_complexity_deep import CheckpointMixin
+from .compatibility_complexity_deep import (
+    CACHE_NAME,
+    accepts_both_cache_names,
+    check_unknown_arguments,
+    update_cache,
+)
 from .configuration_complexity_deep import ComplexityDeepConfig
 from .decode_graph_complexity_deep import DecodeGraphMixin
 from .implementations_complexity_deep import (
@@ -195,20 +201,20 @@ class ComplexityDeepAttention(nn.Module):
         mu: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         project = KERNELS[self.config._kernels_implementation].qkv
         heads = project(self, hidden_states, mu, *position_embeddings)
-        attn_output, attn_weights = self.attend(*heads, attention_mask, past_key_values, **kwargs)
+        attn_output, attn_weights = self.attend(*heads, attention_mask, cache, **kwargs)
         return self.o_proj(attn_output), attn_weights
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, past_key_values=None, **kwargs):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, cache=None, **kwargs):
         """query [B, S, A, D], key and value [B, S, K, D] -> (heads side by side [B, S, A * D], attention weights)."""
         shape = query.shape
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, S, D]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -372,6 +378,7 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         self.config = config
         self.use_mu_guidance = config.use_mu_guidance
 
+    @accepts_both_cache_names
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """`module_forward`, by whatever `kernels_implementation` names."""
         return KERNELS[self.config._kernels_implementation].layer(self, *args, **kwargs)
@@ -408,7 +415,7 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ComplexityDeepDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -582,6 +589,7 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
             routing_ids = input_ids if input_ids is not None else self.nearest_token_ids(inputs_embeds)
         return self.token_to_expert[routing_ids]
 
+    @accepts_both_cache_names
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -589,7 +597,7 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         routing_ids: Tensor | None = None,
@@ -606,6 +614,7 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_ids`, `output_velocities`
         and `output_mus` add the per-layer tensors to the output.
         """
+        check_unknown_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -615,7 +624,7 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         # The mask comes before the cache: with a cache in hand the library takes a packed row for one document. It is
         # made before the default positions: given any, the library looks for packed rows, at a host synchronisation.
-        is_first = attention_mask is None and past_key_values is None
+        is_first = attention_mask is None and cache is None
         is_plain = is_first and position_ids is None
         # Plain causal rows need no mask with SDPA; under compile the library makes one and loses the fast kernel.
         if not (is_plain and self.config._attn_implementation == "sdpa" and self.config.sliding_window is None):
@@ -627,14 +636,14 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 **documents,
             )
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         expert_ids = routing_plan = None
         if self.config.is_routed:
@@ -658,13 +667,13 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         return ComplexityDeepModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
         )
 
 
@@ -681,13 +690,14 @@ class ComplexityDeepForCausalLM(DecodeGraphMixin, ComplexityDeepPreTrainedModel,
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @accepts_both_cache_names
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -707,7 +717,7 @@ class ComplexityDeepForCausalLM(DecodeGraphMixin, ComplexityDeepPreTrainedModel,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             routing_ids=routing_ids,
@@ -720,7 +730,7 @@ class ComplexityDeepForCausalLM(DecodeGraphMixin, ComplexityDeepPreTrainedModel,
         return ComplexityDeepCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -737,7 +747,7 @@ class ComplexityDeepForCausalLM(DecodeGraphMixin, ComplexityDeepPreTrainedModel,
         if routing_ids is not None:
             if routing_ids.ndim != 2:
                 raise ValueError(f"routing_ids must be [batch, prompt], but has shape {tuple(routing_ids.shape)}.")
-            cache = model_inputs.get("past_key_values")
+            cache = model_inputs.get(CACHE_NAME)
             start = int(cache.get_seq_length()) if cache is not None else 0
             step_ids, step_embeds = model_inputs["input_ids"], model_inputs.get("inputs_embeds")
             length = (step_ids if step_embeds is None else step_embeds).shape[1]

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, StaticCache
 
 import complexity_deep  # noqa: F401 (registers the architecture)
+from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -229,9 +230,9 @@ def graph_replays(model, ids: torch.Tensor, args) -> list[float]:
     """Milliseconds of one decode step as a CUDA graph, without the library's loop; reading the weights bounds it."""
     length = args.sequence_length + args.new_tokens
     cache = StaticCache(config=model.config, max_cache_len=length)
-    model(ids, past_key_values=cache)
+    model(ids, **{CACHE_NAME: cache})
     seen = torch.arange(length, device=args.device) <= args.sequence_length
-    inputs = {"input_ids": ids[:, -1:].clone(), "past_key_values": cache}
+    inputs = {"input_ids": ids[:, -1:].clone(), CACHE_NAME: cache}
     inputs |= {"attention_mask": seen.expand(len(ids), 1, 1, length).contiguous()}
     inputs |= {"position_ids": torch.full_like(ids[:, -1:], args.sequence_length)}
     # this model's steps are recorded as they are, see decode_graph_complexity_deep.py

@@ -45,12 +45,12 @@ def decode_layer_rows(batch: int, length: int = 512, layers: int = 8) -> list[di
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     cache = StaticCache(config=config, max_cache_len=length)
-    model(torch.zeros(batch, length // 2, dtype=torch.int64, device="cuda"), past_key_values=cache)
+    model(torch.zeros(batch, length // 2, dtype=torch.int64, device="cuda"), cache=cache)
     seen = (torch.arange(length, device="cuda") <= length // 2).expand(batch, 1, 1, length).contiguous()
     x = normal(batch, 1, config.hidden_size)
     position_embeddings = model.model.rotary_emb(x, torch.full((batch, 1), length // 2, device="cuda"))
     shared = {"expert_ids": torch.arange(batch, device="cuda").view(-1, 1) % config.num_experts, "routing_plan": None}
-    shared |= {"position_embeddings": position_embeddings, "attention_mask": seen, "past_key_values": cache}
+    shared |= {"position_embeddings": position_embeddings, "attention_mask": seen, "cache": cache}
 
     used = [layer.cumulative_length for layer in cache.layers]
 

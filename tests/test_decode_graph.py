@@ -10,6 +10,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from complexity_deep import decode_graph_complexity_deep as graphs
 from complexity_deep import implementations_complexity_deep as implementations
+from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import DecodeGraph
 from complexity_deep.kernels.decode_attention import decode_attention_variant
 from complexity_deep.modeling_complexity_deep import ComplexityDeepCausalLMOutputWithPast
@@ -47,7 +48,7 @@ def triton_model(**options):
 
 def prefilled(model, ids):
     cache = StaticCache(config=model.config, max_cache_len=LENGTH)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     return cache
 
 
@@ -55,7 +56,7 @@ def step_inputs(ids, cache, position, **more):
     seen = (torch.arange(LENGTH, device=DEVICE) <= position).expand(len(ids), 1, 1, LENGTH).contiguous()
     positions = torch.full((len(ids), 1), position, device=DEVICE)
     token = ids[:, position : position + 1]
-    return {"input_ids": token, "past_key_values": cache, "attention_mask": seen, "position_ids": positions} | more
+    return {"input_ids": token, CACHE_NAME: cache, "attention_mask": seen, "position_ids": positions} | more
 
 
 def never(**inputs):
@@ -71,7 +72,7 @@ def test_steps_equal_the_full_forward(recordings):
         cache = prefilled(model, ids[:, :4])
         for position, count in zip(range(4, 7), steps, strict=True):
             outputs = graph(**step_inputs(ids, cache, position))
-            assert outputs.past_key_values is cache and len(recordings) == count
+            assert outputs[CACHE_NAME] is cache and len(recordings) == count
             torch.testing.assert_close(outputs.logits[:, 0], full[:, position], rtol=1e-4, atol=1e-4)
         assert cache.get_seq_length() == 7
 
@@ -147,7 +148,7 @@ def test_other_weights_and_arguments_are_recorded_anew(recordings):
 @pytest.mark.parametrize(
     "change",
     (
-        pytest.param({"past_key_values": DynamicCache()}, id="dynamic-cache"),
+        pytest.param({CACHE_NAME: DynamicCache()}, id="dynamic-cache"),
         pytest.param({"attention_mask": torch.ones(1, 5)}, id="mask-not-made-yet"),
         pytest.param({"position_ids": None}, id="positions-not-given"),
         pytest.param({"input_ids": torch.tensor([[3, 4]])}, id="two-tokens"),
@@ -224,7 +225,7 @@ def generate_records(recordings, monkeypatch):
 
     if not CUDA:
         mixin = graphs.DecodeGraphMixin
-        is_static = lambda _, kwargs, config: type(kwargs["past_key_values"]) is StaticCache  # noqa: E731
+        is_static = lambda _, kwargs, config: type(kwargs[CACHE_NAME]) is StaticCache  # noqa: E731
         monkeypatch.setattr(mixin, "_valid_auto_compile_criteria", is_static, raising=False)
         monkeypatch.setattr(mixin, "get_compiled_call", lambda self, _: graphs.DecodeGraph(self, never))
         monkeypatch.setitem(implementations.KERNELS, "triton", implementations.KERNELS["eager"])
@@ -286,12 +287,12 @@ def test_a_step_is_prepared_while_the_one_before_runs(generate_records, padded):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ("attention_mask", "position_ids", "past_key_values", "keys"))
+@pytest.mark.parametrize("change", ("attention_mask", "position_ids", CACHE_NAME, "keys"))
 def test_what_changed_since_it_was_prepared_is_prepared_anew(recordings, generate_records, change):
     model, ids = triton_model(), random_ids(2, 8).to(DEVICE)
     caches = [prefilled(model, ids[:, :4]) for _ in range(2)]
     positions = torch.arange(5, device=DEVICE).expand(2, -1)
-    kwargs = {"past_key_values": caches[0], "attention_mask": torch.ones_like(ids[:, :5]), "position_ids": positions}
+    kwargs = {CACHE_NAME: caches[0], "attention_mask": torch.ones_like(ids[:, :5]), "position_ids": positions}
     graph = DecodeGraph(model, never)
 
     def step(count):
@@ -301,10 +302,10 @@ def test_what_changed_since_it_was_prepared_is_prepared_anew(recordings, generat
     for count in (5, 6, 7):
         kwargs = model._update_model_kwargs_for_generation(step(count)[1], kwargs)
     given, prepared, _ = kwargs["prepared"]
-    assert given.keys() == {"past_key_values", "attention_mask", "position_ids"}
+    assert given.keys() == {CACHE_NAME, "attention_mask", "position_ids"}
     two = model.prepare_inputs_for_generation(ids, next_sequence_length=2, **kwargs)
     assert two["input_ids"].shape == (2, 2) and "prepared" not in two
-    if change == "past_key_values":
+    if change == CACHE_NAME:
         kwargs[change] = caches[1]
     elif change == "keys":
         caches[0].layers[0].keys = caches[0].layers[0].keys.clone()
@@ -322,7 +323,7 @@ def test_what_changed_since_it_was_prepared_is_prepared_anew(recordings, generat
 def test_a_loop_that_goes_back_to_an_older_step_reads_that_steps_inputs(recordings, generate_records):
     """What was prepared for it lay in memory that newer steps have filled since."""
     model, ids = triton_model(), random_ids(2, 8).to(DEVICE)
-    kwargs = {"past_key_values": prefilled(model, ids[:, :4]), "attention_mask": torch.ones_like(ids[:, :5])}
+    kwargs = {CACHE_NAME: prefilled(model, ids[:, :4]), "attention_mask": torch.ones_like(ids[:, :5])}
     kwargs["position_ids"] = torch.arange(5, device=DEVICE).expand(2, -1)
     graph, steps = DecodeGraph(model, never), {}
     for count in (5, 6, 7, 8):
@@ -341,7 +342,7 @@ def test_mask_of_one_new_token_is_the_librarys(padded):
     mask = torch.ones(2, 6, dtype=torch.int64)
     mask[0, :2] = 0
     inputs = {"inputs_embeds": torch.empty(2, 1, 0), "attention_mask": mask if padded else None}
-    inputs |= {"past_key_values": prefilled(model.to(DEVICE), ids.to(DEVICE)), "position_ids": torch.tensor([[5], [5]])}
+    inputs |= {CACHE_NAME: prefilled(model.to(DEVICE), ids.to(DEVICE)), "position_ids": torch.tensor([[5], [5]])}
     inputs = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     ours = model.create_masks_for_generate(config=model.config, **inputs)
     theirs = graphs.create_masks_for_generate(config=model.config, **inputs)

@@ -77,11 +77,11 @@ def test_static_cache_with_compile(model):
     cache = StaticCache(config=model.config, max_cache_len=32)
     step = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     with torch.no_grad():
-        logits = model(ids, past_key_values=cache).logits
+        logits = model(ids, cache=cache).logits
         for position in range(7, 11):
             token = logits[:, -1:].argmax(-1)
             ids = torch.cat((ids, token), dim=1)
-            logits = step(token, past_key_values=cache, position_ids=torch.tensor([[position]])).logits
+            logits = step(token, cache=cache, position_ids=torch.tensor([[position]])).logits
         torch.testing.assert_close(logits[:, -1], model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
 
 

@@ -8,6 +8,7 @@ from transformers import StaticCache
 
 from complexity_deep import ComplexityDeepForCausalLM
 from complexity_deep import implementations_complexity_deep as implementations
+from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from support import GOLDEN, random_ids, tiny_model
 
 pytest.importorskip("triton")
@@ -103,8 +104,8 @@ def test_decoding_equals_the_full_forward(monkeypatch, options, layers):
     with torch.no_grad():
         full = model(ids).logits
         for start, size in ((0, 3), (3, 1), (4, 2)):
-            part = model(ids[:, start : start + size], past_key_values=cache, use_cache=True)
-            cache = part.past_key_values
+            part = model(ids[:, start : start + size], cache=cache, use_cache=True)
+            cache = part[CACHE_NAME]
             torch.testing.assert_close(part.logits, full[:, start : start + size], rtol=1e-4, atol=1e-4)
     assert len(calls) == layers
 
@@ -155,12 +156,12 @@ def test_a_static_cache_that_does_not_fit_the_step_is_refused():
 
     def step(rows=4, length=8, dtype=None):
         cache = StaticCache(config=model.config, max_cache_len=8)
-        model(ids[:, :4], past_key_values=cache)
+        model(ids[:, :4], cache=cache)
         layer = cache.layers[0]
         layer.keys, layer.values = (x.to(dtype or x.dtype) for x in (layer.keys, layer.values))
         seen = (torch.arange(length, device=DEVICE) <= 4).expand(rows, 1, 1, length).contiguous()
         positions = torch.full((rows, 1), 4, device=DEVICE)
-        return model(ids[:rows, 4:5], past_key_values=cache, attention_mask=seen, position_ids=positions).logits
+        return model(ids[:rows, 4:5], cache=cache, attention_mask=seen, position_ids=positions).logits
 
     torch.testing.assert_close(step()[:, 0], model(ids).logits[:, 4], rtol=1e-4, atol=1e-4)
     for wrong in ({"rows": 1}, {"length": 6}, {"dtype": torch.float64}):

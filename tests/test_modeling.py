@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, Qwen2Config, StaticCache
 
 from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM, ComplexityDeepForSequenceClassification
+from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.kernels.kernel_reference import routing_plan_reference
 from complexity_deep.routing_complexity_deep import balanced_routing
 from support import random_ids, tiny_config, tiny_model
@@ -56,12 +57,12 @@ class TestEveryConfiguration:
                         positions = torch.arange(start, start + size)[None] if explicit else None
                         part = model(
                             ids[:, start : start + size],
-                            past_key_values=cache_now,
+                            cache=cache_now,
                             position_ids=positions,
                             use_cache=True,
                         )
                         close(part.logits, full[:, start : start + size])
-                        cache_now, start = part.past_key_values, start + size
+                        cache_now, start = part[CACHE_NAME], start + size
 
     def test_a_token_changes_no_earlier_logit_and_its_own(self, options):
         model, ids = tiny_model(**options), random_ids(1, 12)
