@@ -375,24 +375,33 @@ class CheckpointMixin:
                     f"{checkpoint.source} is incomplete: it lacks {len(missing)} weights of this model, e.g. "
                     f"{missing[0]}; check that config.json belongs to these weights."
                 )
+            if checkpoint.is_published and model.can_generate():
+                self_made = cached_file(
+                    source, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub
+                )
+                # The published `generate` samples unless it is told not to.
+                model.generation_config.do_sample = model.generation_config.do_sample or self_made is None
         if kernels_implementation is not None:
             model.set_kernels_implementation(kernels_implementation)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
-        """Save in the native layout, or with `save_original_format=True` in the published one (v0.13.0, layout a).
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = True, **kwargs):
+        """Save in the native layout; see `PreTrainedModel.save_pretrained`.
 
-        The library's default is the original format; here that would break Trainer's resume, which restores a
-        checkpoint without converting it.
+        `save_original_format` is taken and changes nothing, as for every model whose native layout is its original
+        one. The library would otherwise go back to the layout of a published file that the model was loaded from, and
+        Trainer's resume restores a checkpoint without converting it.
         """
-        if save_original_format:
-            if kwargs.get("push_to_hub"):
-                raise ValueError("save_original_format=True writes a local folder only; upload that folder afterwards.")
-            kwargs["state_dict"] = published_state_dict(self)
-        super().save_pretrained(save_directory, save_original_format=False, **kwargs)
-        if save_original_format and kwargs.get("is_main_process", True):
-            path = Path(save_directory) / "config.json"
-            fields = json.loads(path.read_text(encoding="utf-8")) | published_config(self.config)
-            temporary = path.with_name(".config.json.tmp")
-            temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
+        super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
+
+    def save_published_format(self, save_directory) -> None:
+        """Save a local folder in the published layout (v0.13.0, layout a), which the published package loads.
+
+        Raises `ValueError` for options that the published package cannot compute.
+        """
+        self.save_pretrained(save_directory, state_dict=published_state_dict(self))
+        path = Path(save_directory) / "config.json"
+        fields = json.loads(path.read_text(encoding="utf-8")) | published_config(self.config)
+        temporary = path.with_name(".config.json.tmp")
+        temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)

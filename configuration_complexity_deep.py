@@ -1,6 +1,8 @@
 # Copyright 2026 the Complexity-Deep for Transformers developers. Licensed under the Apache License 2.0.
 """Complexity-Deep model configuration."""
 
+import dataclasses
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,6 +26,11 @@ check_library_version()  # before the imports below, which an older release does
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from .registration_complexity_deep import register_adapter_targets  # noqa: E402
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:  # never run, but the remote-code loader reads it and so keeps every shipped file beside this one
     from .modeling_complexity_deep import ComplexityDeepModel  # noqa: F401
@@ -36,6 +43,7 @@ SHIPPED_FILES = (
     "compatibility_complexity_deep.py",
     "implementations_complexity_deep.py",
     "decode_graph_complexity_deep.py",
+    "registration_complexity_deep.py",
     "routing_complexity_deep.py",
     "kernels/op_registration.py",
     "kernels/kernel_reference.py",
@@ -51,11 +59,27 @@ AUTO_MAP = {
     "AutoModel": "modeling_complexity_deep.ComplexityDeepModel",
     "AutoModelForCausalLM": "modeling_complexity_deep.ComplexityDeepForCausalLM",
     "AutoModelForSequenceClassification": "modeling_complexity_deep.ComplexityDeepForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_complexity_deep.ComplexityDeepForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_complexity_deep.ComplexityDeepForQuestionAnswering",
 }
 ACTIVATIONS = ("silu", "swish", "gelu", "relu")
 ROUTINGS = ("modulo", "balanced", "random")
 # Written by the published package and read by nothing in it, or superseded here.
 _PUBLISHED_ONLY_FIELDS = ("architecture", "use_sdpa", "parameters", "innovations")
+# Not fields of ours, but read by the library, by the loader of published checkpoints or by other tools.
+_FOREIGN_FIELDS = (
+    "auto_map",
+    "chat_template",
+    "classifier_dropout",
+    "is_causal",
+    "model_type",
+    "moe_intermediate_size",
+    "quantization_config",
+    "token_classification_bias",
+    "transformers_version",
+    "version",
+)
+_FORMER_FIELDS = ("output_router_logits",)  # in folders saved before; no trainer may take it for a balance loss
 
 
 @strict
@@ -171,18 +195,19 @@ class ComplexityDeepConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     scaled_residual_init: bool = False
     use_cache: bool = True
-    output_router_logits: bool = False
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 1
     bos_token_id: int | None = 2
     eos_token_id: int | list[int] | None = 0
 
     def __post_init__(self, **kwargs):
-        for field in _PUBLISHED_ONLY_FIELDS:
+        for field in (*_PUBLISHED_ONLY_FIELDS, *_FORMER_FIELDS):
             kwargs.pop(field, None)
         for field in [key for key in kwargs if key.startswith("safety_")]:
             kwargs.pop(field)
         kwargs.pop("_kernels_implementation", None)  # of the machine, not of the model
+        self._check_derived(kwargs)
+        self._check_names(kwargs)
         self._check()
         # The plan of this model: the library warns of rules for modules that are not there.
         absent = {
@@ -198,6 +223,27 @@ class ComplexityDeepConfig(PreTrainedConfig):
         plan = type(self).base_model_tp_plan
         self.base_model_tp_plan = {k: v for k, v in plan.items() if not any(part in k for part in absent)}
         super().__post_init__(**kwargs)
+        ignored = [name for name in kwargs if name in vars(self) and name not in _FOREIGN_FIELDS and name[0] != "_"]
+        if ignored:
+            logger.warning_once(f"{type(self).__name__} has no field {', '.join(ignored)}: the model does not use it.")
+
+    def _check_derived(self, kwargs: dict) -> None:
+        """Take what follows from other fields out of `kwargs`; raise `ValueError` where it contradicts them."""
+        for name, value, reason in (
+            ("head_dim", self.hidden_size // max(self.num_attention_heads, 1), "hidden_size / num_attention_heads"),
+            ("num_experts_per_tok", 1, "every token passes through one expert"),
+        ):
+            given = kwargs.pop(name, None)
+            if given is not None and given != value:
+                raise ValueError(f"{name} is always {value} here ({reason}), but is given as {given}: leave it out.")
+
+    def _check_names(self, kwargs: dict) -> None:
+        """Raise `ValueError` for a name that is most likely a misspelt field, whose value would have no effect."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        for name in set(kwargs) - set(_FOREIGN_FIELDS):
+            meant = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+            if meant and name[0] != "_":
+                raise ValueError(f"{type(self).__name__} has no field {name}: do you mean {meant[0]}?")
 
     def _check(self):
         """Raise one clear `ValueError` for a shape or option that cannot be built."""
@@ -263,6 +309,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         """All fields but the kernels in use, which belong to this machine and not to the model."""
+        register_adapter_targets()  # PEFT reads the config here, just before it looks for the targets of its type
         fields = super().to_dict()
         fields.pop("_kernels_implementation", None)
         return fields

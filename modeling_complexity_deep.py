@@ -33,7 +33,12 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
     packed_sequence_mask_function,
 )
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -58,6 +63,7 @@ from .implementations_complexity_deep import (
     default_kernels_implementation,
     eager_experts_forward,
 )
+from .registration_complexity_deep import register_classes
 from .routing_complexity_deep import balanced_routing, modulo_routing, random_routing
 
 
@@ -789,11 +795,38 @@ class ComplexityDeepForSequenceClassification(GenericForSequenceClassification, 
         self.post_init()
 
 
+class ComplexityDeepForTokenClassification(GenericForTokenClassification, ComplexityDeepPreTrainedModel):
+    """Complexity-Deep with a classification head on every token."""
+
+    def __init__(self, config: ComplexityDeepConfig):
+        ComplexityDeepPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ComplexityDeepModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)  # the library's default
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class ComplexityDeepForQuestionAnswering(GenericForQuestionAnswering, ComplexityDeepPreTrainedModel):
+    """Complexity-Deep with a head that scores every token as start and as end of the answer."""
+
+    def __init__(self, config: ComplexityDeepConfig):
+        ComplexityDeepPreTrainedModel.__init__(self, config)
+        self.model = ComplexityDeepModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
 DeepForCausalLM = ComplexityDeepForCausalLM  # name in the published package
+
+register_classes()
 
 __all__ = [
     "ComplexityDeepForCausalLM",
+    "ComplexityDeepForQuestionAnswering",
     "ComplexityDeepForSequenceClassification",
+    "ComplexityDeepForTokenClassification",
     "ComplexityDeepModel",
     "ComplexityDeepPreTrainedModel",
     "DeepForCausalLM",

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM
 
@@ -26,6 +28,13 @@ def tiny_model(std: float = 0.3, seed: int = 0, dtype=torch.float32, **overrides
             elif isinstance(tensor, torch.nn.Parameter):
                 tensor.add_(torch.randn_like(tensor) * std)
     return model.to(dtype)
+
+
+def tiny_tokenizer(vocab_size: int = 257) -> PreTrainedTokenizerFast:
+    """Words "w0", "w1" and so on, each its own id; unknown words are "w3"."""
+    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(vocab_size)}, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w3", eos_token="w0", pad_token="w1")
 
 
 def random_ids(*shape: int, vocab_size: int = 257, seed: int = 1) -> torch.Tensor:

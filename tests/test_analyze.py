@@ -364,7 +364,7 @@ def test_parts_that_a_config_lacks_are_left_out(folder, overrides, absent):
 
 def test_published_layout_gives_the_same_numbers(folder, trained):
     model = ComplexityDeepForCausalLM.from_pretrained(trained)
-    model.save_pretrained(folder / "published", save_original_format=True)
+    model.save_published_format(folder / "published")
     native = analyze.analyse(settings(folder, trained))[0]
     published = analyze.analyse(settings(folder, folder / "published"))[0]
     assert published["checkpoint"] == native["checkpoint"]

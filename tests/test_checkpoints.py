@@ -117,7 +117,7 @@ def test_routing_tables_come_from_the_file_and_may_not_differ(published_folder):
 def test_square_experts_are_not_confused(tmp_path):
     for width, name in ((32, "2I = H"), (64, "I = H")):  # hidden size 64
         model = tiny_model(intermediate_size=4 * width)
-        model.save_pretrained(tmp_path / name / "published", save_original_format=True)
+        model.save_published_format(tmp_path / name / "published")
         model.save_pretrained(tmp_path / name / "native")
         for kind in ("published", "native"):
             for key, tensor in load(tmp_path / name / kind).state_dict().items():
@@ -127,7 +127,7 @@ def test_square_experts_are_not_confused(tmp_path):
 @pytest.mark.parametrize("folder", ("v0.13-tiny", "v0.13-dense", "v0.13-tiny-bf16"))
 def test_save_original_format_writes_the_published_tensors_back(folder, tmp_path):
     model = load(GOLDEN / folder)
-    model.save_pretrained(tmp_path, save_original_format=True)
+    model.save_published_format(tmp_path)
     published, written = load_file(GOLDEN / folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert written.keys() == published.keys()
     for name, tensor in published.items():
@@ -142,7 +142,7 @@ def test_save_original_format_writes_the_published_tensors_back(folder, tmp_path
 
 def test_save_original_format_refuses_what_the_published_package_cannot_compute(tmp_path):
     with pytest.raises(ValueError, match="cannot hold this model's shared_expert_intermediate_size"):
-        tiny_model(shared_expert_intermediate_size=8).save_pretrained(tmp_path, save_original_format=True)
+        tiny_model(shared_expert_intermediate_size=8).save_published_format(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -155,7 +155,7 @@ def test_the_kernels_in_use_are_not_saved_with_the_model(tmp_path):
 
 def test_files_that_would_load_silently_wrong_are_refused(published_folder, tmp_path):
     with pytest.raises(ValueError, match="holds a causal language model, but this is a ComplexityDeepModel"):
-        ComplexityDeepModel(tiny_config()).save_pretrained(tmp_path / "base", save_original_format=True)
+        ComplexityDeepModel(tiny_config()).save_published_format(tmp_path / "base")
     rewrite(published_folder, without("token_to_expert"))
     with pytest.raises(ValueError, match=r"lacks 1 weights of this model, e\.g\. model\.token_to_expert"):
         load(published_folder)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 
+import datasets
 import pytest
 import torch
 from transformers import DynamicCache, Trainer, TrainingArguments
@@ -14,7 +15,8 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 from complexity_deep import ComplexityDeepForCausalLM, ComplexityDeepModel
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.configuration_complexity_deep import check_library_version
-from support import random_ids, tiny_model
+from complexity_deep.registration_complexity_deep import LISTED_CLASSES
+from support import random_ids, tiny_model, tiny_tokenizer
 
 NAMES = ("cache", "past_key_values")
 
@@ -105,24 +107,95 @@ def test_newer_releases_are_taken():
         check_library_version(version)
 
 
-def test_a_stranger_gets_silence_and_the_right_text(tmp_path):
-    """A process without the package: greedy decoding with a cache equals the uncached forward, and nothing warns."""
-    model, ids = tiny_model(), random_ids(1, 6)
-    model.save_pretrained(tmp_path / "model")
-    expected = ids
+def as_a_stranger(folder, ids):
+    """Runs in a process that cannot import the package; prints a report of what the saved folder does there."""
+    import json
+    import sys
+    import warnings
+
+    sys.modules["complexity_deep"] = None
+    import peft
+    import torch
+    import torch.nn.functional as F
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForTokenClassification,
+        Trainer,
+        TrainingArguments,
+    )
+    from transformers.models.auto import modeling_auto
+
+    ids = torch.tensor(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        report = {"text": model.generate(ids, max_new_tokens=5, do_sample=False).tolist()}
+
+    trainer = Trainer(model, TrainingArguments(folder + "-run", label_smoothing_factor=0.1, use_cpu=True, report_to=[]))
+    smoothed = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+    expected = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], label_smoothing=0.1)
+    report["smoothed loss"] = (smoothed - expected).abs().item()
+
+    report["lists"] = [
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get("complexity-deep"),
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get("complexity-deep"),
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.get("complexity-deep"),
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.get("complexity-deep"),
+    ]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
+    report["adapted"] = sorted({name.split(".")[-2] for name, _ in adapted.named_modules() if name.endswith(".lora_A")})
+
+    tagger = AutoModelForTokenClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+    report["tags"] = list(tagger(ids, labels=ids % 3).logits.shape)
+    reader = AutoModelForQuestionAnswering.from_pretrained(folder, trust_remote_code=True)
+    answer = reader(ids, start_positions=torch.tensor([1]), end_positions=torch.tensor([2]))
+    report["answer"] = [list(answer.start_logits.shape), answer.loss.item() > 0]
+    print(json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """The report of `as_a_stranger`, what it wrote to stderr, and the text that it should have generated."""
+    folder, ids = tmp_path_factory.mktemp("stranger") / "model", random_ids(1, 6)
+    model = tiny_model()
+    model.save_pretrained(folder)
+    text = ids
     for _ in range(5):
-        expected = torch.cat((expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
-    code = f"""
-import sys, warnings
-sys.modules["complexity_deep"] = None
-warnings.simplefilter("error", FutureWarning)
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
-print(model.generate(torch.tensor({ids.tolist()}), max_new_tokens=5, do_sample=False).tolist())
-"""
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+        text = torch.cat((text, model(text, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+    code = f"{inspect.getsource(as_a_stranger)}\nas_a_stranger({str(folder)!r}, {ids.tolist()})"
+    environment = os.environ | {"HF_HOME": str(folder.parent / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == expected.tolist()
-    assert "past_key_values" not in done.stderr and "Warning" not in done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr, text.tolist()
+
+
+def test_a_stranger_gets_the_right_text_and_no_warning_of_a_renamed_argument(stranger):
+    report, stderr, text = stranger
+    assert report["text"] == text
+    assert "past_key_values" not in stderr and "has no field" not in stderr
+
+
+def test_label_smoothing_predicts_the_next_token(stranger):
+    assert stranger[0]["smoothed loss"] < 1e-4  # against the same token instead, the difference is above 1
+
+
+def test_the_libraries_lists_know_the_classes(stranger):
+    assert stranger[0]["lists"] == list(LISTED_CLASSES.values())
+    assert stranger[0]["adapted"] == ["q_proj", "v_proj"]
+
+
+def test_heads_for_tokens_and_answers(stranger):
+    assert stranger[0]["tags"] == [1, 6, 3]
+    assert stranger[0]["answer"] == [[1, 6], True]
+
+
+def test_a_balance_loss_is_refused_because_there_is_none(tmp_path):
+    """TRL would add a constant that trains nothing; it refuses a config that does not offer router logits."""
+    from trl import SFTConfig, SFTTrainer
+
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7]]})
+    arguments = SFTConfig(str(tmp_path), router_aux_loss_coef=0.1, use_cpu=True, bf16=False, report_to=[])
+    model = tiny_model(output_router_logits=True)  # as folders saved before may ask
+    with pytest.raises(ValueError, match="router_aux_loss_coef"):
+        SFTTrainer(model, arguments, train_dataset=rows, processing_class=tiny_tokenizer())

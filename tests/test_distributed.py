@@ -240,7 +240,7 @@ def test_tensor_parallel_equals_one_process(ranks, checkpoints, tmp_path, varian
 
 def test_tensor_parallel_from_the_published_layout_equals_one_process(ranks, checkpoints, tmp_path):
     model = ComplexityDeepForCausalLM.from_pretrained(checkpoints / "published")
-    model.save_pretrained(tmp_path / "original", save_original_format=True)
+    model.save_published_format(tmp_path / "original")
     check_sharded(ranks(sharded_job, tmp_path / "original", tmp_path / "saved", {"tp_size": 2}), 32, 4)
 
 
