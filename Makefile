@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor lint bench clean
+.PHONY: demo test test-versions lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,8 +33,25 @@ test: $(VENV)/.installed .venv-floor/.installed
 FLOOR_TESTS := tests/test_golden.py tests/test_modeling.py tests/test_generation.py tests/test_checkpoints.py \
 	tests/test_remote_code.py tests/test_distributed.py
 
+# The whole suite with other releases, in an environment of its own, to meet a new one:
+#     make test-versions TRANSFORMERS=5.25.0 TORCH=2.14.1
+TRANSFORMERS ?= 5.24.0
+TORCH ?= 2.13.0
+TESTS ?= tests
+OTHER := .venv-versions/transformers-$(TRANSFORMERS)-torch-$(TORCH)
+
+$(OTHER)/.installed:
+	$(PYTHON) -m venv $(OTHER)
+	grep -vE '^(torch|triton|transformers|huggingface_hub|tokenizers)==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/pip install --quiet torch==$(TORCH)
+	$(OTHER)/bin/pip install --quiet -c $(OTHER)/constraints.txt transformers==$(TRANSFORMERS) -e '.[dev]'
+	@touch $@
+
+test-versions: $(OTHER)/.installed
+	$(OTHER)/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-floor runs
+	rm -rf $(VENV) .venv-floor .venv-versions runs

@@ -125,7 +125,7 @@ def test_square_experts_are_not_confused(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ("v0.13-tiny", "v0.13-dense", "v0.13-tiny-bf16"))
-def test_save_original_format_writes_the_published_tensors_back(folder, tmp_path):
+def test_the_published_format_writes_the_published_tensors_back(folder, tmp_path):
     model = load(GOLDEN / folder)
     model.save_published_format(tmp_path)
     published, written = load_file(GOLDEN / folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
@@ -140,7 +140,7 @@ def test_save_original_format_writes_the_published_tensors_back(folder, tmp_path
     torch.testing.assert_close(load(tmp_path)(ids).logits, model(ids).logits)
 
 
-def test_save_original_format_refuses_what_the_published_package_cannot_compute(tmp_path):
+def test_the_published_format_refuses_what_the_published_package_cannot_compute(tmp_path):
     with pytest.raises(ValueError, match="cannot hold this model's shared_expert_intermediate_size"):
         tiny_model(shared_expert_intermediate_size=8).save_published_format(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -282,3 +282,23 @@ def test_no_pickle_is_executed(published_folder, capsys):
     with pytest.raises(ValueError, match="pickled objects are never loaded"):
         load(published_folder)
     assert "unpickled" not in capsys.readouterr().out
+
+
+def test_a_published_folder_samples_unless_told_not_to(published_folder, tmp_path):
+    """As its card says: `generate(ids, temperature=0.8)` samples there, without `do_sample=True`."""
+    model, ids = load(published_folder), random_ids(1, 6)
+    draws = {tuple(model.generate(ids, max_new_tokens=8, temperature=3.0)[0].tolist()) for _ in range(4)}
+    assert len(draws) > 1
+    model.save_pretrained(tmp_path / "native")
+    assert load(tmp_path / "native").generation_config.do_sample
+    rewrite(published_folder)
+    (published_folder / "generation_config.json").write_text('{"do_sample": false}')
+    assert not load(published_folder).generation_config.do_sample
+
+
+@pytest.mark.parametrize("argument", ({}, {"save_original_format": True}, {"save_original_format": False}))
+def test_the_librarys_save_original_format_leaves_the_native_layout(published_folder, tmp_path, argument):
+    for name, model in (("published", load(published_folder)), ("new", tiny_model(shared_expert_intermediate_size=8))):
+        model.save_pretrained(tmp_path / name, **argument)
+        written = load_file(tmp_path / name / "model.safetensors")
+        assert "model.layers.0.mlp.experts.gate_up_proj" in written and "model.layers.0.mlp.gate_up_proj" not in written
