@@ -14,11 +14,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import StaticCache
+from transformers.generation import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from .compatibility_complexity_deep import CACHE_NAME
 from .implementations_complexity_deep import ComplexityDeepFrozenLinear, is_unhooked, plain_static_layer
 
+GRAPH_DEVICES = ("cuda",)
+SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
 _CAPTURE = threading.Lock()  # one capture at a time in a process
 _HAVE_RUN = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
 
@@ -98,7 +102,7 @@ class DecodeGraph:
 
     def _fits(self, inputs: dict) -> bool:
         """Whether a step can be recorded: every operation is known, and none waits for data on the host."""
-        mask, config = inputs.get("attention_mask"), self.model.config
+        mask = inputs.get("attention_mask")
         # Made by the model instead of `generate`, positions and mask would stay those of the recorded step.
         given = (inputs.get("input_ids"), mask, inputs.get("position_ids"))
         if not all(isinstance(x, Tensor) for x in given) or given[0].shape[1] != 1 or mask.ndim != 4:
@@ -106,19 +110,33 @@ class DecodeGraph:
         # Autocast frees its casts of the weights when its context ends: a recording would read what is no longer there.
         if torch.is_grad_enabled() or torch.is_autocast_enabled(given[0].device.type):
             return False
-        names = (config._attn_implementation, config._kernels_implementation, config._experts_implementation)
-        # The tables of these two kinds of RoPE depend on the largest position so far.
-        if names != ("sdpa", "triton", "cggr") or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-            return False
-        ours = (type(self.model.model).__module__, ComplexityDeepFrozenLinear.__module__)
-        known = (type(self.model).__module__, *ours, "transformers.activations")
-        origins = (type(module).__module__ for module in self.model.modules())
-        return (
-            all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
-            and is_unhooked(*self.model.modules())
-            # fp64 goes to the kernels' PyTorch twins, which read on the host where each expert's tokens end.
-            and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in self.model.parameters())
-        )
+        return is_recordable(self.model)
+
+
+def is_recordable(model: nn.Module) -> bool:
+    """Whether every operation of a decode step of `model` is known, so that a CUDA graph can hold it."""
+    config = model.config
+    names = (config._attn_implementation, config._kernels_implementation, config._experts_implementation)
+    # The tables of these two kinds of RoPE depend on the largest position so far.
+    if names != ("sdpa", "triton", "cggr") or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+        return False
+    ours = (type(model.model).__module__, ComplexityDeepFrozenLinear.__module__)
+    known = (type(model).__module__, *ours, "transformers.activations")
+    origins = (type(module).__module__ for module in model.modules())
+    return (
+        all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
+        and is_unhooked(*model.modules())
+        # fp64 goes to the kernels' PyTorch twins, which read on the host where each expert's tokens end.
+        and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in model.parameters())
+    )
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory of the device that a new tensor can have, what PyTorch holds and does not use included."""
+    if device.type != "cuda":
+        return float("inf")
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _arguments(inputs: dict) -> tuple:
@@ -143,7 +161,48 @@ class DecodeGraphMixin:
 
     The library reads on the host, after every step, whether all rows have ended: the GPU waits from there to the next
     launch. So the next step is prepared before, while the GPU computes, and only its token is added after.
+
+    A call that names no cache gets a static one where nothing asks for a cache that grows or is given back.
     """
+
+    def _takes_static_cache(self, generation_config, model_kwargs: dict, mode, batch_size: int, length: int) -> bool:
+        """Whether `generate` gives the same tokens with a static cache of `length` positions, and sooner."""
+        if self.device.type not in GRAPH_DEVICES or mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            return False
+        asks_otherwise = (
+            model_kwargs.get(CACHE_NAME) is not None
+            or generation_config.cache_implementation is not None
+            or generation_config.use_cache is False
+            or generation_config.return_dict_in_generate  # the cache is a part of that output
+            or generation_config.prefill_chunk_size is not None
+            or generation_config.disable_compile
+            or generation_config.compile_config is not None
+            or getattr(generation_config, "is_assistant", False)
+        )
+        given = [model_kwargs.get(name) for name in ("attention_mask", "position_ids")]
+        given = [x for x in given if x is not None]
+        if asks_otherwise or not given or any(not isinstance(x, Tensor) or x.ndim != 2 for x in given):
+            return False
+        config, rows = self.config, batch_size * (generation_config.num_return_sequences or 1)
+        width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+        cache_bytes = 2 * config.num_hidden_layers * rows * length * width * self.dtype.itemsize
+        return (
+            length + 1 - given[0].shape[1] >= SHORTEST_RECORDED
+            and config.sliding_window is None
+            and not torch.is_autocast_enabled(self.device.type)
+            and is_recordable(self)
+            and cache_bytes < _free_bytes(self.device) / 2
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
+    ):
+        arguments = generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        if self._takes_static_cache(*arguments):
+            # Made here, because the library would make each cache as long as the longest one before.
+            model_kwargs[CACHE_NAME] = StaticCache(config=self.config, max_cache_len=max_cache_length)
+        else:
+            super()._prepare_cache_for_generation(*arguments)
 
     def get_compiled_call(self, compile_config) -> Callable:
         """What `generate` calls for a decode step with a static cache: on the Triton kernels, a CUDA graph."""

@@ -225,9 +225,10 @@ def generate_records(recordings, monkeypatch):
 
     if not CUDA:
         mixin = graphs.DecodeGraphMixin
-        is_static = lambda _, kwargs, config: type(kwargs[CACHE_NAME]) is StaticCache  # noqa: E731
+        is_static = lambda _, kwargs, config: type(kwargs.get(CACHE_NAME)) is StaticCache  # noqa: E731
         monkeypatch.setattr(mixin, "_valid_auto_compile_criteria", is_static, raising=False)
         monkeypatch.setattr(mixin, "get_compiled_call", lambda self, _: graphs.DecodeGraph(self, never))
+        monkeypatch.setattr(graphs, "GRAPH_DEVICES", ("cpu",))
         monkeypatch.setitem(implementations.KERNELS, "triton", implementations.KERNELS["eager"])
         monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "cggr", implementations.eager_experts_forward)
         monkeypatch.setitem(implementations.ROUTING_PLANS, "cggr", implementations.ROUTING_PLANS["eager"])
@@ -266,12 +267,61 @@ def test_generate_with_a_static_cache(recordings, generate_records, options):
         outputs = model.generate(ids, **options, **more)
         return outputs.logits if "output_logits" in options else outputs
 
-    expected = generate()
+    expected = generate(cache_implementation="dynamic")
+    torch.testing.assert_close(generate(), expected, rtol=1e-3, atol=1e-3)
     for _ in range(2):
         torch.testing.assert_close(generate(**STATIC), expected, rtol=1e-3, atol=1e-3)
     with torch.inference_mode():
         torch.testing.assert_close(generate(**STATIC), expected, rtol=1e-3, atol=1e-3)
     assert recordings or "num_beams" in options
+
+
+@pytest.mark.parametrize(
+    ("options", "is_recorded"),
+    (
+        pytest.param({}, True, id="nothing-asked"),
+        pytest.param({"do_sample": True, "top_k": 5}, True, id="sampling"),
+        pytest.param({"do_sample": True, "num_return_sequences": 3}, True, id="three-samples"),
+        pytest.param({"max_new_tokens": 4, "min_new_tokens": 4}, False, id="few-tokens"),
+        pytest.param({"num_beams": 2}, False, id="beams"),
+        pytest.param({"return_dict_in_generate": True}, False, id="returned-cache"),
+        pytest.param({"cache_implementation": "dynamic"}, False, id="dynamic"),
+        pytest.param({"use_cache": False}, False, id="no-cache"),
+        pytest.param({"prefill_chunk_size": 3}, False, id="chunked-prefill"),
+        pytest.param({"prompt_lookup_num_tokens": 2}, False, id="prompt-lookup"),
+        pytest.param({"assistant_early_exit": 1}, False, id="early-exit"),
+        pytest.param({"disable_compile": True}, False, id="no-compilation"),
+    ),
+)
+def test_generate_records_by_itself_where_no_cache_has_to_grow(recordings, generate_records, options, is_recorded):
+    """The tokens are those of a dynamic cache, whatever is asked for."""
+    model, ids = triton_model(num_hidden_layers=2), random_ids(1, 6).to(DEVICE)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, **options}
+
+    def generate(**more):
+        torch.manual_seed(0)
+        outputs = model.generate(ids, **(options | more))
+        return outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+
+    found = generate()
+    assert bool(recordings) == is_recorded
+    uses_no_cache = {"use_cache", "assistant_early_exit", "prompt_lookup_num_tokens"} & options.keys()
+    assert torch.equal(found, generate(**({} if uses_no_cache else {"cache_implementation": "dynamic"})))
+
+
+@pytest.mark.parametrize("reason", ("memory", "hook", "attention", "window"))
+def test_generate_keeps_the_librarys_cache_where_a_recording_cannot_be(
+    recordings, generate_records, monkeypatch, reason
+):
+    model, ids = triton_model(sliding_window=4 if reason == "window" else None), random_ids(1, 6).to(DEVICE)
+    if reason == "memory":
+        monkeypatch.setattr(graphs, "_free_bytes", lambda device: 1000)
+    if reason == "hook":
+        model.model.layers[0].register_forward_hook(lambda *_: None)
+    if reason == "attention":
+        model.set_attn_implementation("eager")
+    model.generate(ids, max_new_tokens=10, min_new_tokens=10, do_sample=False)
+    assert not recordings
 
 
 @pytest.mark.parametrize("padded", (False, True))
