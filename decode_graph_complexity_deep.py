@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from .compatibility_complexity_deep import CACHE_NAME
-from .implementations_complexity_deep import ComplexityDeepFrozenLinear, is_unhooked, plain_static_layer
+from .implementations_complexity_deep import ComplexityDeepFrozenWeights, is_unhooked, plain_static_layer
 
 _CAPTURE = threading.Lock()  # one capture at a time in a process
 _HAVE_RUN = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
@@ -110,7 +110,7 @@ class DecodeGraph:
         # The tables of these two kinds of RoPE depend on the largest position so far.
         if names != ("sdpa", "triton", "cggr") or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
             return False
-        ours = (type(self.model.model).__module__, ComplexityDeepFrozenLinear.__module__)
+        ours = (type(self.model.model).__module__, ComplexityDeepFrozenWeights.__module__)
         known = (type(self.model).__module__, *ours, "transformers.activations")
         origins = (type(module).__module__ for module in self.model.modules())
         return (
