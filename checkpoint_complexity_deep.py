@@ -49,6 +49,17 @@ class _Experts(_PublishedConversion):
         return torch.cat(tensors, dim=-1).transpose(1, 2).contiguous()
 
 
+class _NoZeroRows(_PublishedConversion):
+    """A weight [out, in] without a row of zeros, see `nearly_zero`. Older code wrote such rows."""
+
+    @staticmethod
+    def merge(weight: torch.Tensor) -> torch.Tensor:
+        if not weight.is_floating_point():  # packed by a quantizer
+            return weight
+        is_zero = (weight == 0).all(dim=-1, keepdim=True)
+        return torch.where(is_zero, nearly_zero(weight.dtype), weight) if is_zero.any() else weight
+
+
 class _RoutingTable(_PublishedConversion):
     """One table per layer to one for all; `Checkpoint.check_version` has refused tables that differ."""
 
@@ -57,26 +68,79 @@ class _RoutingTable(_PublishedConversion):
         return table
 
 
-@contextmanager
-def published_layouts(is_published: bool):
-    """Let the library convert published layouts while loading one.
+def nearly_zero(dtype: torch.dtype) -> float:
+    """What stands for zero in the trained matrices that start at zero: too little to change what it is added to.
 
-    Only then: the library reverses a mapping that stays registered when it saves.
+    DoRA and float8 quantization divide by the norm or the maximum of a weight's rows. Rows of exact zeros, which the
+    first rows of layer 0's `controller_out` would keep for good as no gradient reaches them, give NaN there.
     """
-    if not is_published:
-        yield
-        return
+    return max(1e-12, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+
+
+def trains_mu(config, layer_idx: int) -> bool:
+    """Whether a gradient reaches mu of a layer."""
+    # Without the update, mu of the last layer can only steer its router, whose argmax passes no gradient.
+    is_last = layer_idx == config.num_hidden_layers - 1
+    router_learns = config.is_routed and config.use_mu_routing and config.mu_router_gradient
+    return config.use_dynamics or router_learns or (config.use_mu_guidance and not is_last)
+
+
+def renamed_tensors(config) -> dict[str, str]:
+    """Names that tensors of the base model have in files, with those that they have in the model."""
+    renamed = {"token_to_expert": "routing_table.token_to_expert"} if config.is_routed else {}
+    if config.use_mu_guidance:
+        for name in ("mu_to_q", "mu_to_k", "mu_to_v"):
+            renamed[f"layers.0.self_attn.{name}.weight"] = f"layers.0.self_attn.frozen.{name}"
+    for layer in range(config.num_hidden_layers):
+        if not trains_mu(config, layer):
+            renamed[f"layers.{layer}.dynamics.mu_proj.weight"] = f"layers.{layer}.dynamics.frozen.mu_proj"
+    return renamed
+
+
+def _name_in_file(config, name: str) -> str:
+    """What a tensor of a model is called in files."""
+    names = {new: old for old, new in renamed_tensors(config).items()}
+    body = name.removeprefix("model.")
+    return name.removesuffix(body) + names.get(body, body)
+
+
+def _published_layouts() -> list:
     # `(?!\.)` keeps the dense `mlp.down_proj.weight` out (transformers 5.17 adds no boundary of its own).
-    mapping = [
+    return [
         WeightRenaming(r"dynamics\.controller\.0\.", "dynamics.controller_in."),  # before 0.12.0
         WeightRenaming(r"dynamics\.controller\.2\.", "dynamics.controller_out."),
-        WeightConverter(r"layers\.\d+\.mlp\.token_to_expert", "token_to_expert", operations=[_RoutingTable()]),
+        WeightConverter(
+            r"layers\.\d+\.mlp\.token_to_expert", "routing_table.token_to_expert", operations=[_RoutingTable()]
+        ),
         WeightConverter(r"mlp\.gate_up_proj(?!\.)", "mlp.experts.gate_up_proj", operations=[_Experts()]),
         WeightConverter(
             [r"mlp\.gate_proj(?!\.)", r"mlp\.up_proj(?!\.)"], "mlp.experts.gate_up_proj", operations=[_Experts()]
         ),
         WeightConverter(r"mlp\.down_proj(?!\.)", "mlp.experts.down_proj", operations=[_Experts()]),
     ]
+
+
+@contextmanager
+def file_layouts(config, is_published: bool):
+    """Let the library rename and convert the tensors of a file, native or published, while it is loaded.
+
+    Only then: the library reverses a mapping that stays registered when it saves.
+    """
+    if not hasattr(config, "is_routed"):  # a GGUF file, or a model that the library is about to refuse
+        yield
+        return
+    mapping = [
+        WeightRenaming(rf"^{re.escape(prefix + old)}$", prefix + new)
+        for old, new in renamed_tensors(config).items()
+        for prefix in ("", "model.")
+    ]
+    if getattr(config, "quantization_config", None) is None:  # a quantized file has its own conversions
+        mapping += [
+            WeightConverter(rf"dynamics\.{name}\.weight$", f"dynamics.{name}.weight", operations=[_NoZeroRows()])
+            for name in ("mu_proj", "controller_out")
+        ]
+    if is_published:
+        mapping += _published_layouts()
     register_checkpoint_conversion_mapping("complexity-deep", mapping, overwrite=True)
     try:
         yield
@@ -195,8 +259,12 @@ class Checkpoint:
 
     def check_architecture(self, config) -> None:
         """Raise a clear `ValueError` where these tensors belong to another architecture."""
+        # Modules, not tensors: a quantizer writes several for one weight, under names of its own.
         expected = ["embed_tokens.weight", "self_attn.o_proj.weight"] + ["dynamics.mu"] * config.use_dynamics
-        absent = [name for name in expected if not self.has(name)]
+        modules = [name.removesuffix("weight").rstrip(".") for name in expected]
+        absent = [
+            name for name, module in zip(expected, modules) if not any(f".{module}." in f".{key}." for key in self.keys)
+        ]
         if absent:
             raise ValueError(f"{self.source} is not a Complexity-Deep checkpoint: it has no {' and no '.join(absent)}.")
 
@@ -260,6 +328,14 @@ class Checkpoint:
         return self.is_published and not self.has("self_attn.mu_to_q.weight")
 
 
+def _with_routing_table(device_map: dict, config) -> dict:
+    """A hand-written map, which names the modules that models have, with the routing table beside the embedding."""
+    embedding = next((name for name in device_map if name.split(".")[-1] == "embed_tokens"), None)
+    if embedding is None or not config.is_routed:
+        return device_map
+    return {embedding.removesuffix("embed_tokens") + "routing_table": device_map[embedding]} | device_map
+
+
 def _base_of_adapter(path: str, **hub) -> str | None:
     """The base model that an adapter folder names; the library loads it before the adapter."""
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
@@ -292,7 +368,7 @@ def published_state_dict(model) -> dict[str, torch.Tensor]:
     unsupported += ["rope_parameters"] if config.rope_parameters["rope_type"] != "default" else []
     if unsupported:
         raise ValueError(f"The published format cannot hold this model's {', '.join(unsupported)}; save without it.")
-    table = model.model.token_to_expert if config.is_routed else None
+    table = model.model.token_to_expert
     inv_freq = model.model.rotary_emb.inv_freq
     state = {}
     for name, tensor in model.state_dict().items():
@@ -300,7 +376,7 @@ def published_state_dict(model) -> dict[str, torch.Tensor]:
             continue
         if ".mlp.experts." in name:
             name, tensor = name.replace(".experts.", "."), tensor.transpose(1, 2)  # [E, out, in] -> [E, in, out]
-        state[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        state[_name_in_file(config, name)] = tensor.detach().clone(memory_format=torch.contiguous_format)
     for layer in range(config.num_hidden_layers):
         state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = inv_freq.clone()
         if table is not None:
@@ -332,7 +408,7 @@ class CheckpointMixin:
         """
         kernels_implementation = kwargs.pop("kernels_implementation", None)
         output_loading_info = kwargs.pop("output_loading_info", False)
-        path, checkpoint = pretrained_model_name_or_path, None
+        path, checkpoint, config = pretrained_model_name_or_path, None, kwargs.get("config")
         if path is not None and kwargs.get("gguf_file") is None:
             hub_keys = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
             hub = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
@@ -341,10 +417,9 @@ class CheckpointMixin:
             if checkpoint is None and (source := _base_of_adapter(path, **hub)) is not None:
                 hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
                 checkpoint = Checkpoint.find(source, variant=kwargs.get("variant"), **hub)
-        if checkpoint is not None:
-            config = kwargs.get("config")
-            if not isinstance(config, PreTrainedConfig):
+            if not isinstance(config, PreTrainedConfig) and (config or source) is not None:
                 config = cls.config_class.from_pretrained(config or source, **hub)
+        if checkpoint is not None:
             if not output_loading_info:  # whoever asks for it sees what is missing
                 checkpoint.check_architecture(config)
             checkpoint.check_version(config)
@@ -359,21 +434,24 @@ class CheckpointMixin:
                     for key in [key for key in kwargs if key in config.to_dict() and key not in ("dtype", "config")]:
                         setattr(config, key, kwargs.pop(key))
                 path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
-        with published_layouts(checkpoint is not None and checkpoint.is_published):
+        if isinstance(kwargs.get("device_map"), dict):
+            kwargs["device_map"] = _with_routing_table(kwargs["device_map"], config)
+        with file_layouts(config, checkpoint is not None and checkpoint.is_published):
             model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         if checkpoint is not None:
-            body = ("layers.", "embed_tokens.", "norm.", "token_to_expert")  # a new head on an old body is legitimate
+            body = ("layers.", "embed_tokens.", "norm.", "routing_table.")  # a new head on an old body is legitimate
             missing = [key for key in info["missing_keys"] if key.removeprefix("model.").startswith(body)]
             if checkpoint.absent_mu:
                 with torch.no_grad():
                     for key in [key for key in missing if ".mu" in key]:
-                        model.get_parameter_or_buffer(key).zero_()
+                        weight = model.get_parameter_or_buffer(key)
+                        weight.fill_(nearly_zero(weight.dtype))
                         missing.remove(key)
             has_adapter = getattr(model, "_hf_peft_config_loaded", False)  # then `info` is about the adapter
             if missing and not output_loading_info and not has_adapter:
                 raise ValueError(
                     f"{checkpoint.source} is incomplete: it lacks {len(missing)} weights of this model, e.g. "
-                    f"{missing[0]}; check that config.json belongs to these weights."
+                    f"{_name_in_file(config, missing[0])}; check that config.json belongs to these weights."
                 )
             if checkpoint.is_published and model.can_generate():
                 self_made = cached_file(
@@ -389,10 +467,11 @@ class CheckpointMixin:
         """Save in the native layout; see `PreTrainedModel.save_pretrained`.
 
         `save_original_format` is taken and changes nothing, as for every model whose native layout is its original
-        one. The library would otherwise go back to the layout of a published file that the model was loaded from, and
-        Trainer's resume restores a checkpoint without converting it.
+        one: the library would otherwise go back to the layout of a published file that the model was loaded from. What
+        it reverses here are the names alone, see `renamed_tensors`.
         """
-        super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
+        self._weight_conversions = [WeightRenaming(old, new) for old, new in renamed_tensors(self.config).items()]
+        super().save_pretrained(save_directory, *args, save_original_format=True, **kwargs)
 
     def save_published_format(self, save_directory) -> None:
         """Save a local folder in the published layout (v0.13.0, layout a), which the published package loads.

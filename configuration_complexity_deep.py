@@ -217,7 +217,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
             ".mlp.up_proj": self.is_routed,
             ".mlp.down_proj": self.is_routed,
             "_norm": not self.use_qk_norm,
-            ".mu_to_": not self.use_mu_guidance,
+            ".mu_to_": not self.use_mu_guidance or self.num_hidden_layers == 1,  # layer 0 holds them unused
         }
         absent = [part for part, is_absent in absent.items() if is_absent]
         plan = type(self).base_model_tp_plan

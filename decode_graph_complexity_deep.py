@@ -19,7 +19,7 @@ from transformers.generation import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from .compatibility_complexity_deep import CACHE_NAME
-from .implementations_complexity_deep import ComplexityDeepFrozenLinear, is_unhooked, plain_static_layer
+from .implementations_complexity_deep import ComplexityDeepFrozenWeights, is_unhooked, plain_static_layer
 
 GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
@@ -120,7 +120,7 @@ def is_recordable(model: nn.Module) -> bool:
     # The tables of these two kinds of RoPE depend on the largest position so far.
     if names != ("sdpa", "triton", "cggr") or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         return False
-    ours = (type(model.model).__module__, ComplexityDeepFrozenLinear.__module__)
+    ours = (type(model.model).__module__, ComplexityDeepFrozenWeights.__module__)
     known = (type(model).__module__, *ours, "transformers.activations")
     origins = (type(module).__module__ for module in model.modules())
     return (

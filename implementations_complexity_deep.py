@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
@@ -45,21 +46,23 @@ else:
 logger = logging.get_logger(__name__)
 
 
-class ComplexityDeepFrozenLinear(nn.Linear):
-    """A linear map that no gradient can reach (published checkpoints hold some): saved and loaded, never trained.
+class ComplexityDeepFrozenWeights(nn.Module):
+    """Matrices [out, in] that no gradient can reach (published checkpoints hold some): saved and loaded, never trained.
 
-    Its weight is a buffer, so that it stays out of the optimizer and of DDP's wait for gradients, also after
-    `from_pretrained`, which turns `requires_grad` on for every parameter.
+    They are buffers, so that they stay out of the optimizer and of DDP's wait for gradients, also after
+    `from_pretrained`, which turns `requires_grad` on for every parameter. They are no modules, because adapters and
+    quantizers look for linear modules by type and by name, and would adapt or convert what never takes part.
     """
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-        del self.weight
-        self.register_buffer("weight", torch.zeros(out_features, in_features))
+    def __init__(self, **shapes: tuple[int, int]):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, name: str, input: Tensor) -> Tensor:
+        """The matrix `name` applied to `input` [..., in]: [..., out]."""
         # Cast, because FSDP2's mixed precision leaves buffers as they are.
-        return F.linear(input, self.weight.to(input.dtype))
+        return F.linear(input, getattr(self, name).to(input.dtype))
 
 
 def is_unhooked(*modules: nn.Module) -> bool:
@@ -79,21 +82,12 @@ def _is_plain_linear(*modules: nn.Module) -> bool:
     )
 
 
-def _has_adapter_without_mu(attention: nn.Module) -> bool:
-    """Whether an adapter wraps layer 0's guidance: it is given zeros for mu, so that DDP gets its (zero) gradients."""
-    guidance = [getattr(attention, name, None) for name in ("mu_to_q", "mu_to_k", "mu_to_v")]
-    return attention.is_first and any(type(g) not in (ComplexityDeepFrozenLinear, type(None)) for g in guidance)
-
-
 def eager_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor | None, cos: Tensor, sin: Tensor):
     """Mu-guided projections, QK norm and RoPE through the modules themselves, so that adapters on them count.
 
     hidden_states, mu: [B, S, H]; mu is None below the first guided layer. cos, sin: [B or 1, S, D].
     Returns query [B, S, A, D], key and value [B, S, K, D].
     """
-
-    if mu is None and _has_adapter_without_mu(attention):
-        mu = torch.zeros_like(hidden_states)
 
     def project(projection: nn.Module, guidance: str) -> Tensor:
         states = projection(hidden_states)
@@ -129,7 +123,7 @@ def triton_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor |
     """`eager_qkv_forward` as one product over [x, mu] and one norm-and-RoPE kernel, where the weights are plain."""
     names = ("q_proj", "k_proj", "v_proj", *(("mu_to_q", "mu_to_k", "mu_to_v") if mu is not None else ()))
     modules = [getattr(attention, name) for name in names]
-    if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules) or _has_adapter_without_mu(attention):
+    if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules):
         return eager_qkv_forward(attention, hidden_states, mu, cos, sin)
     qkv = mu_guided_qkv(hidden_states, mu, tuple(module.weight for module in modules))
     return _split_heads(attention, qkv, cos, sin)
@@ -225,6 +219,8 @@ def eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights, ro
 
     hidden_states [T, H]; top_k_index [T, 1], where num_experts means "on another rank"; top_k_weights [T, 1].
     """
+    if _is_quantized(experts.gate_up_proj) or _is_quantized(experts.down_proj):
+        return _quantized_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     return _planned_experts_forward(
         experts,
         hidden_states,
@@ -236,10 +232,31 @@ def eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights, ro
     )
 
 
+def _is_quantized(weight: Tensor) -> bool:
+    """Whether the weight is a tensor that holds others, such as torchao's, which only PyTorch's own operators take."""
+    return is_traceable_wrapper_subclass(weight) and type(weight).__module__.split(".")[0] != "torch"  # no DTensor
+
+
+def _quantized_experts_forward(experts, hidden_states, top_k_index, top_k_weights) -> Tensor:
+    """One linear product per expert with its slice of the quantized weights, which brings its own arithmetic.
+
+    Shapes as in `eager_experts_forward`; the result has the dtype of `hidden_states`.
+    """
+    out, ids = torch.zeros_like(hidden_states), top_k_index.flatten()
+    for expert in range(experts.num_experts):
+        tokens = torch.nonzero(ids == expert).flatten()
+        if len(tokens):
+            gate, up = F.linear(hidden_states[tokens], experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            result = F.linear(experts.act_fn(gate) * up, experts.down_proj[expert])
+            out = out.index_copy(0, tokens, result.to(out.dtype))
+    return out * top_k_weights.to(out.dtype) if top_k_weights.requires_grad else out
+
+
 def cggr_experts_forward(experts, hidden_states, top_k_index, top_k_weights, routing_plan=None) -> Tensor:
-    """`eager_experts_forward` by the Triton grouped GEMM. Experts split over ranks take the PyTorch path."""
+    """`eager_experts_forward` by the Triton grouped GEMM. Quantized experts, or those of other ranks, go to PyTorch."""
     is_split = getattr(experts, "_is_expert_parallel", False)
-    if is_split or not _runs_on_triton(hidden_states, experts.gate_up_proj):
+    is_quantized = _is_quantized(experts.gate_up_proj) or _is_quantized(experts.down_proj)
+    if is_split or is_quantized or not _runs_on_triton(hidden_states, experts.gate_up_proj):
         return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights, routing_plan)
     return _planned_experts_forward(
         experts, hidden_states, top_k_index, top_k_weights, routing_plan, _cggr_plan, token_routed_mlp
@@ -274,7 +291,7 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mu: Tensor | 
     linear += [dynamics.mu_proj, dynamics.controller_in, dynamics.controller_out]
     if mu is not None:
         linear += [attention.mu_to_q, attention.mu_to_k, attention.mu_to_v]
-    is_plain = _is_plain_linear(*linear) and is_unhooked(*own) and not _has_adapter_without_mu(attention)
+    is_plain = _is_plain_linear(*linear) and is_unhooked(*own)
     if not is_plain or any(type(module).__module__ != type(layer).__module__ for module in own):
         return False
     weights = [module.weight for module in (*linear, *own[4:])]

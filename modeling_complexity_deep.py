@@ -46,7 +46,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .checkpoint_complexity_deep import CheckpointMixin
+from .checkpoint_complexity_deep import CheckpointMixin, nearly_zero, renamed_tensors, trains_mu
 from .compatibility_complexity_deep import (
     CACHE_NAME,
     accepts_both_cache_names,
@@ -58,7 +58,7 @@ from .decode_graph_complexity_deep import DecodeGraphMixin
 from .implementations_complexity_deep import (
     KERNELS,
     ROUTING_PLANS,
-    ComplexityDeepFrozenLinear,
+    ComplexityDeepFrozenWeights,
     RoutingPlan,
     default_kernels_implementation,
     eager_experts_forward,
@@ -195,9 +195,13 @@ class ComplexityDeepAttention(nn.Module):
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
         self.o_proj.writes_residual = True  # see scaled_residual_init
         if config.use_mu_guidance:
-            # Layer 0 has no layer below; published checkpoints hold its guidance weights all the same.
-            linear = ComplexityDeepFrozenLinear if layer_idx == 0 else lambda i, o: nn.Linear(i, o, bias=False)
-            self.mu_to_k, self.mu_to_q, self.mu_to_v = linear(hidden, kv), linear(hidden, hidden), linear(hidden, kv)
+            if layer_idx == 0:  # there is no layer below; published checkpoints hold its guidance weights all the same
+                shapes = {"mu_to_k": (kv, hidden), "mu_to_q": (hidden, hidden), "mu_to_v": (kv, hidden)}
+                self.frozen = ComplexityDeepFrozenWeights(**shapes)
+            else:
+                self.mu_to_k = nn.Linear(hidden, kv, bias=False)
+                self.mu_to_q = nn.Linear(hidden, hidden, bias=False)
+                self.mu_to_v = nn.Linear(hidden, kv, bias=False)
         self.q_norm = ComplexityDeepRMSNorm(self.head_dim, config.qk_norm_eps) if config.use_qk_norm else None
         self.k_norm = ComplexityDeepRMSNorm(self.head_dim, config.qk_norm_eps) if config.use_qk_norm else None
 
@@ -248,15 +252,12 @@ class ComplexityDeepDynamics(nn.Module):
         self.config = config
         self.dt = config.dynamics_dt
         hidden, controller = config.hidden_size, config.dynamics_controller_hidden
-        # Without the update, mu of the last layer can only steer its router, whose argmax passes no gradient.
-        is_last = layer_idx == config.num_hidden_layers - 1
-        router_learns = config.is_routed and config.use_mu_routing and config.mu_router_gradient
-        if config.use_dynamics or router_learns or (config.use_mu_guidance and not is_last):
+        if trains_mu(config, layer_idx):
             self.mu = nn.Parameter(torch.zeros(hidden))
             self.mu_proj = nn.Linear(hidden, hidden, bias=False)
         else:
             self.register_buffer("mu", torch.zeros(hidden))
-            self.mu_proj = ComplexityDeepFrozenLinear(hidden, hidden)
+            self.frozen = ComplexityDeepFrozenWeights(mu_proj=(hidden, hidden))
         if config.use_dynamics:
             self.controller_in = nn.Linear(2 * hidden, controller)
             self.controller_out = nn.Linear(controller, 3 * hidden)
@@ -266,17 +267,26 @@ class ComplexityDeepDynamics(nn.Module):
         if self.config.use_dynamics:
             dynamics_forward = KERNELS[self.config._kernels_implementation].dynamics
             return dynamics_forward(self, hidden_states, velocity, mu_residual)
-        mu = self.mu + self.mu_proj(hidden_states)
+        projected = self.mu_proj(hidden_states) if hasattr(self, "mu_proj") else self.frozen("mu_proj", hidden_states)
+        mu = self.mu + projected
         mu_residual = mu if mu_residual is None else mu_residual + mu
         return hidden_states, velocity, mu, mu + 0.1 * mu_residual, mu_residual
 
 
 @use_experts_implementation
 class ComplexityDeepExperts(nn.Module):
-    """Experts as 3D weights: gate_up_proj [E, 2I, H] (gate rows first), down_proj [E, H, I].
+    r"""Experts as 3D weights: gate_up_proj [E, 2I, H] (gate rows first), down_proj [E, H, I].
 
     The forward below is `experts_implementation="eager"`: any dtype, size and device. "cggr" runs the Triton kernels,
-    "batched_mm" and "grouped_mm" are the library's own.
+    "batched_mm" and "grouped_mm" are the library's own. Quantizers that look for linear layers leave these weights as
+    they are; torchao takes them by name, and then both of our implementations run one product per expert in PyTorch:
+
+        int8 = Int8WeightOnlyConfig(version=2)
+        linear = r"re:.*(_proj|mu_to_[qkv]|controller_in|controller_out)\.weight"
+        experts = r"re:.*\.experts\.(gate_up|down)_proj"
+        quantization_config = TorchAoConfig(FqnToConfig({linear: int8, experts: int8}))
+
+    The rest stays in the model's dtype: embedding and head, norms, biases, mu, the mu router, layer 0's guidance.
     """
 
     def __init__(self, config: ComplexityDeepConfig):
@@ -336,6 +346,21 @@ class ComplexityDeepMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class ComplexityDeepRoutingTable(nn.Module):
+    """The expert that each token id selects: `token_to_expert` [V] int64, one table for all layers.
+
+    A module of its own, because accelerate gives a device to modules and parameters, not to buffers beside them.
+    """
+
+    def __init__(self, config: ComplexityDeepConfig):
+        super().__init__()
+        self.register_buffer("token_to_expert", modulo_routing(config.vocab_size, config.num_experts))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, S] -> experts [B, S] int64."""
+        return self.token_to_expert[ids]
 
 
 class ComplexityDeepTokenRoutedMLP(nn.Module):
@@ -473,14 +498,18 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=residual_std)
         elif getattr(module, "writes_residual", False):
             init.normal_(module.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, (ComplexityDeepMuRouter, ComplexityDeepFrozenLinear)):
+        elif isinstance(module, ComplexityDeepMuRouter):
             init.zeros_(module.weight)
+        elif isinstance(module, ComplexityDeepFrozenWeights):
+            for weight in module.buffers():
+                init.zeros_(weight)
         elif isinstance(module, ComplexityDeepDynamics):
             init.zeros_(module.mu)
-            init.zeros_(module.mu_proj.weight)
+            if hasattr(module, "mu_proj"):
+                init.constant_(module.mu_proj.weight, nearly_zero(module.mu_proj.weight.dtype))
             if config.use_dynamics:
-                # With zero weights the controller starts exactly at the values of the config, whatever the input.
-                init.zeros_(module.controller_out.weight)
+                # With such weights the controller starts exactly at the values of the config, whatever the input.
+                init.constant_(module.controller_out.weight, nearly_zero(module.controller_out.weight.dtype))
                 start = torch.tensor(
                     [
                         math.log(config.dynamics_alpha / (1 - config.dynamics_alpha)),
@@ -489,7 +518,7 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
                     ]
                 )
                 init.copy_(module.controller_out.bias, start.repeat_interleave(config.hidden_size))
-        elif isinstance(module, ComplexityDeepModel) and config.is_routed:
+        elif isinstance(module, ComplexityDeepRoutingTable):
             make = random_routing if config.routing == "random" else modulo_routing
             init.copy_(module.token_to_expert, make(config.vocab_size, config.num_experts))
 
@@ -551,9 +580,25 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         self.norm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = ComplexityDeepRotaryEmbedding(config)
         if config.is_routed:
-            self.register_buffer("token_to_expert", modulo_routing(config.vocab_size, config.num_experts))
+            self.routing_table = ComplexityDeepRoutingTable(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def token_to_expert(self) -> Tensor | None:
+        """The routing table [V] int64, or None for a model without experts. It may be written in place or replaced."""
+        return self.routing_table.token_to_expert if self.config.is_routed else None
+
+    @token_to_expert.setter
+    def token_to_expert(self, table: Tensor) -> None:
+        self.routing_table.token_to_expert = table
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """`load_state_dict` also takes the names of files: Trainer resumes by it."""
+        for old, new in renamed_tensors(self.config).items():
+            if prefix + old in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_ids(self, ids: Tensor, name: str) -> None:
         if ids.dtype not in (torch.int64, torch.int32):
@@ -575,7 +620,10 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         wins between equal rows.
         """
         dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
-        weight = self.embed_tokens.weight.to(dtype)
+        weight = self.embed_tokens.weight
+        if weight.device.type == "meta":  # offloaded: only a call of the module brings the rows in
+            weight = self.embed_tokens(torch.arange(self.config.vocab_size, device=inputs_embeds.device))
+        weight = weight.to(inputs_embeds.device, dtype)
         rows = inputs_embeds.reshape(-1, inputs_embeds.shape[-1]).to(dtype)
         # 1024 rows at a time: [1024, V] distances stay small whatever the batch.
         exact = "donot_use_mm_for_euclid_dist"
@@ -593,7 +641,7 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
             self._check_ids(routing_ids, "routing_ids")
         else:
             routing_ids = input_ids if input_ids is not None else self.nearest_token_ids(inputs_embeds)
-        return self.token_to_expert[routing_ids]
+        return self.routing_table(routing_ids)
 
     @accepts_both_cache_names
     @merge_with_config_defaults

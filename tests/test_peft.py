@@ -1,12 +1,15 @@
 """LoRA through PEFT, on the projections and on the 3D expert weights."""
 
+import copy
+
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, VeraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from complexity_deep import ComplexityDeepForCausalLM
-from support import random_ids, tiny_model
+from support import GOLDEN, random_ids, tiny_config, tiny_model
 
 TARGETS = {
     "attention": {"target_modules": ["q_proj", "v_proj", "mu_to_k"]},
@@ -56,3 +59,66 @@ def test_an_adapter_folder_loads_through_the_auto_class(published_folder, tmp_pa
     for loader in (AutoModelForCausalLM, ComplexityDeepForCausalLM):
         loaded = loader.from_pretrained(tmp_path / "adapter")  # names the published folder as its base
         torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+ADAPTERS = {
+    "DoRA": LoraConfig(use_dora=True, target_modules="all-linear"),
+    "OFT": OFTConfig(r=0, oft_block_size=16, target_modules="all-linear"),
+    "VeRA": VeraConfig(r=16, target_modules="all-linear"),
+    "LoHa": LoHaConfig(target_modules="all-linear"),
+    "IA3": IA3Config(target_modules="all-linear", feedforward_modules=[]),
+}
+
+
+def new_model(_):
+    torch.manual_seed(0)
+    return ComplexityDeepForCausalLM(tiny_config(num_hidden_layers=2, initializer_range=0.1))
+
+
+def earlier_folder(path):
+    """As code wrote it that started these weights at zero: no gradient reaches layer 0's first rows."""
+    model = new_model(path)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.dynamics.controller_out.weight.zero_()
+            layer.dynamics.mu_proj.weight.zero_()
+    model.save_pretrained(path)
+    return ComplexityDeepForCausalLM.from_pretrained(path)
+
+
+def published_folder_of_tests(_):
+    return ComplexityDeepForCausalLM.from_pretrained(GOLDEN / "v0.13-tiny")
+
+
+@pytest.mark.parametrize("base", [new_model, earlier_folder, published_folder_of_tests])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_of_every_linear_layer_train(adapter, base, tmp_path):
+    """DoRA divides by the norms of the weights' rows; none of them may be zero."""
+    model = get_peft_model(base(tmp_path), copy.deepcopy(ADAPTERS[adapter]))
+    layers = model.get_base_model().model.layers
+    assert not hasattr(layers[0].self_attn, "mu_to_q") and isinstance(layers[1].self_attn.mu_to_q, BaseTunerLayer)
+    for name in ("mu_proj", "controller_in", "controller_out"):
+        assert isinstance(getattr(layers[0].dynamics, name), BaseTunerLayer)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, ids, losses = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0), random_ids(2, 12), []
+    for _ in range(4):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[3] < losses[0]
+
+
+def test_guidance_is_adapted_by_name_where_it_takes_part():
+    config = LoraConfig(r=4, target_modules=["mu_to_q", "mu_to_k", "mu_to_v", "mu_proj"])
+    for options in ({}, {"use_dynamics": False}):  # then mu of the last layer cannot learn either
+        model = get_peft_model(tiny_model(**options), copy.deepcopy(config))
+        adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+        body = "base_model.model.model.layers"
+        expected = {f"{body}.{layer}.self_attn.mu_to_{letter}" for layer in (1, 2) for letter in "qkv"}
+        expected |= {f"{body}.{layer}.dynamics.mu_proj" for layer in (range(3) if not options else range(2))}
+        assert adapted == expected
+        ids = random_ids(1, 8)
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # as DDP wants it
