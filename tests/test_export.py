@@ -5,8 +5,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
+from transformers import GenerationConfig
+from transformers.integrations.executorch import convert_and_export_with_cache
 
 from complexity_deep import ComplexityDeepForCausalLM
+from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from support import random_ids, tiny_config, tiny_model
 
 OPTIONS = ({}, {"use_mu_routing": False, "sliding_window": 4})
@@ -18,7 +21,8 @@ def train_and_decode(model, ids):
     outputs.loss.backward()
     assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
     prefix = model(ids, use_cache=True)
-    return [tuple(x.logits.shape) for x in (outputs, model(ids[:, :1], past_key_values=prefix.past_key_values))]
+    step = model(ids[:, :1], **{CACHE_NAME: prefix[CACHE_NAME]})
+    return [tuple(x.logits.shape) for x in (outputs, step)]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -66,3 +70,14 @@ def test_compiled_for_all_lengths():
         ids = random_ids(rows, length)
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     assert counter.frame_count <= 2
+
+
+def test_exported_with_a_static_cache():
+    """The library's own export of a decode step, one token at a time."""
+    model, ids = tiny_model(num_hidden_layers=1), random_ids(1, 4)
+    options = {"batch_size": 1, "max_cache_len": 8, "device": "cpu"}
+    model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", cache_config=options)
+    example = {"example_input_ids": ids[:, :1], "example_cache_position": torch.tensor([0])}
+    step = convert_and_export_with_cache(model, **example).module()
+    found = [step(input_ids=ids[:, i : i + 1], cache_position=torch.tensor([i]))[:, -1] for i in range(4)]
+    torch.testing.assert_close(torch.stack(found, dim=1), model(ids).logits)
