@@ -444,6 +444,8 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
     def __init__(self, config: ComplexityDeepConfig, *inputs, **kwargs):
         if not hasattr(config, "dynamics_dt"):  # remote code may hold the class twice, so no isinstance
             raise ValueError(f"{type(self).__name__} needs a ComplexityDeepConfig, but got a {type(config).__name__}.")
+        if not config.use_sliding_window:  # `from_pretrained` sets its overrides after the config has looked at both
+            config.sliding_window = None
         super().__init__(config, *inputs, **kwargs)
         if getattr(config, "_kernels_implementation", None) is None:
             config._kernels_implementation = default_kernels_implementation()

@@ -482,3 +482,8 @@ def test_the_switch_of_the_sliding_window(tmp_path):
     loaded = ComplexityDeepForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(ids).logits, full(ids).logits)
     assert window.config.use_sliding_window and window.config.sliding_window == 3
+    config = ComplexityDeepConfig(sliding_window=3, use_sliding_window=False)
+    assert config.sliding_window is None
+    window.save_pretrained(tmp_path)
+    loaded = ComplexityDeepForCausalLM.from_pretrained(tmp_path, use_sliding_window=False)
+    assert torch.equal(loaded(ids).logits, full(ids).logits)
