@@ -100,6 +100,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"silu"`): `"silu"`, `"swish"`, `"gelu"` (exact erf) or `"relu"`, in every MLP.
         use_qk_norm (`bool`, defaults to `True`): RMS norm of queries and keys before RoPE.
         sliding_window (`int`, *optional*): number of keys a query sees, itself included.
+        use_sliding_window (`bool`, defaults to `True`): `False` sets `sliding_window` to None, as in Qwen's configs.
         use_token_routed_mlp (`bool`, defaults to `True`), num_experts (`int`, defaults to 4):
             token-routed MLP; `False`, or one expert, gives an ordinary dense MLP.
         routing (`str`, defaults to `"modulo"`):
@@ -178,6 +179,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     use_qk_norm: bool = True
     sliding_window: int | None = None
+    use_sliding_window: bool = True
     use_token_routed_mlp: bool = True
     num_experts: int = 4
     routing: str = "modulo"
@@ -209,6 +211,8 @@ class ComplexityDeepConfig(PreTrainedConfig):
         self._check_derived(kwargs)
         self._check_names(kwargs)
         self._check()
+        # The library's masks and caches look at `sliding_window` alone.
+        self.sliding_window = self.sliding_window if self.use_sliding_window else None
         # The plan of this model: the library warns of rules for modules that are not there.
         absent = {
             ".mlp.experts": not self.is_routed,

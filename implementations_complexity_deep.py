@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .kernels.kernel_reference import (
     inl_update_reference,
+    masked_experts_reference,
     qk_norm_rope_reference,
     routing_plan_reference,
     token_routed_mlp_reference,
@@ -63,6 +64,14 @@ class ComplexityDeepFrozenWeights(nn.Module):
         """The matrix `name` applied to `input` [..., in]: [..., out]."""
         # Cast, because FSDP2's mixed precision leaves buffers as they are.
         return F.linear(input, getattr(self, name).to(input.dtype))
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode AD is at work, which cannot look into an operator of ours.
+
+    It would stop at the operator, or, in forward mode, pass it without a derivative.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_unhooked(*modules: nn.Module) -> bool:
@@ -116,7 +125,7 @@ def eager_dynamics_forward(dynamics: nn.Module, hidden_states: Tensor, velocity:
 
 def _runs_on_triton(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors; all else goes to their PyTorch twins, so a model can move freely."""
-    return all(x.device.type in TRITON_DEVICES and x.dtype != torch.float64 for x in tensors)
+    return not is_transformed() and all(x.device.type in TRITON_DEVICES and x.dtype != torch.float64 for x in tensors)
 
 
 def triton_qkv_forward(attention: nn.Module, hidden_states: Tensor, mu: Tensor | None, cos: Tensor, sin: Tensor):
@@ -203,13 +212,16 @@ class RoutingPlan(NamedTuple):
 
 def _planned_experts_forward(experts, hidden_states, top_k_index, top_k_weights, routing_plan, make_plan, mlp):
     """Run `mlp` with one expert per token, the shape that a token-routed layer always has."""
-    dtype = experts.gate_up_proj.dtype
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    dtype, device = experts.gate_up_proj.dtype, hidden_states.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" knows no autocast
+        dtype = torch.get_autocast_dtype(device)
     weights = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
-    if routing_plan is None:
-        routing_plan = RoutingPlan(*make_plan(top_k_index.flatten(), experts.num_experts))
-    out = mlp(hidden_states.to(dtype), *weights, *routing_plan, experts.config.hidden_act)
+    expert_ids, activation = top_k_index.flatten(), experts.config.hidden_act
+    if is_transformed():
+        out = masked_experts_reference(hidden_states.to(dtype), *weights, expert_ids, activation)
+    else:
+        routing_plan = routing_plan or RoutingPlan(*make_plan(expert_ids, experts.num_experts))
+        out = mlp(hidden_states.to(dtype), *weights, *routing_plan, activation)
     # The routing weights are ones; they carry a gradient only for a router that learns.
     return out * top_k_weights.to(dtype) if top_k_weights.requires_grad else out
 

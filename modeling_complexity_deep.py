@@ -42,7 +42,8 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -62,6 +63,7 @@ from .implementations_complexity_deep import (
     RoutingPlan,
     default_kernels_implementation,
     eager_experts_forward,
+    is_transformed,
 )
 from .registration_complexity_deep import register_classes
 from .routing_complexity_deep import balanced_routing, modulo_routing, random_routing
@@ -325,7 +327,9 @@ class ComplexityDeepMuRouter(nn.Module):
         # Cast, because FSDP2's mixed precision leaves buffers as they are.
         logits = F.linear(mu, self.weight.to(mu.dtype))  # [T, E]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        scores = self.base_logit * F.one_hot(expert_ids, self.num_experts).to(logits.dtype) + logits
+        # Not F.one_hot, which looks at the values and so does not run under vmap(grad).
+        is_expert = expert_ids[:, None] == torch.arange(self.num_experts, device=expert_ids.device)
+        scores = self.base_logit * is_expert.to(logits.dtype) + logits
         expert_ids = scores.argmax(dim=-1)
         if not self.learns:
             return scores, None, expert_ids
@@ -465,6 +469,8 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
     def __init__(self, config: ComplexityDeepConfig, *inputs, **kwargs):
         if not hasattr(config, "dynamics_dt"):  # remote code may hold the class twice, so no isinstance
             raise ValueError(f"{type(self).__name__} needs a ComplexityDeepConfig, but got a {type(config).__name__}.")
+        if not config.use_sliding_window:  # `from_pretrained` sets its overrides after the config has looked at both
+            config.sliding_window = None
         super().__init__(config, *inputs, **kwargs)
         if getattr(config, "_kernels_implementation", None) is None:
             config._kernels_implementation = default_kernels_implementation()
@@ -603,8 +609,10 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
     def _check_ids(self, ids: Tensor, name: str) -> None:
         if ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"{name} must be int64 or int32 token ids, but has dtype {ids.dtype}.")
-        # On the CPU the look-up is free; on a device it would stall the queue, and under tracing it cannot be done.
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        # On the CPU the look-up is free; on a device it would stall the queue. Where ids have no values that Python may
+        # look at (tracing, FakeTensor, vmap) it cannot be done.
+        has_values = type(ids) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
+        if has_values and ids.device.type == "cpu" and ids.numel():
             smallest, largest = ids.aminmax()
             if smallest < 0 or largest >= self.config.vocab_size:
                 raise ValueError(
@@ -655,7 +663,7 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         routing_ids: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ComplexityDeepModelOutputWithPast:
         """
         Args:
@@ -703,7 +711,7 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         if self.config.is_routed:
             expert_ids = self._expert_ids(input_ids, inputs_embeds, routing_ids)
             make_plan = ROUTING_PLANS.get(self.config._experts_implementation)
-            if make_plan is not None and not self.config.use_mu_routing:
+            if make_plan is not None and not self.config.use_mu_routing and not is_transformed():
                 routing_plan = RoutingPlan(*make_plan(expert_ids.flatten(), self.config.num_experts))
 
         hidden_states, guidance, mu_residual = inputs_embeds, None, None
@@ -757,7 +765,7 @@ class ComplexityDeepForCausalLM(DecodeGraphMixin, ComplexityDeepPreTrainedModel,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         routing_ids: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ComplexityDeepCausalLMOutputWithPast:
         """
         The inputs of `ComplexityDeepModel.forward`, and:

@@ -31,7 +31,8 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
     raise
 
 from .kernel_launch import cdiv, next_power_of_2, on_its_device
-from .op_registration import custom_op
+from .kernel_reference import inl_dynamics_block_reference, inl_dynamics_reference
+from .op_registration import custom_op, differentiable_gradients
 
 FEW_TOKENS = 32  # up to here the projections are bound by reading their weights: one kernel reads them all
 MAX_CONTROLLER = 256  # the dots take all of C at once
@@ -318,6 +319,12 @@ def _(dh, dv, dm, dr, h, v, z, mu, w, b, dt, has_residual):
     return *(torch.empty_like(h) for _ in range(2)), dr, *(torch.empty_like(x) for x in (z, mu, w, b))
 
 
+def _with_residual(ctx, h, v, *others):
+    """Arguments of the plain twins. R itself is not kept: everything is linear in it, so zeros give the gradients."""
+    r = torch.zeros_like(h, requires_grad=True) if ctx.has_residual else None
+    return h, v, r, *others
+
+
 def _save_dynamics(ctx, inputs, output):
     h, v, r, z, mu, w, b, ctx.dt = inputs
     ctx.has_residual = r is not None
@@ -326,7 +333,11 @@ def _save_dynamics(ctx, inputs, output):
 
 
 def _dynamics_grad(ctx, *grads):
-    dh, dv, dr, dz, dmu, dw, db = _inl_dynamics_backward(*grads, *ctx.saved_tensors, ctx.dt, ctx.has_residual)
+    saved = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        plain = lambda *tensors: inl_dynamics_reference(*tensors, ctx.dt)  # noqa: E731
+        return *differentiable_gradients(plain, _with_residual(ctx, *saved), grads), None
+    dh, dv, dr, dz, dmu, dw, db = _inl_dynamics_backward(*grads, *saved, ctx.dt, ctx.has_residual)
     return dh, dv, dr if ctx.has_residual else None, dz, dmu, dw, db, None
 
 
@@ -383,16 +394,20 @@ def _(dh, dv, dm, dr, dmu, h, v, mu, z_pre, z, w_mu, w_in, w_out, b_out, dt, has
 
 
 def _save_block(ctx, inputs, output):
-    h, v, r, _, w_mu, w_in, _, w_out, b_out, ctx.dt, _ = inputs
+    h, v, r, mu_vec, w_mu, w_in, b_in, w_out, b_out, ctx.dt, _ = inputs
     ctx.has_residual = r is not None
-    ctx.save_for_backward(h, v, *output[4:], w_mu, w_in, w_out, b_out)
+    ctx.save_for_backward(h, v, *output[4:], w_mu, w_in, w_out, b_out, mu_vec, b_in)
     ctx.set_materialize_grads(False)
 
 
 def _block_grad(ctx, dh, dv, dm, dr, dmu, *_):
-    dh, dv, dr, *weights = _inl_dynamics_block_backward(
-        dh, dv, dm, dr, dmu, *ctx.saved_tensors, ctx.dt, ctx.has_residual
-    )
+    *saved, mu_vec, b_in = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        h, v, _, _, _, w_mu, w_in, w_out, b_out = saved
+        inputs = _with_residual(ctx, h, v, mu_vec, w_mu, w_in, b_in, w_out, b_out)
+        plain = lambda *tensors: inl_dynamics_block_reference(*tensors, ctx.dt)  # noqa: E731
+        return *differentiable_gradients(plain, inputs, (dh, dv, dm, dr, dmu)), None, None
+    dh, dv, dr, *weights = _inl_dynamics_block_backward(dh, dv, dm, dr, dmu, *saved, ctx.dt, ctx.has_residual)
     return dh, dv, dr if ctx.has_residual else None, *weights, None, None
 
 

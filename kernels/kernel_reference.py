@@ -74,7 +74,15 @@ def _grouped_linear_grad(ctx, grad):
     return *grouped_linear_backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
+def _grouped_linear_second_grad(ctx, grad_of_grad_x, grad_of_grad_weight):
+    """The two gradients are linear in each of grad, x and weight, so the same operators give their gradients."""
+    grad, x, weight, offsets = ctx.saved_tensors
+    grad_of_grad = grouped_linear(grad_of_grad_x, weight, offsets) + grouped_linear(x, grad_of_grad_weight, offsets)
+    return grad_of_grad, *grouped_linear_backward(grad, grad_of_grad_x, grad_of_grad_weight, offsets), None
+
+
 grouped_linear.register_autograd(_grouped_linear_grad, setup_context=_save_for_backward)
+grouped_linear_backward.register_autograd(_grouped_linear_second_grad, setup_context=_save_for_backward)
 
 
 def token_routed_mlp_reference(
@@ -89,9 +97,70 @@ def token_routed_mlp_reference(
 
     Returns: [T, H] in token order.
     """
-    gate, up = grouped_linear(x[order], gate_up_proj, offsets).chunk(2, dim=-1)  # each [T, I], sorted
-    out = grouped_linear(ACTIVATIONS[activation](gate) * up, down_proj, offsets)  # [T, H], sorted
-    return torch.empty_like(out).index_copy(0, order.long(), out)  # [T, H], token order
+    return in_token_order(sorted_mlp_reference(x[order], gate_up_proj, down_proj, offsets, activation), order)
+
+
+def sorted_mlp_reference(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, offsets: Tensor, activation: str
+) -> Tensor:
+    """`token_routed_mlp_reference` of tokens that are in sorted order already: [T, H] -> [T, H]."""
+    gate, up = grouped_linear(x, gate_up_proj, offsets).chunk(2, dim=-1)  # each [T, I]
+    return grouped_linear(ACTIVATIONS[activation](gate) * up, down_proj, offsets)
+
+
+def in_token_order(x: Tensor, order: Tensor) -> Tensor:
+    """Undo `x[order]`; `x` [T, ...], `order` [T]."""
+    return torch.empty_like(x).index_copy(0, order.long(), x)
+
+
+def masked_experts_reference(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, expert_ids: Tensor, activation: str = "silu"
+) -> Tensor:
+    """`token_routed_mlp_reference` by ordinary operations only: every expert sees every token, others' tokens as zeros.
+
+    It costs E times the work, and in return every transform of `torch.func` and forward-mode AD can look into it.
+
+    Args:
+        x: [T, H]. gate_up_proj: [E, 2I, H], gate rows first. down_proj: [E, H, I]. All of one floating dtype.
+        expert_ids: [T]; a token whose id is no expert's gives zeros. activation: one of `ACTIVATIONS`.
+
+    Returns: [T, H].
+    """
+    out = torch.zeros_like(x)
+    for expert in range(down_proj.shape[0]):
+        own = torch.where((expert_ids == expert)[:, None], x, 0)  # every activation gives zero for zero
+        gate, up = F.linear(own, gate_up_proj[expert]).chunk(2, dim=-1)  # each [T, I]
+        out = out + F.linear(ACTIVATIONS[activation](gate) * up, down_proj[expert])
+    return out
+
+
+def inl_dynamics_block_reference(
+    hidden_states: Tensor,
+    velocity: Tensor,
+    mu_residual: Tensor | None,
+    mu: Tensor,
+    mu_proj_weight: Tensor,
+    controller_in_weight: Tensor,
+    controller_in_bias: Tensor,
+    controller_out_weight: Tensor,
+    controller_out_bias: Tensor,
+    dt: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`inl_dynamics_reference` with what comes before it: z = SiLU(W_in [h, v] + b_in) and mu + W_mu h.
+
+    Args:
+        hidden_states, velocity, mu_residual: h, v, R (or None), each [..., H].
+        mu: [H]. mu_proj_weight: [H, H]. controller_in_weight: [C, 2H], columns for h first. controller_in_bias: [C].
+        controller_out_weight: [3H, C]. controller_out_bias: [3H]. dt: step size.
+
+    Returns: (h', v', m, R', mu of this layer), each [..., H].
+    """
+    h_and_v = torch.cat((hidden_states, velocity), dim=-1)
+    controller_hidden = F.silu(F.linear(h_and_v, controller_in_weight, controller_in_bias))  # [..., C]
+    mu = mu + F.linear(hidden_states, mu_proj_weight)
+    controller_out = controller_out_weight, controller_out_bias
+    states = inl_dynamics_reference(hidden_states, velocity, mu_residual, controller_hidden, mu, *controller_out, dt)
+    return *states, mu
 
 
 def inl_dynamics_reference(
@@ -260,15 +329,14 @@ def decode_layer_tail_reference(
     Args:
         attention: heads side by side [T, A D]. x, v, r: residual stream, velocity, highway (or None), each [T, H].
         expert_ids: [T], before mu's say. o_proj: [H, A D]. mu .. controller_out_bias, dt: as in
-        `inl_dynamics_reference` and its projections. norm_weight: [H], with its `eps`. router: [E, H], or None (mu
+        `inl_dynamics_block_reference`. norm_weight: [H], with its `eps`. router: [E, H], or None (mu
         then has no say), with `base_logit`. gate_up_proj: [E, 2I, H]. down_proj: [E, H, I].
 
     Returns: (x'', v', m, R'), each [T, H].
     """
     h = F.linear(attention, o_proj)
-    z = F.silu(F.linear(torch.cat((h, v), dim=-1), controller_in, controller_in_bias))
-    mu = mu + F.linear(h, mu_proj)
-    h, v, m, r = inl_dynamics_reference(h, v, r, z, mu, controller_out, controller_out_bias, dt)
+    weights = mu, mu_proj, controller_in, controller_in_bias, controller_out, controller_out_bias
+    h, v, m, r, mu = inl_dynamics_block_reference(h, v, r, *weights, dt)
     x = x + h
     normed = F.rms_norm(x, norm_weight.shape, norm_weight, eps)
     if router is not None:

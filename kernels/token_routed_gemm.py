@@ -39,7 +39,8 @@ except ImportError:  # the caller names the fallback
     raise
 
 from .kernel_launch import cdiv, device_properties, next_power_of_2, on_its_device, pdl_options, wait
-from .op_registration import custom_op
+from .kernel_reference import in_token_order, sorted_mlp_reference
+from .op_registration import custom_op, differentiable_gradients
 
 ACTIVATIONS = ("silu", "swish", "gelu", "relu")
 DECODE_TOKENS = 2  # H200: 7.5 and 10 us for 1 and 2 tokens; at 4, tensor-core tiles of 16 tokens win (19 against 21 us)
@@ -596,16 +597,33 @@ def _(grad, x_sorted, gate_up, gate_up_proj, down_proj, order, offsets, activati
 def _save_for_backward(ctx, inputs, output):
     _, gate_up_proj, down_proj, order, offsets, ctx.activation, _ = inputs
     ctx.save_for_backward(*output[1:], gate_up_proj, down_proj, order, offsets)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
-def _token_routed_mlp_grad(ctx, grad, _x_sorted, _gate_up):
-    if grad is None:
-        return (None,) * 7
-    needs = ctx.needs_input_grad[:3]
-    grads = token_routed_mlp_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, *needs)
-    return *(value if need else None for value, need in zip(grads, needs)), None, None, None, None
+def _token_routed_mlp_grad(ctx, grad, grad_x_sorted, _gate_up):
+    """`grad_x_sorted` comes only from a second derivative: the first one was taken with respect to x sorted."""
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+    order, grads = saved[4], [None] * 3
+    if grad is not None and torch.is_grad_enabled():
+        grads = _differentiable_token_routed_mlp_grad(grad, *saved, ctx.activation)
+    elif grad is not None:
+        found = token_routed_mlp_backward(grad.contiguous(), *saved, ctx.activation, *needs)
+        grads = [value if need else None for value, need in zip(found, needs)]
+    if grad_x_sorted is not None and needs[0]:
+        grad_x = in_token_order(grad_x_sorted, order)
+        grads[0] = grad_x if grads[0] is None else grads[0] + grad_x
+    return *grads, None, None, None, None
+
+
+def _differentiable_token_routed_mlp_grad(
+    grad, x_sorted, _gate_up, gate_up_proj, down_proj, order, offsets, activation
+):
+    mlp = lambda *tensors: sorted_mlp_reference(*tensors, offsets, activation)  # noqa: E731
+    grads = differentiable_gradients(mlp, (x_sorted, gate_up_proj, down_proj), (grad[order],))
+    if grads[0] is not None:
+        grads[0] = in_token_order(grads[0], order)
+    return grads
 
 
 token_routed_mlp_forward.register_autograd(_token_routed_mlp_grad, setup_context=_save_for_backward)

@@ -1,14 +1,21 @@
 """What the forward and backward pass must do beyond the golden tensors."""
 
 import copy
+import inspect
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, Qwen2Config, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM, ComplexityDeepForSequenceClassification
+from complexity_deep import (
+    ComplexityDeepConfig,
+    ComplexityDeepForCausalLM,
+    ComplexityDeepForSequenceClassification,
+    ComplexityDeepModel,
+)
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.kernels.kernel_reference import routing_plan_reference
 from complexity_deep.routing_complexity_deep import balanced_routing
@@ -452,3 +459,32 @@ def test_bad_inputs():
 def test_a_foreign_config_is_not_taken_for_ours():
     with pytest.raises(ValueError, match="needs a ComplexityDeepConfig, but got a Qwen2Config"):
         ComplexityDeepForCausalLM(Qwen2Config(hidden_size=64, num_attention_heads=4))
+
+
+def test_forward_says_that_it_takes_the_options_of_the_library():
+    """Tools and the library's common tests read the annotation to learn whether attentions can be had."""
+    for model_class in (ComplexityDeepModel, ComplexityDeepForCausalLM):
+        annotation = inspect.signature(model_class.forward).parameters["kwargs"].annotation
+        assert "output_attentions" in annotation.__args__[0].__annotations__
+
+
+def test_the_switch_of_the_sliding_window(tmp_path):
+    """`use_sliding_window=False` means no window in masks, caches and generation, and stays so in a saved folder."""
+    ids = random_ids(1, 9)
+    full, window = tiny_model(), tiny_model(sliding_window=3)
+    off = tiny_model(sliding_window=3, use_sliding_window=False)
+    assert torch.equal(off(ids).logits, full(ids).logits)
+    assert not torch.allclose(window(ids).logits, full(ids).logits)
+    assert {type(layer) for layer in DynamicCache(config=off.config).layers} == {DynamicLayer}
+    assert {type(layer) for layer in DynamicCache(config=window.config).layers} == {DynamicSlidingWindowLayer}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(off.generate(ids, **options), full.generate(ids, **options))
+    off.save_pretrained(tmp_path)
+    loaded = ComplexityDeepForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, full(ids).logits)
+    assert window.config.use_sliding_window and window.config.sliding_window == 3
+    config = ComplexityDeepConfig(sliding_window=3, use_sliding_window=False)
+    assert config.sliding_window is None
+    window.save_pretrained(tmp_path)
+    loaded = ComplexityDeepForCausalLM.from_pretrained(tmp_path, use_sliding_window=False)
+    assert torch.equal(loaded(ids).logits, full(ids).logits)

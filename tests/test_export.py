@@ -1,0 +1,83 @@
+"""What looks at a model without running it: FakeTensor, the meta device, `torch.export` and `torch.compile`."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, export
+from transformers import GenerationConfig
+from transformers.integrations.executorch import convert_and_export_with_cache
+
+from complexity_deep import ComplexityDeepForCausalLM
+from complexity_deep.compatibility_complexity_deep import CACHE_NAME
+from support import random_ids, tiny_config, tiny_model
+
+OPTIONS = ({}, {"use_mu_routing": False, "sliding_window": 4})
+
+
+def train_and_decode(model, ids):
+    """A training step and a cached step; returns the shapes of their logits."""
+    outputs = model(ids, labels=ids)
+    outputs.loss.backward()
+    assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+    prefix = model(ids, use_cache=True)
+    step = model(ids[:, :1], **{CACHE_NAME: prefix[CACHE_NAME]})
+    return [tuple(x.logits.shape) for x in (outputs, step)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_fake_tensors(options):
+    with FakeTensorMode():
+        model = ComplexityDeepForCausalLM(tiny_config(num_hidden_layers=1, **options))
+        ids = torch.randint(3, 257, (2, 6))
+        assert train_and_decode(model, ids) == [(2, 6, 257), (2, 1, 257)]
+        assert model(ids, attention_mask=torch.ones_like(ids)).logits.shape == (2, 6, 257)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_meta_device(options):
+    with torch.device("meta"):
+        model = ComplexityDeepForCausalLM(tiny_config(num_hidden_layers=1, **options))
+        ids = torch.randint(3, 257, (2, 6))
+    assert train_and_decode(model, ids) == [(2, 6, 257), (2, 1, 257)]
+
+
+@pytest.mark.parametrize("options, strict", zip(OPTIONS, (False, True)), ids=str)
+def test_exported_with_dynamic_shapes(options, strict):
+    """Another batch, another length and a left-padded row: logits and loss are the model's."""
+    model, ids = tiny_model(num_hidden_layers=1, **options), random_ids(3, 6)
+    shape = {0: Dim("batch", max=64), 1: Dim("length", min=2, max=128)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+    shapes = {"input_ids": shape, "attention_mask": shape, "labels": shape, "use_cache": None}
+    program = export(model, (), inputs, dynamic_shapes=shapes, strict=strict).module()
+    other = random_ids(5, 9, seed=2)
+    mask = torch.ones_like(other)
+    mask[0, :3] = 0
+    inputs = {"input_ids": other, "attention_mask": mask, "labels": other, "use_cache": False}
+    found, expected = program(**inputs), model(**inputs)
+    kept = mask.bool()
+    torch.testing.assert_close(found.logits[kept], expected.logits[kept])
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_compiled_for_all_lengths():
+    """The first shape and all others."""
+    model = tiny_model(num_hidden_layers=1)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for rows, length in ((2, 5), (3, 9), (4, 17), (5, 33)):
+        ids = random_ids(rows, length)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert counter.frame_count <= 2
+
+
+def test_exported_with_a_static_cache():
+    """The library's own export of a decode step, one token at a time."""
+    model, ids = tiny_model(num_hidden_layers=1), random_ids(1, 4)
+    options = {"batch_size": 1, "max_cache_len": 8, "device": "cpu"}
+    model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", cache_config=options)
+    example = {"example_input_ids": ids[:, :1], "example_cache_position": torch.tensor([0])}
+    step = convert_and_export_with_cache(model, **example).module()
+    found = [step(input_ids=ids[:, i : i + 1], cache_position=torch.tensor([i]))[:, -1] for i in range(4)]
+    torch.testing.assert_close(torch.stack(found, dim=1), model(ids).logits)
