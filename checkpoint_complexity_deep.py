@@ -358,6 +358,8 @@ def published_state_dict(model) -> dict[str, torch.Tensor]:
             ("use_dynamics", True),
             ("use_mu_routing", True),
             ("shared_expert_intermediate_size", 0),
+            ("routing_per_layer", False),
+            ("value_embedding_layers", None),
             ("mu_router_base_logit", 10.0),
             ("qk_norm_eps", 1e-6),
         )

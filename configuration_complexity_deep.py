@@ -106,6 +106,9 @@ class ComplexityDeepConfig(PreTrainedConfig):
         routing (`str`, defaults to `"modulo"`):
             how the `token_to_expert` table of a *new* model is built: `"modulo"` (id mod E, published), `"random"`
             (equal numbers of ids per expert), or `"balanced"` (call `model.balance_routing(token_counts)`).
+        routing_per_layer (`bool`, defaults to `False`):
+            a table of its own for each layer, so that ids which share an expert in one layer part in the next. For
+            `routing` "random" and "balanced": modulo is the same everywhere.
         use_mu_routing (`bool`, defaults to `True`), mu_router_base_logit (`float`, defaults to 10.0):
             let mu override the token's expert: argmax of `base_logit * one_hot(expert) + mu W_router^T`.
         mu_router_gradient (`bool`, defaults to `False`):
@@ -114,6 +117,10 @@ class ComplexityDeepConfig(PreTrainedConfig):
         shared_expert_intermediate_size (`int`, defaults to 0): width of a gated MLP every token passes through, added
             to its expert's output.
         use_mu_guidance (`bool`, defaults to `True`): let mu of the layer below bias keys, queries and values.
+        value_embedding_layers (`list[int]`, *optional*):
+            layers whose values get a vector of the token id added, times `2 sigmoid(W m)` for each key/value head, with
+            m the guidance of the layer below, or the normed hidden state where there is none. New vectors are drawn
+            like other embeddings, and W starts at zero, which makes every gate 1.
         use_dynamics (`bool`, defaults to `True`): INL dynamics on the attention output.
         dynamics_alpha, dynamics_beta, dynamics_gate (`float`, default to 0.9, 0.1, 0.5):
             values that alpha, beta and gate have in a new model.
@@ -146,6 +153,8 @@ class ComplexityDeepConfig(PreTrainedConfig):
         "layers.*.self_attn.mu_to_q": "colwise",
         "layers.*.self_attn.mu_to_k": "colwise",
         "layers.*.self_attn.mu_to_v": "colwise",
+        "layers.*.self_attn.value_embedding": "colwise",
+        "layers.*.self_attn.value_gate": "colwise",
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
@@ -183,11 +192,13 @@ class ComplexityDeepConfig(PreTrainedConfig):
     use_token_routed_mlp: bool = True
     num_experts: int = 4
     routing: str = "modulo"
+    routing_per_layer: bool = False
     use_mu_routing: bool = True
     mu_router_base_logit: float | int = 10.0
     mu_router_gradient: bool = False
     shared_expert_intermediate_size: int = 0
     use_mu_guidance: bool = True
+    value_embedding_layers: list[int] | None = None
     use_dynamics: bool = True
     dynamics_alpha: float | int = 0.9
     dynamics_beta: float | int = 0.1
@@ -210,6 +221,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
         kwargs.pop("_kernels_implementation", None)  # of the machine, not of the model
         self._check_derived(kwargs)
         self._check_names(kwargs)
+        self.value_embedding_layers = self.value_embedding_layers or None  # none and an empty list are the same
         self._check()
         # The library's masks and caches look at `sliding_window` alone.
         self.sliding_window = self.sliding_window if self.use_sliding_window else None
@@ -222,6 +234,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
             ".mlp.down_proj": self.is_routed,
             "_norm": not self.use_qk_norm,
             ".mu_to_": not self.use_mu_guidance or self.num_hidden_layers == 1,  # layer 0 holds them unused
+            ".value_": not self.value_embedding_layers,
         }
         absent = [part for part, is_absent in absent.items() if is_absent]
         plan = type(self).base_model_tp_plan
@@ -286,6 +299,16 @@ class ComplexityDeepConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, but is {self.hidden_act!r}.")
         if self.routing not in ROUTINGS:
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, but is {self.routing!r}.")
+        if self.is_routed and self.routing_per_layer and self.routing == "modulo":
+            raise ValueError(
+                'routing_per_layer needs routing "random" or "balanced": "modulo" gives every layer the same table.'
+            )
+        layers = self.value_embedding_layers or []
+        if len(set(layers)) < len(layers) or not all(0 <= layer < self.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"value_embedding_layers must name layers from 0 to {self.num_hidden_layers - 1}, each once, but is "
+                f"{layers}."
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be None or at least 1, but is {self.sliding_window}.")
         for name, upper in (("dynamics_alpha", 1.0), ("dynamics_gate", 1.0), ("dynamics_beta", 2.0)):

@@ -210,6 +210,25 @@ class RoutingPlan(NamedTuple):
     offsets: Tensor
 
 
+PLANNED_TOGETHER = 4096  # experts of all layers in one sort; its kernels hold a count of each in registers
+
+
+def layer_routing_plans(make_plan: Callable, expert_ids: Tensor, num_experts: int) -> list[RoutingPlan]:
+    """Plans of layers that route differently, expert_ids [L, T], sorted together: layer l has experts l E .. l E + E-1.
+
+    The sort is stable, so that the rows of one layer stand together, and each layer's plan is a part of the whole.
+    """
+    plans, tokens = [], expert_ids.shape[1]
+    for group in expert_ids.split(max(1, PLANNED_TOGETHER // num_experts)):
+        shift = torch.arange(len(group), device=group.device)[:, None] * num_experts
+        order, offsets = make_plan((group + shift).flatten(), len(group) * num_experts)
+        for layer in range(len(group)):
+            first, expert = layer * tokens, layer * num_experts
+            own_offsets = offsets[expert : expert + num_experts + 1] - first
+            plans.append(RoutingPlan(order[first : first + tokens] - first, own_offsets))
+    return plans
+
+
 def _planned_experts_forward(experts, hidden_states, top_k_index, top_k_weights, routing_plan, make_plan, mlp):
     """Run `mlp` with one expert per token, the shape that a token-routed layer always has."""
     dtype, device = experts.gate_up_proj.dtype, hidden_states.device.type
@@ -296,6 +315,8 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mu: Tensor | 
     attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
     experts = getattr(mlp, "experts", None)
     if experts is None or dynamics is None or not hasattr(dynamics, "controller_in") or mlp.shared_expert is not None:
+        return False
+    if attention.value_embedding is not None:
         return False
     own = [attention, dynamics, mlp, experts, layer.input_layernorm, layer.post_attention_layernorm]
     own += [module for module in (mlp.mu_router, attention.q_norm, attention.k_norm) if module is not None]

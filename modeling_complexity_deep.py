@@ -64,9 +64,10 @@ from .implementations_complexity_deep import (
     default_kernels_implementation,
     eager_experts_forward,
     is_transformed,
+    layer_routing_plans,
 )
 from .registration_complexity_deep import register_classes
-from .routing_complexity_deep import balanced_routing, modulo_routing, random_routing
+from .routing_complexity_deep import balanced_routing, new_routing_table
 
 
 @dataclass
@@ -206,6 +207,11 @@ class ComplexityDeepAttention(nn.Module):
                 self.mu_to_v = nn.Linear(hidden, kv, bias=False)
         self.q_norm = ComplexityDeepRMSNorm(self.head_dim, config.qk_norm_eps) if config.use_qk_norm else None
         self.k_norm = ComplexityDeepRMSNorm(self.head_dim, config.qk_norm_eps) if config.use_qk_norm else None
+        self.value_embedding = None
+        if layer_idx in (config.value_embedding_layers or ()):
+            self.value_embedding = nn.Embedding(config.vocab_size, kv)
+            self.value_gate = nn.Linear(hidden, config.num_key_value_heads, bias=False)
+            self.value_gate.starts_at_zero = True  # 2 sigmoid(0) = 1: every gate starts open
 
     def forward(
         self,
@@ -214,12 +220,20 @@ class ComplexityDeepAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         cache: Cache | None = None,
+        token_ids: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         project = KERNELS[self.config._kernels_implementation].qkv
-        heads = project(self, hidden_states, mu, *position_embeddings)
-        attn_output, attn_weights = self.attend(*heads, attention_mask, cache, **kwargs)
+        query, key, value = project(self, hidden_states, mu, *position_embeddings)
+        if self.value_embedding is not None:
+            value = value + self._embedded_values(hidden_states if mu is None else mu, token_ids).to(value.dtype)
+        attn_output, attn_weights = self.attend(query, key, value, attention_mask, cache, **kwargs)
         return self.o_proj(attn_output), attn_weights
+
+    def _embedded_values(self, gated_by: Tensor, token_ids: Tensor) -> Tensor:
+        """What the token ids [B, S] themselves add to the values, [B, S, K, D]: a vector per id and a gate per head."""
+        gate = 2 * torch.sigmoid(self.value_gate(gated_by))  # [B, S, K]
+        return gate[..., None] * self.value_embedding(token_ids).unflatten(-1, (-1, self.head_dim))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, cache=None, **kwargs):
         """query [B, S, A, D], key and value [B, S, K, D] -> (heads side by side [B, S, A * D], attention weights)."""
@@ -353,18 +367,18 @@ class ComplexityDeepMLP(nn.Module):
 
 
 class ComplexityDeepRoutingTable(nn.Module):
-    """The expert that each token id selects: `token_to_expert` [V] int64, one table for all layers.
+    """The expert that each token id selects: `token_to_expert` [V] int64, or [L, V] with a table for each layer.
 
     A module of its own, because accelerate gives a device to modules and parameters, not to buffers beside them.
     """
 
     def __init__(self, config: ComplexityDeepConfig):
         super().__init__()
-        self.register_buffer("token_to_expert", modulo_routing(config.vocab_size, config.num_experts))
+        self.register_buffer("token_to_expert", new_routing_table(config))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [B, S] -> experts [B, S] int64."""
-        return self.token_to_expert[ids]
+        """ids [B, S] -> experts [B, S], or [L, B, S], int64."""
+        return self.token_to_expert[..., ids]
 
 
 class ComplexityDeepTokenRoutedMLP(nn.Module):
@@ -499,12 +513,13 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
         super()._init_weights(module)
         config, std = self.config, self.config.initializer_range
         residual_std = std / math.sqrt(2 * config.num_hidden_layers) if config.scaled_residual_init else std
+        starts_at_zero = getattr(module, "starts_at_zero", False)
         if isinstance(module, ComplexityDeepExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=residual_std)
         elif getattr(module, "writes_residual", False):
             init.normal_(module.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, ComplexityDeepMuRouter):
+        elif isinstance(module, ComplexityDeepMuRouter) or starts_at_zero:
             init.zeros_(module.weight)
         elif isinstance(module, ComplexityDeepFrozenWeights):
             for weight in module.buffers():
@@ -525,17 +540,22 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
                 )
                 init.copy_(module.controller_out.bias, start.repeat_interleave(config.hidden_size))
         elif isinstance(module, ComplexityDeepRoutingTable):
-            make = random_routing if config.routing == "random" else modulo_routing
-            init.copy_(module.token_to_expert, make(config.vocab_size, config.num_experts))
+            init.copy_(module.token_to_expert, new_routing_table(config))
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """Resize the vocabulary, and with it the routing table: old ids keep their expert, new ones get id mod E."""
+        """Resize the vocabulary, and with it value embeddings and routing table.
+
+        Old ids keep their expert. New ones get id mod E, or with `routing_per_layer` a random expert in each layer.
+        """
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         base, config = self.base_model, self.config
+        for attention in (layer.self_attn for layer in base.layers):
+            if attention.value_embedding is not None:
+                attention.value_embedding = self._get_resized_embeddings(attention.value_embedding, config.vocab_size)
         if config.is_routed:
-            table = modulo_routing(config.vocab_size, config.num_experts).to(base.token_to_expert.device)
-            kept = min(len(table), len(base.token_to_expert))
-            table[:kept] = base.token_to_expert[:kept]
+            table = new_routing_table(config, extends=True).to(base.token_to_expert.device)
+            kept = min(table.shape[-1], base.token_to_expert.shape[-1])
+            table[..., :kept] = base.token_to_expert[..., :kept]
             base.token_to_expert = table
         return embeddings
 
@@ -545,19 +565,25 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
         Raises `ValueError` for counts of another length than the vocabulary, or a model without experts.
         """
         table = self.base_model.token_to_expert if self.config.is_routed else None
-        if table is None or len(token_counts) != len(table):
+        if table is None or len(token_counts) != table.shape[-1]:
             raise ValueError(
                 f"balance_routing needs a token-routed model and one count for each of its {self.config.vocab_size} "
                 f"token ids, but got {len(token_counts)} counts."
             )
-        table.copy_(balanced_routing(torch.as_tensor(token_counts), self.config.num_experts))
+        counts, layers = torch.as_tensor(token_counts), self.config.num_hidden_layers
+        if self.config.routing_per_layer:
+            tables = [balanced_routing(counts, self.config.num_experts, seed=layer) for layer in range(layers)]
+            table.copy_(torch.stack(tables))
+        else:
+            table.copy_(balanced_routing(counts, self.config.num_experts))
         self.config.routing = "balanced"
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: `total` in the published layout, `trained`, and `active` for one token.
 
         `total` counts what the published checkpoints hold, also the weights that no gradient reaches; `active` leaves
-        out the experts that a token does not pass through. A tied embedding counts once.
+        out the experts that a token does not pass through and all rows but one of a value embedding. A tied embedding
+        counts once.
         """
         trained = sum(parameter.numel() for parameter in self.parameters())
         frozen = sum(
@@ -572,6 +598,8 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
             for parameter in module.parameters()
         )
         idle = experts - experts // self.config.num_experts
+        value_embeddings = [layer.self_attn.value_embedding for layer in self.base_model.layers]
+        idle += sum(table.weight.numel() - table.embedding_dim for table in value_embeddings if table is not None)
         return {"total": trained + frozen, "trained": trained, "active": trained + frozen - idle}
 
 
@@ -638,8 +666,8 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         nearest = [torch.cdist(part, weight, compute_mode=exact).argmin(dim=-1) for part in rows.split(1024)]
         return torch.cat(nearest).reshape(inputs_embeds.shape[:-1])
 
-    def _expert_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor, routing_ids: Tensor | None) -> Tensor:
-        """Expert of each token [B, S] before mu's say, from `routing_ids`, the token ids or the nearest embedding."""
+    def _token_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor, routing_ids: Tensor | None) -> Tensor:
+        """Ids [B, S] that choose experts and value embeddings: `routing_ids`, `input_ids` or the nearest embedding."""
         if routing_ids is not None:
             if routing_ids.shape != inputs_embeds.shape[:-1]:
                 raise ValueError(
@@ -649,7 +677,21 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
             self._check_ids(routing_ids, "routing_ids")
         else:
             routing_ids = input_ids if input_ids is not None else self.nearest_token_ids(inputs_embeds)
-        return self.routing_table(routing_ids)
+        return routing_ids
+
+    def expert_ids_by_layer(self, token_ids: Tensor) -> list[Tensor]:
+        """Expert of each token before mu's say, [B, S] for each layer, from the token ids [B, S]."""
+        experts, layers = self.routing_table(token_ids), self.config.num_hidden_layers
+        return list(experts[:layers]) if self.config.routing_per_layer else [experts] * layers
+
+    def _routing_plans(self, expert_ids: list[Tensor]) -> list[RoutingPlan | None]:
+        """The plan of each layer, or none where mu has its say first; all are made at once."""
+        make_plan = ROUTING_PLANS.get(self.config._experts_implementation)
+        if make_plan is None or self.config.use_mu_routing or is_transformed():
+            return [None] * len(expert_ids)
+        if self.config.routing_per_layer:
+            return layer_routing_plans(make_plan, torch.stack(expert_ids).flatten(1), self.config.num_experts)
+        return [RoutingPlan(*make_plan(expert_ids[0].flatten(), self.config.num_experts))] * len(expert_ids)
 
     @accepts_both_cache_names
     @merge_with_config_defaults
@@ -670,8 +712,8 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
             input_ids: [B, S] token ids. inputs_embeds: [B, S, H], instead of `input_ids`.
             attention_mask: [B, S], 1 where there is a token. position_ids: [B or 1, S]; positions that restart within
                 a row (and no attention_mask) separate packed documents.
-            routing_ids: [B, S] token ids that choose the experts, instead of `input_ids` or of the embedding rows
-                nearest to `inputs_embeds`.
+            routing_ids: [B, S] token ids that choose the experts and value embeddings, instead of `input_ids` or of the
+                embedding rows nearest to `inputs_embeds`.
 
         `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_ids`, `output_velocities`
         and `output_mus` add the per-layer tensors to the output.
@@ -707,30 +749,33 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
-        expert_ids = routing_plan = None
+        # Early-exit generation lowers num_hidden_layers for a while.
+        layers = self.config.num_hidden_layers
+        value_layers = self.config.value_embedding_layers or ()
+        expert_ids = routing_plans = [None] * layers
+        if self.config.is_routed or value_layers:
+            token_ids = self._token_ids(input_ids, inputs_embeds, routing_ids)
         if self.config.is_routed:
-            expert_ids = self._expert_ids(input_ids, inputs_embeds, routing_ids)
-            make_plan = ROUTING_PLANS.get(self.config._experts_implementation)
-            if make_plan is not None and not self.config.use_mu_routing and not is_transformed():
-                routing_plan = RoutingPlan(*make_plan(expert_ids.flatten(), self.config.num_experts))
+            expert_ids = self.expert_ids_by_layer(token_ids)
+            routing_plans = self._routing_plans(expert_ids)
 
         hidden_states, guidance, mu_residual = inputs_embeds, None, None
         velocity = torch.zeros_like(hidden_states)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        # Sliced, because early-exit generation lowers num_hidden_layers for a while.
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for index, layer in enumerate(self.layers[:layers]):
             hidden_states, velocity, guidance, mu_residual = layer(
                 hidden_states,
                 velocity,
                 guidance,
                 mu_residual,
-                expert_ids=expert_ids,
-                routing_plan=routing_plan,
+                expert_ids=expert_ids[index],
+                routing_plan=routing_plans[index],
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
                 use_cache=use_cache,
                 **{CACHE_NAME: cache},
+                **({"token_ids": token_ids} if index in value_layers else {}),
                 **kwargs,
             )
         return ComplexityDeepModelOutputWithPast(

@@ -41,8 +41,19 @@ def new_model(
     """
     try:
         shape = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{path}' is not a readable JSON model config with a model_type ({error!r}).") from error
+    options = {"routing": routing, "scaled_residual_init": scaled_residual_init}
+    shape.update({name: value for name, value in options.items() if value is not None})
+    return model_of_shape(shape, path, tokenizer, attn_implementation=attn_implementation)
+
+
+def model_of_shape(shape: dict, path: str, tokenizer, **implementations) -> PreTrainedModel:
+    """`new_model` from the fields of a config; `path` is where they come from, for messages."""
+    shape = dict(shape)
+    try:
         model_type = shape.pop("model_type")
-    except (OSError, ValueError, KeyError) as error:
+    except KeyError as error:
         raise InputError(f"'{path}' is not a readable JSON model config with a model_type ({error!r}).") from error
     vocabulary = len(tokenizer)
     shape["vocab_size"] = shape.get("vocab_size") or vocabulary
@@ -53,15 +64,13 @@ def new_model(
         )
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         shape[name] = getattr(tokenizer, name)
-    options = {"routing": routing, "scaled_residual_init": scaled_residual_init}
-    shape.update({name: value for name, value in options.items() if value is not None})
     try:
         config = AutoConfig.for_model(model_type, **shape)
     except ValueError as error:
         raise InputError(f"'{path}' is not a model that can be built: {error}") from error
     if shape.get("routing") and not getattr(config, "is_routed", False):
         raise InputError(f"routing is for token-routed models, and '{path}' is none.")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **implementations)
     if shape.get("scaled_residual_init") and model_type != "complexity-deep":  # which does it by itself
         scale_residual_projections(model)
     return model

@@ -357,6 +357,137 @@ def test_routing_tables():
         modulo.balance_routing(counts[:5])
 
 
+PER_LAYER = {"routing": "random", "routing_per_layer": True, "num_experts": 4}
+
+
+def test_routing_per_layer_is_one_table_for_each_layer(tmp_path):
+    model, ids = tiny_model(use_mu_routing=False, **PER_LAYER), random_ids(2, 9)
+    table = model.model.token_to_expert
+    assert table.shape == (3, 257) and not torch.equal(table[0], table[1])
+    assert torch.equal(table[0], ComplexityDeepForCausalLM(tiny_config(routing="random")).model.token_to_expert)
+    outputs = model(ids, output_expert_ids=True)
+    for layer in range(3):
+        assert torch.equal(outputs.expert_ids[layer], table[layer][ids])
+    # Without plans each layer sorts for itself.
+    model.set_experts_implementation("grouped_mm")
+    close(model(ids).logits, outputs.logits)
+    model.set_experts_implementation("eager")
+    model.save_pretrained(tmp_path)
+    reloaded = ComplexityDeepForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(reloaded.model.token_to_expert, table)
+    close(reloaded(ids).logits, outputs.logits)
+    model.resize_token_embeddings(300)
+    assert torch.equal(model.model.token_to_expert[:, :257], table)
+    assert not torch.equal(*model.model.token_to_expert[:2, 257:])
+    close(model(ids).logits[..., :257], outputs.logits)
+
+
+def test_mu_routing_overrides_each_layer_s_own_table():
+    model, ids = tiny_model(use_mu_routing=True, **PER_LAYER), random_ids(2, 9)
+    outputs = model(ids, output_expert_ids=True, output_router_logits=True)
+    for layer in range(3):
+        assert torch.equal(outputs.expert_ids[layer], outputs.router_logits[layer].argmax(-1).view(2, 9))
+        assert not torch.equal(outputs.expert_ids[layer], model.model.token_to_expert[layer][ids])
+
+
+def test_balanced_routing_per_layer_is_balanced_and_differs():
+    model = ComplexityDeepForCausalLM(tiny_config(**{**PER_LAYER, "routing": "balanced"}))
+    counts = (1e6 / (torch.arange(257) + 10.0)).long()
+    model.balance_routing(counts)
+    first, second, _ = model.model.token_to_expert
+    assert not torch.equal(first, second)
+    for table in (first, second):
+        loads = torch.zeros(4).index_add_(0, table, counts.float())
+        assert loads.max() / loads.mean() < 1.01
+    with pytest.raises(ValueError, match="one count for each of its 257"):
+        model.balance_routing(counts[:5])
+
+
+def test_routing_per_layer_refuses_modulo():
+    with pytest.raises(ValueError, match='routing_per_layer needs routing "random" or "balanced"'):
+        ComplexityDeepConfig(routing_per_layer=True)
+
+
+VALUES = [{"value_embedding_layers": [0, 1]}, {"value_embedding_layers": [1], **PER_LAYER}]
+DENSE = {"use_token_routed_mlp": False, "use_mu_guidance": False, "use_dynamics": False}
+
+
+@pytest.mark.parametrize("options", [*VALUES, {"value_embedding_layers": [1], **DENSE}])
+def test_value_embeddings_are_added_to_the_values(options):
+    model, ids = tiny_model(**options), random_ids(2, 9)
+    plain = tiny_model(**{**options, "value_embedding_layers": []})
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".value_" not in name})
+    recorded = {}
+    for module, name in ((model.model.layers[1].self_attn, "with"), (plain.model.layers[1].self_attn, "without")):
+
+        def record(query, key, value, *args, name=name, attend=module.attend, **kwargs):
+            recorded[name] = value
+            return attend(query, key, value, *args, **kwargs)
+
+        module.attend = record
+    for other in (model, plain):
+        other.model.layers[0].self_attn.value_embedding = None  # so that layer 1 sees the same input in both
+    mus = []
+    model.model.layers[1].self_attn.register_forward_pre_hook(lambda module, inputs: mus.extend(inputs))
+    model(ids), plain(ids)
+    attention = model.model.layers[1].self_attn
+    normed, mu = mus
+    gate = 2 * torch.sigmoid((normed if mu is None else mu) @ attention.value_gate.weight.T)  # [B, S, K]
+    assert (mu is None) == ("use_mu_guidance" in options)
+    added = attention.value_embedding.weight[ids].view(2, 9, 2, -1) * gate[..., None]
+    close(recorded["with"] - recorded["without"], added)
+
+
+def test_new_value_gates_are_one():
+    torch.manual_seed(0)
+    model = ComplexityDeepForCausalLM(tiny_config(value_embedding_layers=[1]))
+    attention = model.model.layers[1].self_attn
+    assert not attention.value_gate.weight.any()
+    assert attention.value_embedding.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.05)
+    model(random_ids(1, 9), labels=random_ids(1, 9)).loss.backward()
+    assert attention.value_embedding.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("options", VALUES)
+def test_value_embeddings_in_generation_embeddings_checkpointing_and_files(options, tmp_path):
+    model, ids = tiny_model(std=0.1, **options), random_ids(2, 9)
+    logits = model(ids).logits
+    close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, logits)
+    assert not torch.allclose(model(ids, routing_ids=random_ids(2, 9, seed=5)).logits, logits, atol=1e-3)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    close(model(ids[:, 5:], past_key_values=cache, use_cache=True).logits, logits[:, 5:])
+    tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
+    close(model(tokens).logits[:, -2].argmax(-1), tokens[:, -1])
+    model.save_pretrained(tmp_path)
+    close(ComplexityDeepForCausalLM.from_pretrained(tmp_path)(ids).logits, logits)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, gradients[name])
+    model.eval().resize_token_embeddings(300)
+    close(model(ids).logits[..., :257], logits)
+    model(torch.tensor([[299, 4]]))
+
+
+def test_value_embedding_layers_must_exist():
+    for layers in ([3], [-1], [1, 1]):
+        with pytest.raises(ValueError, match="value_embedding_layers must name layers from 0 to 2, each once"):
+            ComplexityDeepConfig(num_hidden_layers=3, value_embedding_layers=layers)
+
+
+def test_parameter_counts_of_value_embeddings():
+    plain = ComplexityDeepForCausalLM(tiny_config()).parameter_counts()
+    model = ComplexityDeepForCausalLM(tiny_config(value_embedding_layers=[1]))
+    attention, counts = model.model.layers[1].self_attn, model.parameter_counts()
+    width, gate = attention.value_embedding.embedding_dim, attention.value_gate.weight.numel()
+    assert counts["total"] - plain["total"] == 257 * width + gate
+    assert counts["active"] - plain["active"] == width + gate
+
+
 def test_parameter_counts_of_the_published_shape():
     with torch.device("meta"):
         config = ComplexityDeepConfig.from_pretrained("configs/1.5b.json")
