@@ -224,9 +224,8 @@ def held_out_log(folder: Path) -> list[dict]:
 
 def test_the_result_is_ready_for_the_hub(uninterrupted):
     folder, output = uninterrupted
-    shown = [
-        line.split("held-out perplexity ")[1].replace(",", "") for line in output.splitlines() if "held-out" in line
-    ]
+    lines = [line for line in output.splitlines() if "held-out perplexity" in line]
+    shown = [line.split("perplexity ")[1].replace(",", "") for line in lines]
     perplexities = [float(line.split(" ± ")[0]) for line in shown]
     entries = held_out_log(folder)
     assert perplexities[-1] == pytest.approx(math.exp(entries[-1]["eval_nll_per_token"]), abs=0.006)
