@@ -31,7 +31,7 @@ def test_no_script_edits_the_path():
 def test_every_command_ends_alike(path):
     """By `run_script`, and its parser is one that prints a single sentence."""
     main = path.read_text().split('if __name__ == "__main__":')[1]
-    assert "run_script(main, " in main and "try:" not in main
+    assert "run_script(" in main and "try:" not in main
     assert "argparse.ArgumentParser(" not in path.read_text() and "TrlParser(" not in path.read_text()
 
 
