@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-versions lint clean
+.PHONY: demo test test-floor test-versions bench lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,9 +25,12 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/pretrain.py --config recipes/demo.yaml
 	$(BIN)/python scripts/generate.py runs/demo/model "The built-in function" --max-new-tokens 60
 
-test: $(VENV)/.installed .venv-floor/.installed
+test: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(MAKE) test-floor
+
+test-floor: .venv-floor/.installed
 	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -q -n 2 --dist loadfile $(FLOOR_TESTS)
 
 FLOOR_TESTS := tests/test_golden.py tests/test_modeling.py tests/test_generation.py tests/test_checkpoints.py \
@@ -49,6 +52,11 @@ $(OTHER)/.installed:
 
 test-versions: $(OTHER)/.installed
 	$(OTHER)/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+
+# Adds rows to benchmarks/results.csv: the small shape beside its peers, on whatever device there is.
+bench: $(VENV)/.installed
+	$(BIN)/python scripts/benchmark.py generate --model-config configs/30m.json
+	$(BIN)/python scripts/benchmark.py train --model-config configs/30m.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

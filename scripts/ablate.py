@@ -1,6 +1,6 @@
 """Train variants of the architecture and their controls on the same tokens in the same order, and report.
 
-    python scripts/ablate.py prepare --tokenizer runs/tokenizer --sources 'edu/train-*.parquet' 'more/train-*.parquet' \\
+    python scripts/ablate.py prepare --tokenizer runs/tokenizer --sources 'edu/train-*.parquet' 'more/*.parquet' \\
         --source-weights 0.25 0.75 --tokens 1.06e8 --held-out-edu edu/validation.parquet --held-out-books books.parquet
     python scripts/ablate.py run --plan recipes/evidence/headline.yaml --runs-per-gpu 2
     python scripts/ablate.py run --plan recipes/evidence/headline.yaml --only shared_64 --seeds 0
@@ -27,6 +27,7 @@ from collections import deque
 from pathlib import Path
 
 import yaml
+from command_line import ArgumentParser, InputError, run_script
 
 SCRIPTS = Path(__file__).resolve().parent
 FIELDS = (
@@ -40,7 +41,7 @@ DONE = ("ok", "diverged")
 TIMED_OUT = 3
 
 
-class PlanError(ValueError):
+class PlanError(InputError):
     """A plan that cannot be run; the message is one sentence for the person who gave it."""
 
 
@@ -296,7 +297,7 @@ def write_report(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="tokenize the text into token files")
     prepare.add_argument("--tokenizer", required=True, help="folder written by train_tokenizer.py")
@@ -330,7 +331,4 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    try:
-        {"prepare": prepare_data, "run": run_plans, "report": write_report}[arguments.command](arguments)
-    except ValueError as error:  # PlanError and the InputError of the data
-        sys.exit(f"ablate.py: error: {error}")
+    run_script({"prepare": prepare_data, "run": run_plans, "report": write_report}[arguments.command], arguments)

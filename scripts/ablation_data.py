@@ -5,7 +5,7 @@
     data.json          what the files were made of, their SHA-256 and the `id` that every result carries
     tokenizer/         the tokenizer that made them
 
-A row is `row_length` tokens from a multiple of it on. Nothing else is stored: where documents begin is read off the EOS.
+A row is `row_length` tokens from a multiple of it on. Nothing else is stored: where documents begin is read off EOS.
 """
 
 import hashlib
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import InputError
 from new_model import load_tokenizer
 from packed_dataset import TOKENIZED_TOGETHER, tokenize
-from text_sources import InputError, load_sources, read_blocks
+from text_sources import load_sources, read_blocks
 from torch import Tensor
 from tqdm.auto import tqdm
 from train_tokenizer import save_atomically

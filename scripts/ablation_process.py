@@ -14,7 +14,7 @@ def train_in_child(run: dict, gpu: str, threads: int, log: str, connection, **op
         try:
             import torch
             from ablation_run import train
-            from benchmark import provenance
+            from provenance import provenance
 
             torch.set_num_threads(threads)
             result = train(run, **options)

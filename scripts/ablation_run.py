@@ -12,9 +12,9 @@ import time
 import torch
 from ablation_data import TrainingBatches, batch_of, token_counts, token_rows
 from chunked_loss import use_chunked_loss
+from model_flops import active_parameters, total_parameters
 from new_model import load_tokenizer, model_of_shape
 from torch import Tensor
-from training_report import active_parameters, total_parameters
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter, load_balancing_loss_func

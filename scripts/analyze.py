@@ -32,8 +32,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from architecture_monitors import VELOCITY_LIMIT
+from command_line import ArgumentParser, InputError, check_output_folder, run_script
 from packed_dataset import PackedCollator, pack, tokenize
-from text_sources import InputError, load_sources, read_documents
+from text_sources import load_sources, read_documents
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, logging
@@ -66,7 +67,7 @@ TOKEN_CLASSES = ("word start", "continuation", "digits", "punctuation", "whitesp
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", help="Hub id or folder, also in a published layout")
     parser.add_argument("--text", nargs="+", required=True, help="file patterns, Hub datasets or 'embedded'")
     parser.add_argument("--text-column", default="text", help="column that holds the text")
@@ -524,8 +525,7 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
     is_folder = Path(args.model).is_dir()
     output_dir = Path(args.output_dir or Path(args.model if is_folder else Path(args.model).name, "analysis"))
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output-dir {output_dir} is a file; name a folder.")
+    check_output_folder(output_dir)
     analysis, drawn = analyse(args)
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".writing-") as folder:
@@ -543,7 +543,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    run_script(main, parse_args())

@@ -12,8 +12,8 @@ import shutil
 import zlib
 from pathlib import Path
 
+from command_line import InputError
 from safetensors import SafetensorError
-from text_sources import InputError
 from torch.distributed.checkpoint import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -116,6 +116,9 @@ class AtomicCheckpointMixin:
                 f"{f'{last.name} is intact' if last else 'there is no earlier one'}. "
                 "Make room and give the same command again."
             ) from error
+        except KeyboardInterrupt:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         finally:
             self.args.save_total_limit, self.args.push_to_hub = limit, push
             self._checkpoint_root = None

@@ -11,11 +11,9 @@ and writes a chart beside it. The kernel tests run first on a CUDA device: no fi
 
 import argparse
 import csv
-import datetime
 import functools
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from command_line import ArgumentParser, InputError, check_output_folder, one_line, run_script
+from model_flops import flops_per_token
+from provenance import REPOSITORY, provenance
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, StaticCache
 
@@ -31,7 +32,6 @@ import complexity_deep  # noqa: F401 (registers the architecture)
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import record
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 FIELDS = (
     "benchmark", "case", "variant", "median_ms", "p20_ms", "p80_ms", "tokens_per_s", "tflops", "percent_of_matmul",
     "gb_per_s", "percent_of_copy", "peak_gib", "device", "torch", "transformers", "triton", "commit", "date",
@@ -39,7 +39,7 @@ FIELDS = (
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("benchmark", choices=("kernels", "train", "generate"), help="what to measure")
     parser.add_argument("--model-config", default=str(REPOSITORY / "configs/30m.json"), help="shape of every model")
     parser.add_argument("--batch-size", type=int, default=1, help="rows per step")
@@ -61,7 +61,12 @@ def parse_args() -> argparse.Namespace:
 
 def peers(model_config: str, only: str | None) -> dict[str, transformers.PreTrainedConfig]:
     """This model and its peers of the same shape."""
-    ours = AutoConfig.from_pretrained(model_config)
+    try:
+        ours = AutoConfig.from_pretrained(model_config)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model-config '{model_config}' is no config that loads: {one_line(error)}") from error
+    if ours.model_type != "complexity-deep":
+        raise InputError(f"--model-config '{model_config}' is of '{ours.model_type}'; its peers are built from ours.")
     names = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings "
     names += "tie_word_embeddings pad_token_id bos_token_id eos_token_id"
     shape = {name: getattr(ours, name) for name in names.split()}
@@ -128,18 +133,6 @@ def build(config, device: str, attn_implementation: str, dtype: torch.dtype | No
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-
-
-def flops_per_token(model, sequence_length: int) -> float:
-    """Training FLOPs: 6 per active parameter, and causal attention at half the square."""
-    config = model.config
-    if hasattr(model, "parameter_counts"):
-        active = model.parameter_counts()["active"]
-    else:
-        active = sum(p.numel() for p in model.parameters())
-        experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-        active -= experts - experts // getattr(config, "num_experts", 1)
-    return 6 * active + 6 * config.num_hidden_layers * sequence_length * config.hidden_size
 
 
 def benchmark_train(args) -> list[dict]:
@@ -256,7 +249,7 @@ def graph_replays(model, ids: torch.Tensor, args) -> list[float]:
 
 def benchmark_kernels(args) -> list[dict]:
     if not args.device.startswith("cuda"):
-        sys.exit("benchmark.py kernels needs a CUDA device.")
+        raise InputError("The kernels need a CUDA device.")
     from kernel_cases_decode import decode_attention_rows, decode_layer_rows
     from kernel_cases_dynamics import dynamics_decode_rows, dynamics_rows, qkv_decode_rows, qkv_rows
     from kernel_cases_experts import cggr_rows
@@ -283,23 +276,6 @@ def benchmark_kernels(args) -> list[dict]:
         )
         for entry in measured
     ]
-
-
-def provenance() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
-    try:
-        import triton
-    except ImportError:
-        triton = None
-    return {
-        "device": f"{device}" if torch.cuda.is_available() else f"{device}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "triton": triton.__version__ if triton else "",
-        "commit": commit.stdout.strip() or "none",
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def report(rows: list[dict], args, matmul: float, copy: float) -> None:
@@ -363,16 +339,33 @@ def chart(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def check_results(directory: Path) -> None:
+    """Raise `InputError` where results could not be added to those of `directory`."""
+    check_output_folder(directory)
+    path = directory / "results.csv"
+    if path.exists():
+        try:
+            header = path.open(encoding="utf-8").readline().strip()
+        except (OSError, ValueError) as error:
+            raise InputError(f"'{path}' cannot be read ({error}): name another --output-dir.") from error
+        if header != ",".join(FIELDS):
+            raise InputError(f"'{path}' is no table of this script's results: name another --output-dir.")
+
+
 def main(args: argparse.Namespace) -> None:
+    check_results(Path(args.output_dir))
+    for name in ("batch_size", "sequence_length", "new_tokens", "repeats"):
+        if getattr(args, name) < 1 + (name == "new_tokens"):
+            raise InputError(f"--{name.replace('_', '-')} is too small: {getattr(args, name)}.")
     if args.device.startswith("cuda") and not args.skip_tests:
         names = ("token_routed_gemm", "fused_dynamics", "mu_guided_qkv", "decode_attention", "decode_layer")
         tests = [str(REPOSITORY / f"tests/test_{name}.py") for name in names]
         if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=REPOSITORY).returncode:
             sys.exit("The kernel tests fail: no figure is reported.")
-    run = {"kernels": benchmark_kernels, "train": benchmark_train, "generate": benchmark_generate}[args.benchmark]
+    measure = {"kernels": benchmark_kernels, "train": benchmark_train, "generate": benchmark_generate}[args.benchmark]
     matmul, copy = ceilings(args.device)
-    report(run(args), args, matmul, copy)
+    report(measure(args), args, matmul, copy)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

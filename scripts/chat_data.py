@@ -9,11 +9,16 @@ prints the first conversation of each source. A source is one of
 
 and its format is known by its columns, see FORMATS: chat messages, prompt and completion, Dolly, Alpaca, or one of the
 multiple-choice sets, whose rows become a question with lettered choices and an answer such as "B. the Moon".
+
+A chat message may have more than its role and content: tool_calls, reasoning_content, name, tool_call_id, or what else
+the chat template renders. So may a row: tools, a list of JSON schemas. Either may be a JSON string. What the template
+does not render is refused, for the model would learn from less than the conversation.
 """
 
-import argparse
+import copy
 import glob
 import hashlib
+import json
 import os
 import re
 import string
@@ -21,8 +26,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+from chat_messages import MESSAGE_KEYS, check_turns, from_json, looked_up, without_fill
+from command_line import ArgumentParser, InputError, run_script
 from jinja2 import TemplateError
-from text_sources import BUILDERS, InputError, is_held_out
+from text_sources import BUILDERS, is_held_out
 from trl.chat_template_utils import get_training_chat_template
 
 # What a row becomes: the turns given to the model, and those from which it learns what the assistant says.
@@ -35,7 +42,7 @@ def exchange(question: str, answer: str) -> list[dict]:
 
 def multiple_choice(question: str, choices: list[str], answer: int) -> Turns:
     if not 0 <= answer < len(choices):
-        raise ValueError(f"its answer is number {answer} of {len(choices)} choices; test splits have no answers")
+        raise InputError(f"its answer is number {answer} of {len(choices)} choices; test splits have no answers")
     lettered = [f"{letter}. {choice.strip()}" for letter, choice in zip(string.ascii_uppercase, choices)]
     return [], exchange("\n".join([question.strip(), *lettered]), lettered[answer])
 
@@ -74,6 +81,9 @@ def from_winogrande(row: dict) -> Turns:
     return multiple_choice(question, [row["option1"], row["option2"]], int(row["answer"] or 0) - 1)
 
 
+CHAT_FORMATS = ("chat", "prompt and completion")  # whose messages, and tools, are for the template
+# Columns that belong to a conversation, unlike ids, sources and scores of it.
+ROW_KEYS = ("tools", "documents", "functions", "chat_template_kwargs")
 # Name -> the columns by which a format is known, and what makes turns of a row; the first that fits is taken.
 FORMATS: dict[str, tuple[set[str], Callable[[dict], Turns]]] = {
     "chat": ({"messages"}, lambda row: ([], row["messages"])),
@@ -85,6 +95,14 @@ FORMATS: dict[str, tuple[set[str], Callable[[dict], Turns]]] = {
     "Alpaca": (
         {"instruction", "input", "output"},
         lambda row: from_instruction(row["instruction"], row["input"], row["output"]),
+    ),
+    "instruction and output": (
+        {"instruction", "output"},
+        lambda row: from_instruction(row["instruction"], None, row["output"]),
+    ),
+    "instruction and response": (
+        {"instruction", "response"},
+        lambda row: from_instruction(row["instruction"], None, row["response"]),
     ),
     "MMLU": (
         {"question", "choices", "answer"},
@@ -136,21 +154,17 @@ def format_of(rows: datasets.Dataset, source: str) -> str:
     )
 
 
-def check_turns(given: list[dict], learned: list[dict]) -> list[dict]:
-    """All messages with nothing but role and content, stripped; ValueError if they are no conversation."""
-    messages = [
-        # Stripped, because white space at an edge would melt into one token with the newline of the template.
-        {"role": message["role"], "content": message["content"].strip()}
-        for message in [*given, *learned]
-    ]
-    roles = [message["role"] for message in messages if message["role"] != "system"]
-    if not roles:
-        raise ValueError("it has no messages")
-    if roles[0] != "user":
-        raise ValueError(f"it starts with the {roles[0]}; a conversation starts with the user, or a system message")
-    if all(message["role"] != "assistant" for message in learned):
-        raise ValueError("there is nothing to learn in it, for the assistant says nothing")
-    return messages
+def turns_of(row: dict, format_name: str) -> tuple[list[dict], list[dict]]:
+    """`FORMATS[format_name]` on a row, with ValueError for values that are missing or of another type."""
+    columns, make_turns = FORMATS[format_name]
+    try:
+        return make_turns(row)
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"a value of {', '.join(sorted(columns))} is missing, or not what this format has there"
+        ) from error
 
 
 class ChatEncoder:
@@ -184,31 +198,62 @@ class ChatEncoder:
                 "would never learn to stop: move {% endgeneration %} behind it."
             )
         self.end_of_turn_id: int = learned[-1]
+        self.message_keys, self.variables = looked_up(tokenizer.get_chat_template(self.template))
 
-    def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+    def render(self, messages: list[dict], **variables) -> tuple[list[int], list[int]]:
         rendered = self.tokenizer.apply_chat_template(
             messages,
             chat_template=self.template,
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"verbose": False},  # not a warning for each long one
+            **variables,
         )
         return rendered["input_ids"], rendered["assistant_masks"]
 
-    def __call__(self, row: dict, index: int, source: str, format_name: str) -> dict:
+    def variables_of(self, row: dict) -> dict:
+        """What a row has for the template beside its messages; ValueError for what the template does not take."""
+        found = {key: row[key] for key in row if key in {*ROW_KEYS, *self.variables}}
+        if "tools" in found:
+            found["tools"] = from_json(found["tools"], "tools")
+        found.update(found.pop("chat_template_kwargs", None) or {})
+        found = {key: value for key, value in found.items() if value not in (None, [], {}, "")}
+        if unused := [key for key in found if key not in self.variables]:
+            raise ValueError(f"the chat template does not render its {unused[0]}; give a template that does")
+        return found
+
+    def check_rendered(self, messages: list[dict], variables: dict) -> None:
+        """ValueError where the template leaves out a key of a message."""
+        for number, message in enumerate(messages):
+            for key in message.keys() - {*MESSAGE_KEYS, *self.message_keys}:
+                # A template may also render messages whole, without looking up their keys.
+                without = copy.deepcopy(messages)
+                del without[number][key]
+                if self.render(without, **variables) == self.render(messages, **variables):
+                    raise ValueError(
+                        f"the chat template does not render the {key} of its message {number}; give a template that "
+                        "does, or remove it"
+                    )
+
+    def __call__(self, row: dict, index: int, source: str, format_name: str, features: dict | None = None) -> dict:
+        row = {key: without_fill(value, (features or {}).get(key)) for key, value in row.items()}
         try:
-            given, learned = FORMATS[format_name][1](row)
+            given, learned = turns_of(row, format_name)
             messages = check_turns(given, learned)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            what = (
-                error if isinstance(error, ValueError) else f"a value in it is missing or of the wrong type ({error})"
-            )
-            raise InputError(f"Row {index} of '{source}' is no conversation ({format_name} format): {what}.") from error
-        ids, mask = self.render(messages)
-        if given:  # what the assistant said in the prompt is not learned
-            start = len(self.render(messages[: len(given)])[0])
-            mask = [0] * start + mask[start:]
-        return {"messages": messages, "input_ids": ids, "assistant_masks": mask, "length": len(ids)}
+            variables = self.variables_of(row) if format_name in CHAT_FORMATS else {}
+            self.check_rendered(messages, variables)
+            ids, mask = self.render(messages, **variables)
+            # What the assistant said in the prompt is not learned.
+            start = len(self.render(messages[: len(given)], **variables)[0]) if given else 0
+        except (TemplateError, TypeError) as error:  # the latter of an operation inside the template
+            raise InputError(f"The chat template cannot render row {index} of '{source}': {error}") from error
+        except ValueError as error:
+            raise InputError(
+                f"Row {index} of '{source}' is no conversation ({format_name} format): {error}."
+            ) from error
+        mask = [0] * start + mask[start:]
+        texts = [{key: message[key] for key in MESSAGE_KEYS} for message in messages]
+        return {"messages": texts, "input_ids": ids, "assistant_masks": mask, "length": len(ids)}
 
 
 def load_conversations(
@@ -220,7 +265,7 @@ def load_conversations(
     rows = rows.map(
         encoder,
         with_indices=True,
-        fn_kwargs={"source": source, "format_name": record["format"]},
+        fn_kwargs={"source": source, "format_name": record["format"], "features": dict(rows.features)},
         remove_columns=rows.column_names,
         features=datasets.Features(
             {
@@ -279,14 +324,16 @@ def main(sources: list[str]) -> None:
         rows, record = load_source(source)
         name = format_of(rows, source)
         print(f"# {source}: {len(rows):,} rows of {record['split']}, {name} format")
-        for message in check_turns(*FORMATS[name][1](rows[0])):
-            print(f"{message['role']}: {message['content']}")
+        try:
+            messages = check_turns(*turns_of(rows[0], name))
+        except ValueError as error:
+            raise InputError(f"Row 0 of '{source}' is no conversation ({name} format): {error}.") from error
+        for message in messages:
+            calls = "".join(f" {json.dumps(call)}" for call in message.get("tool_calls", []))
+            print(f"{message['role']}: {message['content']}{calls}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="+", help="one or more sources, as above")
-    try:
-        main(parser.parse_args().sources)
-    except InputError as error:
-        parser.error(str(error))
+    run_script(main, parser.parse_args().sources)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MethodType
 
 import torch
-from text_sources import InputError
+from command_line import InputError
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
@@ -99,6 +99,11 @@ def use_chunked_loss(model: PreTrainedModel, z_loss: float = 0.0) -> None:
         reason = f"has {changed[0]}" if changed else "has a head that is not a linear layer without bias"
         raise InputError(
             f"{model.config.model_type} {reason}, which the chunked loss has not: set chunked_loss to false."
+        )
+    if getattr(text_config, "output_router_logits", False) and getattr(text_config, "router_aux_loss_coef", 0):
+        raise InputError(
+            f"{model.config.model_type} adds its router's loss to that of its labels (output_router_logits), which the "
+            "chunked loss would leave out: set chunked_loss to false."
         )
     plain_model, plain_head = model.forward, head.forward
 

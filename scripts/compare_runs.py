@@ -7,11 +7,11 @@ Writes OUTPUT.md and OUTPUT.png from the training_summary.json and trainer_state
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
-from text_sources import InputError
+from command_line import ArgumentParser, InputError, check_output_folder, run_script
+from perplexity_metric import with_error
 
 matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import pyplot
@@ -21,7 +21,7 @@ COMMON = ("text", "tokens", "rows_per_step", "row_length", "device", "torch", "t
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of the runs")
     parser.add_argument("--output", required=True, type=Path, help="where to write, without a suffix")
     return parser.parse_args()
@@ -47,8 +47,8 @@ def table(runs: list[dict]) -> str:
     add("model", lambda run: run["model_type"])
     add("parameters", lambda run: f"{run['parameters']:,}")
     add("active per token", lambda run: f"{run['active_parameters']:,}")
-    add("held-out loss, nats per token", lambda run: f"{run['last']['loss']:.4f}")
-    add("held-out perplexity", lambda run: f"{run['last']['perplexity']:.2f}")
+    add("held-out loss, nats per token", lambda run: with_error(run["last"], "loss", 4))
+    add("held-out perplexity", lambda run: with_error(run["last"], "perplexity", 2))
     add("tokens per second (median)", lambda run: f"{run['tokens_per_second']:,.0f}")
     add("MFU", lambda run: f"{run['mfu']:.1%}" if "mfu" in run else "")
     add("waiting for data", lambda run: f"{run['data_wait_share']:.1%}" if "data_wait_share" in run else "")
@@ -84,11 +84,12 @@ def draw(runs: list[dict], path: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_output_folder(args.output.parent, "--output in the folder")
+    for suffix in ("png", "md"):
+        if (file := args.output.with_name(f"{args.output.name}.{suffix}")).is_dir():
+            raise InputError(f"--output '{args.output}' cannot be written, for '{file}' is a folder: name another.")
     runs = [read(run) for run in args.runs]
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output '{args.output}' cannot be written: {error}.") from error
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     # Not with_suffix, which would take the .5b of runs/1.5b for one.
     draw(runs, args.output.with_name(f"{args.output.name}.png"))
     text = f"# {args.output.name}\n\n{table(runs)}\n\n![held-out loss]({args.output.name}.png)\n"
@@ -97,7 +98,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    run_script(main, parse_args())

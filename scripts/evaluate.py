@@ -24,31 +24,27 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-# A script's folder comes first on the path, and this file would hide the library `evaluate`: last, then.
-FOLDER = Path(__file__).resolve().parent
-sys.path.sort(key=lambda entry: Path(entry).resolve() == FOLDER)
-
 try:
     import datasets
     import lm_eval
 except ImportError as error:
     sys.exit(f"A package is missing ({error}): run `pip install -e .[eval]` in the repository first.")
-import matplotlib  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from evaluation_data import HELD_OUT_DOCUMENTS, TASKS, StagedTasks, stage  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
-from perplexity_metric import load_metric  # noqa: E402
-from text_sources import InputError  # noqa: E402
-from tqdm.auto import tqdm  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import matplotlib
+import torch
+import transformers
+from command_line import ArgumentParser, InputError, check_output_folder, run_script
+from evaluation_data import HELD_OUT_DOCUMENTS, TASKS, StagedTasks, stage
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from perplexity_metric import perplexity_scores, with_error
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 with contextlib.suppress(ImportError):
     import complexity_deep  # noqa: F401  (for published folders, which bring no code of their own)
 
 matplotlib.use("Agg")  # no display is needed to write a file
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 # Task -> how sft_data.json may call its data.
 TRAINING_DATA = {
@@ -91,6 +87,11 @@ class HarnessModel(HFLM):
         self.prompts += sum(text is not None for text, _, _ in requests)
         self.cut_prompts += sum(len(prompt) + len(answer) > self.max_length + 1 for _, prompt, answer in requests)
         return super()._loglikelihood_tokens(requests, **kwargs)
+
+
+def say(what: str) -> None:
+    """Progress for a person, beside the results."""
+    print(f"{what} ...", file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:
@@ -181,9 +182,10 @@ def perplexity_row(samples: list[dict], model: HarnessModel) -> dict:
     # lm-eval counts the bytes and words of WikiText before it is detokenized, and so do we.
     size = sum(sample["bits_per_byte"][1] for sample in samples)
     words = sum(sample["word_perplexity"][1] for sample in samples)
-    scores = load_metric().compute(nll=nll, tokens=tokens, total_bytes=size)
+    scores = perplexity_scores(nll, tokens, size)
     return {
         **scores,
+        "perplexity_stderr": scores["stderr"] and scores["stderr"] * scores["perplexity"],
         "word_perplexity": math.exp(sum(nll) / words),
         "random": math.log(model.config.get_text_config().vocab_size),  # nats per token of a uniform guess
         "tokens": sum(tokens),
@@ -196,6 +198,7 @@ def perplexity_row(samples: list[dict], model: HarnessModel) -> dict:
 
 def evaluate(model: HarnessModel, staged: StagedTasks, records: list[dict], args: argparse.Namespace) -> dict:
     """The contents of evaluation.json."""
+    say(f"making the prompts of {len(staged.loaded['tasks'])} tasks")
     results = lm_eval.evaluate(model, staged.loaded, limit=args.limit)
     for task, samples in results["samples"].items():
         answers = [answer for sample in samples for answer in sample["filtered_resps"]]
@@ -205,7 +208,8 @@ def evaluate(model: HarnessModel, staged: StagedTasks, records: list[dict], args
 
     def described(row: dict, task: str) -> dict:
         notes = filter(None, [staged.notes.get(task), contamination(task, records), limit])
-        hub_dataset = staged.hub_datasets[task]
+        # Data that differs from the Hub's gives scores that are not of the Hub's dataset.
+        hub_dataset = None if staged.notes.get(task) else staged.hub_datasets[task]
         dataset = staged.files[task].name if task in staged.files else hub_dataset
         return {**row, "dataset": dataset, "hub_dataset": hub_dataset, "note": "; ".join(notes)}
 
@@ -229,10 +233,11 @@ def evaluate(model: HarnessModel, staged: StagedTasks, records: list[dict], args
         "revision": getattr(model.config, "_commit_hash", None) or args.revision,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "harness": {"name": "lm-eval", "version": version("lm-eval")},
-        "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "evaluate")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU x {torch.get_num_threads()}",
         "batch_size": args.batch_size,
+        "limit": args.limit,
         "prompts": model.prompts,
         "cut_prompts": model.cut_prompts,
         "tasks": tasks,
@@ -263,7 +268,7 @@ def accuracy_table(rows: list[dict]) -> list[str]:
 def perplexity_table(rows: list[dict]) -> list[str]:
     def cells(row):
         stderr = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
-        scores = [f"{row['nll_per_token']:.4f}", stderr, f"{row['random']:.4f}", f"{row['perplexity']:,.2f}"]
+        scores = [f"{row['nll_per_token']:.4f}", stderr, f"{row['random']:.4f}", with_error(row, "perplexity", 2)]
         scores += [f"{row['bits_per_byte']:.4f}", f"{row['word_perplexity']:,.2f}", f"{row['tokens']:,}"]
         return [row["corpus"], *scores, f"{row['documents']:,}", f"{row['context']} / {row['stride']}", row["note"]]
 
@@ -355,12 +360,13 @@ def main(args: argparse.Namespace) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # 60 bars that last no second
     output = args.output_dir or Path(args.model if Path(args.model).is_dir() else Path(args.model).name, "evaluation")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"The output folder '{output}' is a file.")
+    check_output_folder(output)
     data = (args.tasks, args.data_dir, args.held_out_text, args.held_out_fraction, args.num_fewshot)
     with tempfile.TemporaryDirectory(prefix="evaluation-") as folder:
         records = read_training_data(args.model)
+        say(f"loading {args.model}")
         model = load_model(args)
+        say("reading the tasks")
         staged = stage(Path(folder), *data)
         try:
             report = evaluate(model, staged, records, args)
@@ -379,7 +385,7 @@ def at_least(minimum: int, text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     natural, positive = functools.partial(at_least, 0), functools.partial(at_least, 1)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument(
@@ -409,7 +415,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    run_script(main, parse_args())

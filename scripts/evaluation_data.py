@@ -23,9 +23,10 @@ import lm_eval
 import pyarrow.compute
 import pyarrow.parquet
 import yaml
+from command_line import InputError
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
-from text_sources import InputError, is_held_out, load_sources, read_documents
+from text_sources import is_held_out, load_sources, read_documents
 
 # Task -> the columns that it needs.
 COLUMNS = {

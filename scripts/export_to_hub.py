@@ -22,11 +22,11 @@ import textwrap
 from pathlib import Path
 
 import torch
+from command_line import ArgumentParser, InputError, check_output_folder, run_script
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from model_card import PACKAGE, REPOSITORY, Run, write_card
-from text_sources import InputError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging
 
 try:
@@ -58,7 +58,7 @@ if not error < {tolerance}:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of a run, or in the published layout")
     name = parser.add_mutually_exclusive_group(required=True)
     name.add_argument("--repo-id", metavar="OWNER/NAME", help="write the folder only; its card will say this name")
@@ -80,6 +80,11 @@ def one_line(error: BaseException) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
 
 
+def say(what: str) -> None:
+    """Progress for a person, beside the result."""
+    print(f"{what} ...", file=sys.stderr, flush=True)
+
+
 def check_target(args: argparse.Namespace, api: HfApi) -> None:
     """Raise where the result could not be written or uploaded, before any work is done."""
     repo_id = args.push or args.repo_id
@@ -98,6 +103,7 @@ def check_target(args: argparse.Namespace, api: HfApi) -> None:
         raise InputError("--public is about --push, which is not given.")
     if Path(args.output_dir).exists():
         raise InputError(f"'{args.output_dir}' exists already: remove it, or name another --output-dir.")
+    check_output_folder(Path(args.output_dir).absolute().parent, "The folder of --output-dir,")
     if not args.push:
         return
     if get_token() is None:
@@ -202,6 +208,7 @@ def check_folder(folder: Path, repo_id: str, revision: str, expected: dict[str, 
         environment = {**os.environ, **{name: str(scratch / place) for name, place in caches.items()}}
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         for name, code in checks.items():
+            say(f"{name} is tried in a process without this package")
             (scratch / "check.py").write_text(code, encoding="utf-8")
             command = [sys.executable, "-P", "-c", STRANGER, str(scratch / "check.py")]
             result = subprocess.run(
@@ -234,12 +241,14 @@ def main(args: argparse.Namespace) -> None:
     published = is_published(weights)
     license = choose_license(args.license, published)
     logging.disable_progress_bar()
+    say(f"loading {weights}")
     model, tokenizer = load(weights, args.tokenizer)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch, "new")
         expected = probe(model)
+        say("writing weights, code, tokenizer and card")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if model.config.model_type == "complexity-deep":
@@ -263,6 +272,7 @@ def main(args: argparse.Namespace) -> None:
         folder.rename(output)
     print(f"{output}: loads, and the snippets of its card run, without this package")
     if args.push:
+        say(f"uploading to {args.push}")
         push(output, args, api)
         print(f"https://huggingface.co/{args.push}, {'public' if args.public else 'private'}, tag {args.revision}")
 
@@ -275,7 +285,4 @@ def probe(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    run_script(main, parse_args())

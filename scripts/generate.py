@@ -4,8 +4,8 @@
     python scripts/generate.py user/model-on-the-hub --interactive --temperature 0.7
 
 Works on a Hub id, a local folder, and a folder in the layout of the published package (give --tokenizer where it has
-none of its own). In --interactive, each line is a prompt (a chat turn if the tokenizer has a chat template); an empty
-line ends.
+none of its own). In --interactive, each line is the next turn of a chat, which is kept as long as it fits the model's
+context; where the tokenizer has no chat template, each line is a text of its own to continue. An empty line ends.
 """
 
 import argparse
@@ -14,15 +14,19 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from command_line import ArgumentParser, InputError, one_line, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TextStreamer
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", help="Hub id or folder")
     parser.add_argument("prompt", nargs="?", help="text to continue; left out with --interactive")
     parser.add_argument("--tokenizer", help="Hub id or folder of the tokenizer; default: the model's")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest continuation, in tokens")
+    # The second spelling is that of the published package's script.
+    parser.add_argument(
+        "--max-new-tokens", "--max_tokens", type=int, default=128, help="longest continuation, in tokens"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest tokens; 0 is all")
     parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this mass")
@@ -33,6 +37,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.prompt is None) != args.interactive:
         parser.error("give either a prompt or --interactive")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens must be at least 1, but is {args.max_new_tokens}")
     if args.temperature < 0:
         parser.error(f"--temperature must be 0 or more, but is {args.temperature}")
     return args
@@ -45,19 +51,43 @@ def prompts() -> Iterator[str]:
             yield line
 
 
-def main(args: argparse.Namespace) -> None:
+def load(args: argparse.Namespace):
+    """Model and tokenizer."""
     try:
         if "auto_map" not in PreTrainedConfig.get_config_dict(args.model)[0]:
             import complexity_deep  # noqa: F401 (a published folder brings no code of its own)
-        model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).to(args.device)
-        count = model.parameter_counts()["total"] if hasattr(model, "parameter_counts") else model.num_parameters()
-        print(f"{args.model}: {count:,} parameters, code from {type(model).__module__}", file=sys.stderr)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{args.model} cannot be loaded: {error}")
+        model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{args.model} cannot be loaded: {one_line(error)}") from error
+    try:
+        model.to(args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device '{args.device}' cannot be used: {one_line(error)}") from error
+    count = model.parameter_counts()["total"] if hasattr(model, "parameter_counts") else model.num_parameters()
+    print(f"{args.model}: {count:,} parameters, code from {type(model).__module__}", file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=True)
-    except (OSError, ValueError):
-        sys.exit(f"{args.tokenizer or args.model} has no tokenizer that can be loaded; name one with --tokenizer.")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{args.tokenizer or args.model} has no tokenizer that can be loaded; name one with --tokenizer."
+        ) from error
+    return model, tokenizer
+
+
+def chat_inputs(tokenizer, messages: list[dict], longest: int):
+    """The conversation as inputs of at most `longest` tokens, for which its oldest turns are taken from `messages`."""
+    while True:
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        if inputs["input_ids"].shape[1] <= longest or len(messages) < 3:
+            return inputs
+        del messages[:2]  # a question and its answer
+        print("(the oldest turn no longer fits the context)", file=sys.stderr)
+
+
+def main(args: argparse.Namespace) -> None:
+    model, tokenizer = load(args)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": False}
     if args.temperature > 0:
@@ -77,21 +107,20 @@ def main(args: argparse.Namespace) -> None:
     if not args.interactive:
         inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
         if inputs["input_ids"].shape[1] == 0:
-            sys.exit("The prompt is empty; give some text to continue.")
+            raise InputError("The prompt is empty; give some text to continue.")
         continue_text(inputs, skip_prompt=False)
         return
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     messages = []
     for line in prompts():
         if tokenizer.chat_template is None:
             continue_text(tokenizer(line, return_tensors="pt", return_token_type_ids=False), skip_prompt=True)
             continue
         messages.append({"role": "user", "content": line})
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        inputs = chat_inputs(tokenizer, messages, positions - args.max_new_tokens)
         reply = continue_text(inputs, skip_prompt=True)[0, inputs["input_ids"].shape[1] :]
         messages.append({"role": "assistant", "content": tokenizer.decode(reply, skip_special_tokens=True)})
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

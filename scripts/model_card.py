@@ -13,7 +13,6 @@ import datetime
 import html
 import importlib.metadata
 import json
-import math
 import platform
 import re
 import shutil
@@ -23,13 +22,17 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from command_line import InputError
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
-from text_sources import BUILDERS, InputError
+from perplexity_metric import held_out
+from text_sources import BUILDERS
 from training_report import as_text
 from transformers import PreTrainedModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATE = REPOSITORY / "hub_card" / "model_card.md"
+NOT_SUPPORTED = REPOSITORY / "hub_card" / "not_supported.yaml"
+LIMITED = "only the first"  # what evaluate.py notes of a result with --limit
 PACKAGE = "complexity-deep-transformers"
 
 # Report file -> what it must hold; the rest of it may be absent.
@@ -221,10 +224,14 @@ def hyperparameter_rows(run: Run) -> dict[str, str]:
 def held_out_rows(run: Run) -> list[dict]:
     """Loss on held-out text before and after training."""
     entries = [entry for entry in (run.state or {}).get("log_history", []) if "eval_loss" in entry]
-    ends = {entry["step"]: entry["eval_loss"] for entry in [*entries[:1], *entries[-1:]]}
+    ends = {entry["step"]: held_out(entry) for entry in [*entries[:1], *entries[-1:]]}
     return [
-        {"step": shown(step), "loss": number(loss, 4), "perplexity": number(math.exp(loss), 2)}
-        for step, loss in ends.items()
+        {
+            "step": shown(step),
+            "loss": number(scores["loss"], 4, scores.get("loss_stderr")),
+            "perplexity": number(scores["perplexity"], 2, scores.get("perplexity_stderr")),
+        }
+        for step, scores in ends.items()
     ]
 
 
@@ -246,7 +253,7 @@ def perplexity_rows(run: Run) -> list[dict]:
     return [
         {
             "corpus": Path(row["corpus"]).name if not is_hub_id(row["corpus"].partition(":")[0]) else row["corpus"],
-            "perplexity": number(row["perplexity"], 2),
+            "perplexity": number(row["perplexity"], 2, row["stderr"] and row["stderr"] * row["perplexity"]),
             "nll": number(row["nll_per_token"], 4, row["stderr"]),
             "bits_per_byte": number(row["bits_per_byte"], 4),
             **{name: shown(row[name]) for name in ("tokens", "documents", "context", "stride")},
@@ -264,15 +271,28 @@ def notes(rows: list[dict]) -> dict[str, str]:
     return {note: ", ".join(dict.fromkeys(names)) for note, names in about.items()}
 
 
-def eval_results(run: Run) -> list[EvalResult]:
-    """Entries of the model-index: one per metric."""
-    if not run.evaluation:
+def hub_dataset(row: dict) -> tuple[str, str | None] | None:
+    """Id and configuration of the Hub's dataset that a result is of; None where it is of some other text."""
+    dataset = row.get("hub_dataset", row.get("dataset"))
+    name, _, configuration = (dataset or "").partition(":")
+    return (name, configuration or None) if is_hub_id(name) else None
+
+
+def whole_results(run: Run, kind: str) -> list[dict]:
+    """Results that may stand for a dataset of the Hub: of all of it, not of its first documents (--limit)."""
+    if not run.evaluation or run.evaluation.get("limit"):
         return []
+    rows = [row for row in run.evaluation[kind] if hub_dataset(row)]
+    return [row for row in rows if LIMITED not in (row.get("note") or "")]
+
+
+def eval_results(run: Run) -> list[EvalResult]:
+    """Entries of the model-index: one per metric of a dataset of the Hub."""
     common = {"task_type": "text-generation", "task_name": "Text generation"}
     results = [
         EvalResult(
             **common,
-            dataset_type=row.get("hub_dataset", row["dataset"]),
+            dataset_type=hub_dataset(row)[0],
             dataset_name=row["task"],
             dataset_config=row["task"],  # two tasks of one dataset would become one entry without it
             dataset_args={"num_few_shot": row["num_fewshot"]},
@@ -280,19 +300,19 @@ def eval_results(run: Run) -> list[EvalResult]:
             metric_name=row["metric"],
             metric_value=row["value"],
         )
-        for row in run.evaluation["tasks"]
+        for row in whole_results(run, "tasks")
     ]
     results += [
         EvalResult(
             **common,
-            dataset_type=row.get("dataset") or row["corpus"],
+            dataset_type=hub_dataset(row)[0],
             dataset_name=row["corpus"],
-            dataset_config=row["corpus"],
+            dataset_config=hub_dataset(row)[1] or row["corpus"],
             metric_type=metric,
             metric_name=metric,
             metric_value=row[metric],
         )
-        for row in run.evaluation["perplexity"]
+        for row in whole_results(run, "perplexity")
         for metric in ("perplexity", "bits_per_byte")
     ]
     return results
@@ -302,10 +322,8 @@ def write_eval_results(run: Run, folder: Path) -> None:
     """`.eval_results/TASK.yaml`, for benchmarks whose data is a dataset of the Hub."""
     harness = run.evaluation["harness"]
     entries: dict[str, list[EvalResultEntry]] = {}
-    for row in run.evaluation["tasks"]:
-        dataset = row.get("hub_dataset", row["dataset"])
-        if not is_hub_id(dataset):
-            continue
+    for row in whole_results(run, "tasks"):
+        dataset = hub_dataset(row)[0]
         notes = [f"{row['metric']}, {row['num_fewshot']}-shot, {harness['name']} {harness['version']}"]
         notes += [f"data from the file {row['dataset']}"] if row["dataset"] != dataset else []
         notes += [f"stderr {row['stderr']:.4f}"] if row["stderr"] else []
@@ -342,11 +360,9 @@ def copy_figures(run: Run, folder: Path) -> dict[str, dict[str, str]]:
 
 
 def not_supported() -> list[str]:
-    """What our README says does not run, but for the layouts of checkpoints: a card is about a single one."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    section = readme.split("### What does not\n")[1].split("\n#")[0]
-    points = [" ".join(point.split()) for point in section.split("\n- ")]
-    return [point for point in points if point and not point.startswith("Checkpoints")]
+    """What does not run, but for the layouts of checkpoints: a card is about a single one."""
+    points = yaml.safe_load(NOT_SUPPORTED.read_text(encoding="utf-8"))
+    return [point["text"] for point in points if point["on_cards"]]
 
 
 def requirements() -> dict[str, str]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import torch
-from text_sources import InputError
+from command_line import InputError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 # A vocabulary is often padded to a multiple of at most this, for the sake of the matmul; more than that is a mix-up.

@@ -23,8 +23,9 @@ import fsspec.asyn
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from command_line import InputError
 from datasets.distributed import split_dataset_by_node
-from text_sources import InputError, is_held_out, read_blocks
+from text_sources import is_held_out, read_blocks
 from tqdm.auto import tqdm
 
 # Enough documents for the tokenizer's threads, few enough that a resumed run soon has its first row.
@@ -189,7 +190,8 @@ class ResumableLoader(torch.utils.data.DataLoader):
             try:
                 batch = next(batches)  # without end
             except InputError as error:  # a worker's arrives as the text of its traceback
-                raise InputError(str(error).splitlines()[-1].removeprefix("text_sources.InputError: ")) from None
+                name = f"{InputError.__module__}.{InputError.__qualname__}: "
+                raise InputError(str(error).splitlines()[-1].removeprefix(name)) from None
             self.seconds_waited += time.perf_counter() - start
             self.dataset.cursors = [*self.dataset.cursors[1:], batch.pop("cursor")]
             yield send_to_device(batch, self.device, non_blocking=True)

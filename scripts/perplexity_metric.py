@@ -1,28 +1,32 @@
 """Perplexity for Trainer, counted per token over the whole evaluation set, without keeping its logits.
 
 Trainer(..., compute_metrics=perplexity_metrics, preprocess_logits_for_metrics=token_nll)
+
+It is that of the plain cross-entropy, whatever loss the model trains on: smoothed labels, a z-loss or a router's loss
+are not in it.
 """
 
-import functools
-import sys
+import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import EvalPrediction
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-# A script's folder comes first on the path, and the evaluate.py in it would hide the library `evaluate`: last, then.
-sys.path.sort(key=lambda entry: Path(entry).resolve() == REPOSITORY / "scripts")
-
-import evaluate  # noqa: E402
-
 IGNORED = -100  # the label of tokens that are not counted
 
 
-@functools.cache
-def load_metric() -> evaluate.Metric:
-    return evaluate.load(str(REPOSITORY / "metrics" / "token_perplexity"), keep_in_memory=True)
+def _load_scores():
+    """The function of metrics/token_perplexity, without the `evaluate` library around it."""
+    path = Path(__file__).resolve().parents[1] / "metrics" / "token_perplexity" / "perplexity_scores.py"
+    spec = importlib.util.spec_from_file_location("perplexity_scores", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.perplexity_scores
+
+
+perplexity_scores = _load_scores()
 
 
 def token_nll(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
@@ -30,7 +34,8 @@ def token_nll(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tenso
 
     A model of chunked_loss.py gives its token losses (B, T - 1) in place of logits.
     """
-    logits = logits[0] if isinstance(logits, tuple) else logits
+    if isinstance(logits, tuple):  # a router's loss may come first
+        logits = next(output for output in logits if isinstance(output, torch.Tensor) and output.ndim > 1)
     if logits.ndim == 2:
         return torch.nn.functional.pad(logits, (1, 0))
     rows = [  # one at a time, so that only one is copied to fp32
@@ -46,5 +51,36 @@ def perplexity_metrics(prediction: EvalPrediction) -> dict[str, float]:
     counted[:, 0] = False
     tokens = counted.sum(axis=1)
     nll = np.where(counted, prediction.predictions, 0).sum(axis=1, dtype=np.float64)
-    scores = load_metric().compute(nll=nll[tokens > 0], tokens=tokens[tokens > 0])
+    return without_none(perplexity_scores(nll[tokens > 0], tokens[tokens > 0]))
+
+
+def summed_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Scores of sums by document: predictions (N, D) in nats, label_ids (N, D) tokens, not above 0 for padding."""
+    counted = prediction.label_ids > 0
+    return without_none(perplexity_scores(prediction.predictions[counted], prediction.label_ids[counted]))
+
+
+def without_none(scores: dict) -> dict[str, float]:
     return {name: value for name, value in scores.items() if value is not None}
+
+
+def held_out(entry: dict) -> dict[str, float]:
+    """`loss` in nats per token and `perplexity` of an evaluation in Trainer's log, each with its `..stderr` if known.
+
+    An older log has nothing but the training loss on held-out text.
+    """
+    loss, stderr = entry.get("eval_nll_per_token", entry["eval_loss"]), entry.get("eval_stderr")
+    scores = {"loss": loss, "loss_stderr": stderr, "perplexity": math.exp(loss)}
+    scores["perplexity_stderr"] = stderr and math.exp(loss) * stderr
+    return without_none(scores)
+
+
+def with_error(scores: dict, name: str, digits: int) -> str:
+    """A score, and its standard error after ± where it is known."""
+    error = scores.get(f"{name}_stderr")
+    return f"{scores[name]:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error is not None else "")
+
+
+def shown_perplexity(entry: dict) -> str:
+    """The perplexity of an evaluation in Trainer's log, as a person reads it."""
+    return with_error(held_out(entry), "perplexity", 2)

@@ -18,20 +18,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from architecture_monitors import ArchitectureMonitors
 from atomic_checkpoint import last_good_checkpoint
 from chunked_loss import use_chunked_loss
+from command_line import InputError, run_script, uninterrupted
+from model_flops import flops_per_token
 from new_model import load_tokenizer, new_model
 from packed_dataset import PackedCollator, PackedDocuments, ResumableLoader, held_out_rows
-from perplexity_metric import perplexity_metrics, token_nll
+from perplexity_metric import perplexity_metrics, shown_perplexity, token_nll
 from resumable_trainer import ResumableTrainerMixin
 from routing_balance import compare_routing, count_once
+from run_identity import check_model, files_of
 from tensor_parallel import ShardedModelMixin, requested_parallelism, shard
-from text_sources import InputError, load_sources
-from training_report import TrainingProgress, flops_per_token, write_report
+from text_sources import load_sources
+from training_arguments import RecipeParser, check_counts, check_shares, check_training
+from training_report import TrainingProgress, write_report
 from transformers import Trainer, TrainingArguments, logging, set_seed
-from trl import TrlParser
 
 try:
     import complexity_deep  # noqa: F401  (importing it makes AutoConfig know "complexity-deep")
@@ -175,7 +177,8 @@ def load_data(
     return training_rows, validation_rows
 
 
-def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None:
+def check_options(script_args: ScriptArguments, training_args: TrainingArguments) -> None:
+    """Raise `InputError` for options that cannot be meant, before any work begins."""
     if (training_args.max_steps > 0) == ((script_args.max_tokens or 0) > 0):
         raise InputError(
             "Either max_tokens or max_steps is needed, and only one (0 takes back that of a recipe): text is a stream, "
@@ -186,6 +189,18 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
             f"One process sees {training_args.n_gpu} GPUs: start one for each with `accelerate launch --config_file "
             "recipes/accelerate/ddp.yaml`, or choose one with CUDA_VISIBLE_DEVICES."
         )
+    if script_args.z_loss and not script_args.chunked_loss:
+        raise InputError("z_loss is a part of the chunked loss: set chunked_loss to true, or z_loss to 0.")
+    if script_args.z_loss and training_args.label_smoothing_factor:
+        raise InputError("z_loss and label_smoothing_factor do not go together: set one of them to 0.")
+    counts = ("row_length", "shuffle_buffer", "held_out_rows", "routing_sample_tokens", "expert_parallel_size")
+    check_counts(**{name: getattr(script_args, name) for name in counts})
+    check_shares(held_out_fraction=script_args.held_out_fraction)
+    check_training(training_args)
+
+
+def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None:
+    check_options(script_args, training_args)
     set_seed(training_args.seed)
     logging.disable_progress_bar()  # the one for writing weights would break into the training bar at every checkpoint
     with training_args.main_process_first(local=False, desc="looking for a checkpoint"):
@@ -203,14 +218,14 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
         script_args.routing,
         script_args.scaled_residual_init,
     )
+    if checkpoint:
+        check_model(checkpoint, model.config)
     parallelism = requested_parallelism(training_args.world_size, script_args.expert_parallel_size)
     if parallelism:
         model = shard(model, parallelism, checkpoint)
     processes_per_row = parallelism.tp_size if parallelism else 1
     if script_args.chunked_loss:
         use_chunked_loss(model, script_args.z_loss)
-    elif script_args.z_loss:
-        raise InputError("z_loss is a part of the chunked loss: set chunked_loss to true, or z_loss to 0.")
     row_length = script_args.row_length or model.config.max_position_embeddings
     if row_length > model.config.max_position_embeddings:
         raise InputError(
@@ -240,10 +255,15 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
         settings={
             "sources": script_args.sources,
             "source_weights": script_args.source_weights,
+            "files of the sources": files_of(script_args.sources),
+            "text_column": script_args.text_column,
+            "mask_across_documents": script_args.mask_across_documents,
+            "z_loss": script_args.z_loss,
             "routing": routing,
             # The optimizer of a model divided this way is stored in another form.
             "tensor x expert parallelism": [parallelism.tp_size, parallelism.ep_size] if parallelism else [1, 1],
             **training_rows.settings,
+            "rows per step": rows_per_step,
         },
         progress=TrainingProgress(
             rows_per_step * row_length, flops_per_token(model, row_length), training_args.world_size
@@ -254,37 +274,29 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
         trainer.add_callback(trainer.monitors)
     metrics = trainer.train_and_evaluate(checkpoint)
 
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        perplexity = math.exp(metrics["eval_loss"])
-        facts = {
-            "text": script_args.sources,
-            "tokens": training_args.max_steps * rows_per_step * row_length,
-            "steps": training_args.max_steps,
-            "rows_per_step": rows_per_step,
-            "row_length": row_length,
-            "documents_read_by_process_0": sum(cursor["documents_read"] for cursor in training_rows.cursors),
-            "passes_over_the_text": 1 + min(cursor["epoch"] for cursor in training_rows.cursors),
-            "processes": training_args.world_size,
-        }
-        if routing:
-            ids = torch.tensor(validation_rows["input_ids"])
-            facts.update(compare_routing(model, ids, training_args.per_device_train_batch_size))
-        options = {**asdict(script_args), **training_args.to_dict()}
-        write_report(training_args.output_dir, model, trainer.state.log_history, facts, options)
-        print(f"{training_args.output_dir}: held-out perplexity {perplexity:.2f}")
+    with uninterrupted():
+        trainer.save_state()  # first, for it marks the folder as a run's
+        trainer.save_model(training_args.output_dir)
+        if trainer.is_world_process_zero():
+            facts = {
+                "text": script_args.sources,
+                "tokens": trainer.state.global_step * rows_per_step * row_length,
+                "steps": trainer.state.global_step,
+                "rows_per_step": rows_per_step,
+                "row_length": row_length,
+                "documents_read_by_process_0": sum(cursor["documents_read"] for cursor in training_rows.cursors),
+                "passes_over_the_text": 1 + min(cursor["epoch"] for cursor in training_rows.cursors),
+                "processes": training_args.world_size,
+            }
+            if routing:
+                ids = torch.tensor(validation_rows["input_ids"])
+                facts.update(compare_routing(model, ids, training_args.per_device_train_batch_size))
+            options = {**asdict(script_args), **training_args.to_dict()}
+            write_report(training_args.output_dir, model, trainer.state.log_history, facts, options)
+            print(f"{training_args.output_dir}: held-out perplexity {shown_perplexity(metrics)}")
     if training_args.push_to_hub:
         trainer.push_to_hub()
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, TrainingArguments))
-    try:
-        arguments = parser.parse_args_and_config()
-    except (OSError, ValueError, yaml.YAMLError) as error:  # an unknown key, a file that is not there or not YAML
-        parser.error(str(error))
-    try:
-        main(*arguments)
-    except InputError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    run_script(main, *RecipeParser((ScriptArguments, TrainingArguments), description=__doc__).parse())

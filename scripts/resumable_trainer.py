@@ -1,12 +1,11 @@
 """What the Trainers of pretrain.py and sft.py share: whole checkpoints, one bar, and going on where a run stopped."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from atomic_checkpoint import AtomicCheckpointMixin
-from text_sources import InputError
+from run_identity import argument_settings, check_same_run, model_settings
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -38,12 +37,14 @@ def clip_shards(gradients: list[Tensor], max_norm: float) -> Tensor | None:
 class ResumableTrainerMixin(AtomicCheckpointMixin):
     """Put before Trainer in the bases of a class that has `load_extra_state`, the reverse of `save_extra_state`.
 
-    `settings` make a run what it is: a checkpoint that was written with others is refused.
+    `settings`, with the model's and those of the training arguments, make a run what it is: a checkpoint that was
+    written with others is refused.
     """
 
-    def __init__(self, *, settings: dict, progress: TrainingProgress, **kwargs):
-        super().__init__(**kwargs)
-        self.settings = settings
+    def __init__(self, *, model, args, settings: dict, progress: TrainingProgress, **kwargs):
+        # Taken before Trainer changes the model's config.
+        self.settings = {**model_settings(model), **settings, **argument_settings(args)}
+        super().__init__(model=model, args=args, **kwargs)
         self.progress = progress
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
@@ -85,12 +86,7 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
 
     def check_settings(self, checkpoint: Path, written: dict) -> None:
         """Raise `InputError` where the settings that a checkpoint was written with are not those of now."""
-        for name, value in json.loads(json.dumps(self.settings)).items():
-            if written.get(name) != value:
-                raise InputError(
-                    f"{checkpoint} was written with {name} = {written.get(name)}, but it is now {value}, "
-                    "which would be another run. Resume with the same value, or name another output_dir."
-                )
+        check_same_run(checkpoint, written, self.settings, self.args)
 
     def train_and_evaluate(self, checkpoint: Path | None) -> dict[str, float]:
         """Train from the checkpoint, or from the start, to the end; returns the metrics of the held-out rows."""

@@ -2,9 +2,10 @@
 
 import torch
 from accelerate.utils import broadcast
+from command_line import InputError
 from datasets import IterableDataset
 from packed_dataset import TOKENIZED_TOGETHER, tokenize
-from text_sources import InputError, is_held_out, read_blocks
+from text_sources import is_held_out, read_blocks
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainingArguments

@@ -7,22 +7,37 @@
 A recipe holds ScriptArguments, TRL's ModelConfig and TRL's SFTConfig; the command line overrides it. The loss is on
 what the assistant says, which the generation marks of the chat template tell. Giving the same command again resumes
 from the newest intact checkpoint. chat_data.py says what a source may be; the sources are recorded in sft_data.json.
+
+A source has the columns of one of these formats:
+
+    messages                                           chat: role and content, and what else the template renders, such
+                                                       as tool_calls; beside it `tools`, JSON schemas
+    prompt, completion                                 texts, or messages of which the completion's are learned
+    instruction, output (and input)                    as Alpaca has them
+    instruction, response (and context)                as Dolly has them
+    question, choices, answer (or answerKey)           multiple choice, as MMLU and ARC have it
+    question, correct_answer, distractor1 to 3         SciQ
+    ctx, endings, label                                HellaSwag
+    sentence, option1, option2, answer                 WinoGrande
 """
 
 import json
-import math
 import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import yaml
+import torch
 from atomic_checkpoint import last_good_checkpoint
 from chat_data import ChatEncoder, load_conversations, mix, split_held_out
+from command_line import InputError, one_line, run_script, uninterrupted
+from model_flops import flops_per_token
+from perplexity_metric import shown_perplexity, summed_metrics
 from resumable_trainer import ResumableTrainerMixin
-from text_sources import InputError
-from training_report import TrainingProgress, flops_per_token, write_report
+from run_identity import check_model
+from training_arguments import RecipeParser, check_counts, check_shares, check_training
+from training_report import TrainingProgress, write_report
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,7 +45,7 @@ from transformers import (
     logging,
     set_seed,
 )
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 try:
     import complexity_deep  # noqa: F401  (importing it makes AutoConfig know "complexity-deep")
@@ -77,6 +92,31 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: export_to_hub.py writes the card, from measured files."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss, and for each conversation [1, N] its plain cross-entropy, in nats, and its number of tokens.
+
+        TRL would run the model a second time for logits.
+        """
+        inputs, seen = self._prepare_inputs(inputs), {}
+
+        def recorded(**arguments):
+            seen["outputs"] = model(**arguments)
+            return seen["outputs"]
+
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(recorded, inputs)
+        nll, counted = -seen["outputs"].log_probs.float(), seen["outputs"].label_mask  # [B, S - 1], of the next token
+        conversations = torch.arange(len(nll), device=nll.device)[:, None].expand_as(nll)
+        if len(nll) == 1 and "position_ids" in inputs:  # packed: a conversation begins where positions do
+            conversations = (inputs["position_ids"] == 0).cumsum(dim=1)[:, -nll.shape[1] :] - 1
+        sums = [
+            torch.zeros(int(conversations.max()) + 1, dtype=torch.float64, device=nll.device).index_add_(
+                0, conversations[counted], values[counted].double()
+            )
+            for values in (nll, counted)
+        ]
+        return loss, sums[0][None], sums[1][None]
 
     def save_extra_state(self, checkpoint: Path) -> None:
         if self.is_world_process_zero():
@@ -201,7 +241,8 @@ def save_merged(trainer: ChatTrainer, tokenizer, output: Path) -> None:
         new.rename(output / "merged")
 
 
-def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+def check_options(script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """Raise `InputError` for options that cannot be meant, before any work begins."""
     if model_args.model_name_or_path is None:
         raise InputError("There is no model: name a folder or Hub id with --model-name-or-path.")
     if script_args.merge_adapter and not model_args.use_peft:
@@ -210,6 +251,29 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
         raise InputError("packing_strategy 'wrapped' cuts conversations, and lets them see each other: use 'bfd'.")
     if Path(model_args.model_name_or_path).resolve() == Path(training_args.output_dir).resolve():
         raise InputError("output_dir is the folder of the model: name another, so that the model stays what it was.")
+    if not script_args.sources:
+        raise InputError("No source of conversations is given: name at least one with --sources.")
+    check_counts(held_out_rows=script_args.held_out_rows, max_length=training_args.max_length)
+    check_shares(held_out_fraction=script_args.held_out_fraction)
+    check_training(training_args)
+
+
+def without_router_loss(training_args: SFTConfig, model: PreTrainedModel) -> None:
+    """Take TRL's auxiliary loss off a token-routed model, or raise `InputError` where somebody asked for it.
+
+    Its experts are looked up, so that the loss would be a constant which trains nothing.
+    """
+    if model.config.model_type == "complexity-deep":
+        if training_args.router_aux_loss_coef:
+            raise InputError(
+                f"router_aux_loss_coef {training_args.router_aux_loss_coef} weighs the loss of a learned router, and a "
+                "token-routed model has none: leave it out."
+            )
+        training_args.router_aux_loss_coef = 0.0
+
+
+def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    check_options(script_args, training_args, model_args)
     set_seed(training_args.seed)
     training_args.logging_nan_inf_filter = False  # it would show a run that diverged as one at loss 0
     logging.disable_progress_bar()  # the one for writing weights would break into the training bar at every checkpoint
@@ -222,6 +286,9 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     tokenizer = load_tokenizer(model_args, script_args, training_args)
     encoder = ChatEncoder(tokenizer)
     model = load_model(model_args, training_args)
+    without_router_loss(training_args, model)
+    if checkpoint:
+        check_model(checkpoint, model.config)
     peft_config = lora_config(model_args, model)
     positions = getattr(model.config, "max_position_embeddings", training_args.max_length)
     training_args.max_length = training_args.max_length or positions
@@ -252,6 +319,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
             eval_dataset=validation,
             processing_class=tokenizer,
             peft_config=peft_config,
+            compute_metrics=summed_metrics,
             settings={
                 "model": model_args.model_name_or_path,
                 "lora": peft_config and [getattr(model_args, name) for name in LORA_SETTINGS],
@@ -265,43 +333,36 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
             progress=progress,
         )
     except ValueError as error:
-        raise InputError(str(error).splitlines()[0]) from error
+        raise InputError(one_line(error)) from error
     progress.tokens_per_step = rows_per_step * tokens / len(trainer.train_dataset)  # on average
     metrics = trainer.train_and_evaluate(checkpoint)
 
     output = Path(training_args.output_dir)
-    trainer.save_model(output)
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        facts = {
-            "fine_tuned_from": model_args.model_name_or_path,
-            "trained_parameters": trainer.get_num_trainable_parameters(),
-            "conversations": [f"{record['name']} ({record['rows']:,})" for record in records],
-            "tokens_per_conversation": tokens / len(training),
-            "held_out_conversations": len(validation),
-            "steps": trainer.state.max_steps,
-            "rows_per_step": rows_per_step,
-            "processes": training_args.world_size,
-        }
-        options = {**asdict(script_args), **asdict(model_args), **training_args.to_dict()}
-        write_report(output, model, trainer.state.log_history, facts, options)
-        model.generation_config.save_pretrained(output)
-        (output / "sft_data.json").write_text(json.dumps(records, indent=1))
+    with uninterrupted():
+        trainer.save_state()  # first, for it marks the folder as a run's
+        trainer.save_model(output)
+        if trainer.is_world_process_zero():
+            facts = {
+                "fine_tuned_from": model_args.model_name_or_path,
+                "trained_parameters": trainer.get_num_trainable_parameters(),
+                "conversations": [f"{record['name']} ({record['rows']:,})" for record in records],
+                "tokens_per_conversation": tokens / len(training),
+                "held_out_conversations": len(validation),
+                "steps": trainer.state.global_step,
+                "rows_per_step": rows_per_step,
+                "processes": training_args.world_size,
+            }
+            options = {**asdict(script_args), **asdict(model_args), **training_args.to_dict()}
+            write_report(output, model, trainer.state.log_history, facts, options)
+            model.generation_config.save_pretrained(output)
+            (output / "sft_data.json").write_text(json.dumps(records, indent=1))
     if training_args.push_to_hub:
         trainer.push_to_hub()
     if script_args.merge_adapter and trainer.is_world_process_zero():  # last, for it takes the adapter off
         save_merged(trainer, tokenizer, output)
     if trainer.is_world_process_zero():
-        print(f"{output}: held-out perplexity {math.exp(metrics['eval_loss']):.2f}")
+        print(f"{output}: held-out perplexity {shown_perplexity(metrics)}")
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
-    try:
-        arguments = parser.parse_args_and_config()
-    except (OSError, ValueError, yaml.YAMLError) as error:  # an unknown key, a file that is not there or not YAML
-        parser.error(str(error))
-    try:
-        main(*arguments)
-    except InputError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    run_script(main, *RecipeParser((ScriptArguments, SFTConfig, ModelConfig), description=__doc__).parse())

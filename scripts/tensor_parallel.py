@@ -13,8 +13,8 @@ import torch
 import transformers
 from accelerate import ParallelismConfig
 from accelerate.utils import str_to_bool
+from command_line import InputError
 from packaging.version import Version
-from text_sources import InputError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig, load_optimizer_distributed, save_optimizer_distributed

@@ -14,6 +14,7 @@ and several sources make a mixture, weighted by document. Every source comes out
 
 import argparse
 import ast
+import functools
 import glob
 import hashlib
 import importlib
@@ -24,16 +25,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+from command_line import ArgumentParser, InputError, run_script
 
 # File suffix -> the `datasets` builder that reads it; each may also be gzipped.
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 # Parts of the standard library folder that are third-party code, or tests whose docstrings are fixtures and not prose.
 NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
 SHORTEST_EMBEDDED_DOCUMENT = 200  # characters; below this a module says little more than its own name
-
-
-class InputError(ValueError):
-    """Input that cannot be used; the message is one sentence for the person who gave it."""
 
 
 def embedded_documents() -> Iterator[str]:
@@ -133,16 +131,21 @@ def _load_source(source: str, text_column: str) -> datasets.IterableDataset:
         raise InputError(f"The source '{source}' holds no document.")
     if text_column not in first:
         raise InputError(f"The source '{source}' has no column '{text_column}'; its columns are: {', '.join(first)}.")
-    if not isinstance(first[text_column], str | None):
-        raise InputError(f"The column '{text_column}' of the source '{source}' does not hold text.")
+    as_example = functools.partial(_as_example, where=f"The column '{text_column}' of the source '{source}'")
+    as_example(first[text_column])
     # Through Python objects, because Arrow refuses to mix a file of strings with one of large_strings.
     features = datasets.Features({"text": datasets.Value("string")})
-    return stream.select_columns([text_column]).map(
-        _as_example, input_columns=text_column, remove_columns=text_column, features=features
+    texts = stream.select_columns([text_column]).map(
+        as_example, input_columns=text_column, remove_columns=text_column, features=features
     )
+    if not (first[text_column] or "").strip() and not any(True for _ in read_documents(texts)):
+        raise InputError(f"The column '{text_column}' of the source '{source}' holds no text in any row.")
+    return texts
 
 
-def _as_example(text: str) -> dict[str, str]:
+def _as_example(text: str | None, where: str) -> dict[str, str | None]:
+    if not isinstance(text, str | None):
+        raise InputError(f"{where} has {str(text)[:40]} in it ({type(text).__name__}), so it does not hold text.")
     return {"text": text}
 
 
@@ -175,10 +178,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--sources", nargs="+", default=["embedded"], help="one or more sources, as above")
     parser.add_argument("--text-column", default="text", help="column that holds the text, except in .txt files")
-    try:
-        main(parser.parse_args())
-    except InputError as error:
-        parser.error(str(error))
+    run_script(main, parser.parse_args())

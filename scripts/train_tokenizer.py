@@ -13,7 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from text_sources import InputError, is_held_out, load_sources, read_documents
+from command_line import ArgumentParser, InputError, check_output_folder, run_script
+from text_sources import is_held_out, load_sources, read_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -22,17 +23,59 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|begin|>", "<|im_start|>", "<|im_end|>"]
 SPECIAL_TOKENS += [f"<|reserved_{index}|>" for index in range(16 - len(SPECIAL_TOKENS))]
 
-# ChatML. What the assistant has to learn is inside the generation marks, its end-of-turn token included.
+FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}  # of a tokenizer
+
+# ChatML. What the assistant has to learn is inside the generation marks, its end-of-turn token included. Tools, calls
+# and results are JSON between tags, in the form that the Hermes models made common. A name goes into the header of its
+# turn; the result of a call that has an id takes the name of the function that was called.
 CHAT_TEMPLATE = """\
+{%- macro header(message, name) -%}
+    {{- "<|im_start|>" + message["role"] + (" name=" + name if name else "") + "\\n" -}}
+{%- endmacro -%}
+{%- set names = namespace(by_id={}) -%}
+{%- if tools -%}
+    {{- "<|im_start|>system\\n" -}}
+    {%- if messages[0]["role"] == "system" and messages[0]["content"] -%}
+        {{- messages[0]["content"] + "\\n\\n" -}}
+    {%- endif -%}
+    {{- "You can call these functions, each given as a JSON schema:\\n<tools>\\n" -}}
+    {%- for tool in tools -%}
+        {{- tool | tojson + "\\n" -}}
+    {%- endfor -%}
+    {{- "</tools>\\nTo call one, write its name and its arguments as a JSON object between tags:\\n" -}}
+    {{- '<tool_call>\\n{"name": "...", "arguments": {...}}\\n</tool_call><|im_end|>\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
+    {%- set content = message["content"] or "" -%}
     {%- if message["role"] == "assistant" -%}
-        {{- "<|im_start|>assistant\\n" -}}
+        {{- header(message, message["name"]) -}}
         {%- generation -%}
-            {{- message["content"] + "<|im_end|>" -}}
+            {%- if message["reasoning_content"] -%}
+                {{- "<think>\\n" + message["reasoning_content"] + "\\n</think>\\n\\n" -}}
+            {%- endif -%}
+            {{- content -}}
+            {%- for call in message["tool_calls"] or [] -%}
+                {%- set function = call["function"] or call -%}
+                {%- if call["id"] -%}
+                    {%- set names.by_id = dict(names.by_id, **{call["id"] | string: function["name"]}) -%}
+                {%- endif -%}
+                {{- "\\n" if content or not loop.first -}}
+                {{- '<tool_call>\\n{"name": ' + function["name"] | tojson + ', "arguments": ' -}}
+                {%- if function["arguments"] is string -%}
+                    {{- function["arguments"] -}}
+                {%- else -%}
+                    {{- function["arguments"] | tojson -}}
+                {%- endif -%}
+                {{- "}\\n</tool_call>" -}}
+            {%- endfor -%}
+            {{- "<|im_end|>" -}}
         {%- endgeneration -%}
         {{- "\\n" -}}
-    {%- else -%}
-        {{- "<|im_start|>" + message["role"] + "\\n" + message["content"] + "<|im_end|>\\n" -}}
+    {%- elif message["role"] == "tool" -%}
+        {{- header(message, message["name"] or names.by_id[message["tool_call_id"] | string]) -}}
+        {{- "<tool_response>\\n" + content + "\\n</tool_response><|im_end|>\\n" -}}
+    {%- elif not (tools and loop.first and message["role"] == "system") -%}
+        {{- header(message, message["name"]) + content + "<|im_end|>\\n" -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -86,10 +129,6 @@ def fertility(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> dict[
         words += len(text.split())
         tokens += len(tokenizer(text, verbose=False)["input_ids"])
         size += len(text.encode())
-    if not tokens:
-        raise InputError(
-            "No document is held out to measure fertility on: raise --held-out-fraction or give more text."
-        )
     return {"tokens_per_word": tokens / max(words, 1), "bytes_per_token": size / tokens}
 
 
@@ -104,14 +143,37 @@ def save_atomically(tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
         new.rename(output)
 
 
+def check_output(output: Path) -> None:
+    """Raise `InputError` where the tokenizer could not be written, or would replace more than a tokenizer."""
+    check_output_folder(output)
+    check_output_folder(output.absolute().parent)  # the folder is written beside its place and renamed
+    others = sorted(path.name for path in output.iterdir() if path.name not in FILES) if output.is_dir() else []
+    if others:
+        raise InputError(
+            f"'{output}' is not a tokenizer folder, for it holds '{others[0]}', which would be lost: name another "
+            "--output-dir."
+        )
+
+
+def check_split(stream, held_out_fraction: float) -> None:
+    """Raise `InputError` where there would be nothing to train on, or nothing to measure on when training is over."""
+    if not 0 < held_out_fraction < 1:
+        raise InputError(f"--held-out-fraction must be between 0 and 1, but is {held_out_fraction}.")
+    missing = {True, False}
+    for text in read_documents(stream):
+        missing.discard(is_held_out(text, held_out_fraction))
+        if not missing:
+            return
+    if False in missing:
+        raise InputError("No document is left to train on: lower --held-out-fraction or give more text.")
+    raise InputError("No document is held out to measure fertility on: raise --held-out-fraction or give more text.")
+
+
 def main(args: argparse.Namespace) -> None:
-    smallest = len(SPECIAL_TOKENS) + 256
-    if args.vocab_size < smallest:
-        raise InputError(f"--vocab-size {args.vocab_size} is too small: special tokens and bytes alone are {smallest}.")
     output = Path(args.output_dir)
-    if output.exists() and not (output / "tokenizer.json").exists():
-        raise InputError(f"'{output}' exists and is not a tokenizer folder: name another --output-dir.")
+    check_output(output)
     stream = load_sources(args.sources, args.source_weights, args.text_column)
+    check_split(stream, args.held_out_fraction)
 
     training = (text for text in read_documents(stream) if not is_held_out(text, args.held_out_fraction))
     tokenizer = train(
@@ -131,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", default="runs/tokenizer", help="folder to write (default: %(default)s)")
     parser.add_argument(
         "--vocab-size", type=int, default=32000, help="tokens, special ones included (default: %(default)s)"
@@ -153,7 +215,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--held-out-characters", type=float, default=1e6, help="measure fertility on this much (default: 1e6)"
     )
-    try:
-        main(parser.parse_args())
-    except InputError as error:
-        parser.error(str(error))
+    arguments, smallest = parser.parse_args(), len(SPECIAL_TOKENS) + 256
+    if arguments.vocab_size < smallest:
+        parser.error(
+            f"--vocab-size {arguments.vocab_size} is too small: special tokens and bytes alone are {smallest}."
+        )
+    run_script(main, arguments)

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from benchmark import provenance
-from text_sources import InputError
+from command_line import InputError
+from model_flops import active_parameters, total_parameters
+from perplexity_metric import held_out as held_out_scores
+from perplexity_metric import shown_perplexity, with_error
+from provenance import provenance
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProgressCallback
 
@@ -25,25 +28,6 @@ def peak_flops() -> float | None:
     """Peak of the current GPU where it is known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((peak for board, peak in PEAK_FLOPS.items() if board in name), None)
-
-
-def total_parameters(model: PreTrainedModel) -> int:
-    """Parameters of the file, also those that the architecture never trains."""
-    return model.parameter_counts()["total"] if hasattr(model, "parameter_counts") else model.num_parameters()
-
-
-def active_parameters(model: PreTrainedModel) -> int:
-    """Parameters that one token passes through: all of them, unless the model knows better."""
-    return model.parameter_counts()["active"] if hasattr(model, "parameter_counts") else model.num_parameters()
-
-
-def flops_per_token(model: PreTrainedModel, row_length: int) -> float:
-    """Forward and backward FLOPs: 6 per active parameter, 12 x layers x width x length for attention (PaLM, app. B)."""
-    config = model.config
-    embedding = (
-        0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    )  # a lookup is no matmul
-    return 6 * (active_parameters(model) - embedding) + 12 * config.num_hidden_layers * config.hidden_size * row_length
 
 
 class TrainingProgress(ProgressCallback):
@@ -101,7 +85,7 @@ class TrainingProgress(ProgressCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
         if state.is_world_process_zero:
-            tqdm.write(f"step {state.global_step}: held-out perplexity {math.exp(metrics['eval_loss']):,.2f}")
+            tqdm.write(f"step {state.global_step}: held-out perplexity {shown_perplexity(metrics)}")
 
 
 def draw_expert_loads(output_dir: str, entry: dict) -> None:
@@ -152,10 +136,11 @@ def write_report(output_dir: str, model: PreTrainedModel, log_history: list[dict
     JSON only.
     """
     training = [entry for entry in log_history if "loss" in entry]
-    held_out = list({entry["step"]: entry for entry in log_history if "eval_loss" in entry}.values())
+    held_out = {e["step"]: {"step": e["step"], **held_out_scores(e)} for e in log_history if "eval_loss" in e}
+    held_out = list(held_out.values())
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot([entry["step"] for entry in training], [entry["loss"] for entry in training], label="training")
-    axes.plot([entry["step"] for entry in held_out], [entry["eval_loss"] for entry in held_out], "o", label="held out")
+    axes.plot([entry["step"] for entry in held_out], [entry["loss"] for entry in held_out], "o", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{model.config.model_type}: loss")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -178,15 +163,14 @@ def write_report(output_dir: str, model: PreTrainedModel, log_history: list[dict
     lines = [f"# {Path(output_dir).name}: training summary", "", "| | |", "|---|---|"]
     lines += [f"| {name.replace('_', ' ')} | {as_text(value)} |" for name, value in summary.items()]
     lines += ["", "| step | held-out loss | held-out perplexity |", "|---:|---:|---:|"]
-    lines += [f"| {e['step']} | {e['eval_loss']:.4f} | {math.exp(e['eval_loss']):,.2f} |" for e in held_out]
+    lines += [f"| {e['step']} | {with_error(e, 'loss', 4)} | {with_error(e, 'perplexity', 2)} |" for e in held_out]
+    lines += ["", "± is one standard error."]
     lines += ["", "![training and held-out loss](loss_curve.png)", ""]
     monitored = [entry for entry in log_history if "expert_imbalance/layer_0" in entry]
     if monitored:
         draw_expert_loads(output_dir, monitored[-1])
         lines += ["![tokens per expert](expert_loads.png)", ""]
     Path(output_dir, "training_summary.md").write_text("\n".join(lines))
-    summary["held_out"] = [
-        {"step": e["step"], "loss": e["eval_loss"], "perplexity": math.exp(e["eval_loss"])} for e in held_out
-    ]
+    summary["held_out"] = held_out
     summary["options"] = options or {}
     Path(output_dir, "training_summary.json").write_text(json.dumps(summary, indent=1))

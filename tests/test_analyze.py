@@ -396,6 +396,8 @@ def test_bad_input_is_one_sentence(folder, trained, tmp_path):
         ({"max_tokens": 0}, "must be at least 1"),
         ({"batch_size": 0}, "must be at least 1"),
         ({"output_dir": str(tmp_path / "file")}, "is a file"),
+        ({"output_dir": str(tmp_path / "file" / "out")}, "is a file"),
+        ({"output_dir": "/proc/out"}, "cannot be written"),
     ):
         with pytest.raises(InputError, match=re.escape(message)) as error:
             analyze.main(settings(folder, trained, **({"output_dir": str(tmp_path / "output")} | options)))

@@ -42,6 +42,25 @@ def test_what_differs_is_said(tmp_path, monkeypatch):
     assert "| **differs: tokens** | 1000 | 2000 |" in (tmp_path / "out.md").read_text()
 
 
+def test_standard_errors_are_shown_where_the_runs_have_them(tmp_path, monkeypatch):
+    runs = [write_run(tmp_path / "old", 1.25), write_run(tmp_path / "new", 1.5)]
+    summary = json.loads((runs[1] / "training_summary.json").read_text())
+    summary["held_out"][-1] |= {"loss_stderr": 0.0123, "perplexity_stderr": 0.11}
+    (runs[1] / "training_summary.json").write_text(json.dumps(summary))
+    compare(monkeypatch, tmp_path / "out", *runs)
+    text = (tmp_path / "out.md").read_text()
+    assert "| held-out loss, nats per token | 1.2500 | 1.5000 ± 0.0123 |" in text
+    assert "| held-out perplexity | 9.00 | 9.00 ± 0.11 |" in text
+
+
+def test_the_output_is_checked_before_the_runs_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken.png").mkdir()
+    for output, sentence in (("file/out", "is a file"), ("taken", "is a folder"), ("/proc/out", "cannot be written")):
+        with pytest.raises(InputError, match=sentence):
+            compare(monkeypatch, tmp_path / output, tmp_path / "absent")
+
+
 def test_unusable_runs_are_refused(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", 1.0)
     with pytest.raises(InputError, match="is not the output folder of a finished run"):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from evaluation_data import stage, task_manager  # noqa: E402
-from perplexity_metric import load_metric, perplexity_metrics, token_nll  # noqa: E402
+from perplexity_metric import perplexity_metrics, perplexity_scores, token_nll  # noqa: E402
 from text_sources import InputError  # noqa: E402
 from train_tokenizer import train  # noqa: E402
 
@@ -414,6 +414,7 @@ def test_contamination(tmp_path, our_folder, data, rows):
                           "--tasks", *BENCHMARKS[1:])  # fmt: skip
     finally:
         path.unlink()
+    assert report["limit"] == 2
     notes = {row["task"]: row["note"] for row in report["tasks"]}
     assert "fine-tuned on allenai/ai2_arc ARC-Challenge (train, 1119 rows)" in notes["arc_challenge"]
     sources = [{**record, "source": record["name"]} for record in records]
@@ -510,6 +511,14 @@ def test_bad_options(capsys, llama_folder, option, value):
     assert caught.value.code == 2 and f"'{value}'" in capsys.readouterr().err
 
 
+def test_the_output_folder_is_checked_first(tmp_path, monkeypatch, llama_folder):
+    monkeypatch.setitem(SCRIPT.main.__globals__, "load_model", lambda *options: pytest.fail("the work began"))
+    (tmp_path / "file").touch()
+    for output, sentence in ((tmp_path / "file", "is a file"), (Path("/proc/out"), "cannot be written")):
+        with pytest.raises(InputError, match=sentence):
+            evaluate(llama_folder, output)
+
+
 def test_failure_leaves_the_old_results(tmp_path, monkeypatch, llama_folder, data, rows):
     options = (llama_folder, tmp_path / "out", "--data-dir", data, "--tasks", "winogrande")
     evaluate(*options)
@@ -533,26 +542,32 @@ def test_command_line(llama_folder, data, rows):
     run = subprocess.run([*command, "--data-dir", ".", "--tasks", "arc_easy", "wikitext"], **options)
     assert run.returncode == 0, run.stderr
     assert "| arc_easy, acc_norm |" in run.stdout and "Running loglikelihood requests" in run.stderr
+    for step in ("loading ", "reading the tasks ...", "making the prompts of 2 tasks ..."):
+        assert step in run.stderr, "a person sees what takes so long"
     assert json.loads((llama_folder / "evaluation" / "evaluation.json").read_text())["tasks"]
     assert (llama_folder / "evaluation" / "evaluation.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", "sft.py"])
-def test_training_scripts_find_the_library(script):
+def test_the_library_of_the_same_name_is_found_and_computes_the_same(tmp_path):
+    """No script imports it, and where somebody does, the folder of scripts/evaluate.py does not stand before it."""
     code = (
-        f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); runpy.run_path({script!r})\n"
-        "import perplexity_metric, evaluate\n"
-        "assert evaluate is perplexity_metric.evaluate and evaluate.load\n"
-        "print(perplexity_metric.load_metric().compute(nll=[2.0, 4.0], tokens=[1, 1])['nll_per_token'])"
+        "import perplexity_metric, sys; assert 'evaluate' not in sys.modules\n"
+        f"sys.path.remove({str(ROOT / 'scripts')!r}); import evaluate\n"
+        f"metric = evaluate.load({str(ROOT / 'metrics' / 'token_perplexity')!r}, keep_in_memory=True)\n"
+        "values = {'nll': [2.0, 4.0, 1.0], 'tokens': [1, 1, 3], 'total_bytes': 9}\n"
+        "assert metric.compute(**values) == perplexity_metric.perplexity_scores(**values)\n"
+        "print(metric.compute(nll=[2.0, 4.0], tokens=[1, 1])['nll_per_token'])"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "scripts")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "scripts"), *sys.path[1:]]))}
+    environment["HF_HOME"] = str(tmp_path)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[-1] == "3.0"
 
 
 def test_metric():
     nll, tokens = [30.0, 10.0, 50.0], [10, 5, 20]
-    result = load_metric().compute(nll=nll, tokens=tokens, total_bytes=100)
+    result = perplexity_scores(nll, tokens, total_bytes=100)
     mean = 90 / 35
     assert math.isclose(result["nll_per_token"], mean) and math.isclose(result["perplexity"], math.exp(mean))
     assert math.isclose(result["bits_per_byte"], 90 / math.log(2) / 100)
@@ -562,9 +577,9 @@ def test_metric():
     nll = tokens * (3 + 0.5 * torch.randn(200, generator=generator).double())
     draws = torch.randint(0, 200, (4000, 200), generator=generator)
     spread = (nll[draws].sum(1) / tokens[draws].sum(1)).std()
-    stderr = load_metric().compute(nll=nll.tolist(), tokens=tokens.long().tolist())["stderr"]
+    stderr = perplexity_scores(nll.tolist(), tokens.long().tolist())["stderr"]
     assert math.isclose(stderr, spread, rel_tol=0.05)
-    assert load_metric().compute(nll=[1.0], tokens=[1])["stderr"] is None
+    assert perplexity_scores([1.0], [1])["stderr"] is None
 
 
 def test_trainer_uses_the_metric(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -53,7 +54,15 @@ EVALUATION = {
     ],
     "perplexity": [
         {"corpus": "wikitext", "nll_per_token": 5.4321, "perplexity": 228.62, "bits_per_byte": 2.1987, "stderr": 0.0319}
-        | {"tokens": 81234, "bytes": 290117, "documents": 62, "context": 128, "stride": 64, "dataset": "wikitext"}
+        | {"tokens": 81234, "bytes": 290117, "documents": 62, "context": 128, "stride": 64, "dataset": "test.txt.gz"},
+        {"corpus": "web", "nll_per_token": 3.21, "perplexity": 24.78, "bits_per_byte": 1.1, "stderr": 0.02, "tokens": 9}
+        | {
+            "bytes": 40,
+            "documents": 2,
+            "context": 128,
+            "stride": 64,
+            "dataset": "HuggingFaceFW/fineweb-edu:sample-10BT",
+        },
     ],
 }
 ANALYSIS = {
@@ -139,6 +148,8 @@ def exported(pretrained, tmp_path_factory):
     command += ["--license", "apache-2.0", "--language", "en", "--base-model", "somebody/base"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+    for step in ("loading ", "writing weights", "Snippet 2 of the card is tried in a process without this package"):
+        assert step in result.stderr, "a person sees what takes so long"
     return run.with_name("run-hub")
 
 
@@ -174,8 +185,40 @@ def test_metadata_passes_the_classes_of_the_hub(exported):
     assert again.to_dict() == data and again.eval_results == card.data.eval_results
     found = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
     expected = {(row["task"], row["metric"]): row["value"] for row in EVALUATION["tasks"]}
-    expected |= {("wikitext", name): EVALUATION["perplexity"][0][name] for name in ("perplexity", "bits_per_byte")}
+    del expected["arc_challenge", "acc"]  # of a file of unknown origin
+    expected |= {("web", name): EVALUATION["perplexity"][1][name] for name in ("perplexity", "bits_per_byte")}
     assert found == expected
+    types = {result.dataset_name: (result.dataset_type, result.dataset_config) for result in card.data.eval_results}
+    assert types["web"] == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
+    assert all(is_hub_id(dataset) for dataset, _ in types.values())
+
+
+@pytest.mark.parametrize("where", ["limit", "note"])
+def test_results_of_the_first_documents_are_not_those_of_a_dataset(chat_run, tmp_path, where):
+    """The card shows them with their note, and its metadata does not. An older report has nothing but the note."""
+    evaluation = copy.deepcopy(EVALUATION)
+    rows = [*evaluation["tasks"], *evaluation["perplexity"]]
+    for row in rows[1:]:
+        row["note"] = "only the first 3 documents of each task"
+    if where == "limit":
+        evaluation["limit"] = 3
+    write_json(chat_run / "evaluation" / "evaluation.json", evaluation)
+    card = card_of(chat_run, tmp_path / "limited")
+    results = ModelCard(card).data.eval_results or []
+    assert [(result.dataset_name, result.metric_type) for result in results] == [("arc_easy", "acc")] * (
+        where == "note"
+    )
+    assert "only the first 3 documents" in card and "| arc_easy | acc_norm |" in card
+    written = [
+        entry for file in (tmp_path / "limited").glob(".eval_results/*") for entry in yaml.safe_load(file.read_text())
+    ]
+    assert len(written) == (where == "note")
+
+
+def test_what_does_not_run_is_on_the_card_but_not_what_does_not_load(exported):
+    points = yaml.safe_load((REPOSITORY / "hub_card" / "not_supported.yaml").read_text())
+    card = (exported / "README.md").read_text()
+    assert [f"- {point['text']}" in card for point in points] == [point["on_cards"] for point in points]
 
 
 def test_eval_results_pass_the_classes_of_the_hub(exported):
@@ -226,19 +269,20 @@ def test_every_fact_is_that_of_a_file(chat_run, tmp_path):
     card = card_of(chat_run, tmp_path / "first")
     summary = json.loads((chat_run / "training_summary.json").read_text())
     state = json.loads((chat_run / "trainer_state.json").read_text())
-    last = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry][-1]
+    last = [entry["eval_nll_per_token"] for entry in state["log_history"] if "eval_loss" in entry][-1]
+    error = [entry["eval_stderr"] for entry in state["log_history"] if "eval_loss" in entry][-1]
     model = AutoModelForCausalLM.from_pretrained(chat_run)
     for shown in (
         *(f"{count:,}" for count in model.parameter_counts().values()),
         "| learning rate | 0.0123 |",
         f"| tokens | {summary['tokens']:,} |",
         f"| device | {summary['device']} |",
-        f"| 3 | {last:.4f} |",
+        f"| 3 | {last:.4f}&nbsp;±&nbsp;{error:.4f} | {math.exp(last):,.2f}&nbsp;±&nbsp;{math.exp(last) * error:.2f} |",
         "| arc_easy | acc | 31.4&nbsp;±&nbsp;2.1 | 25.1 | 2,376 | 0 |",
         "- arc_easy: fine-tuned on arc, &lt;all&gt; of it",
         "| arc_challenge | acc | 22.6 | 25.0 |",
         "lm-eval 0.4.77",
-        "| wikitext | 228.62 | 5.4321&nbsp;±&nbsp;0.0319 | 2.1987 | 81,234 | 62 | 128 / 64 |",
+        "| wikitext | 228.62&nbsp;±&nbsp;7.29 | 5.4321&nbsp;±&nbsp;0.0319 | 2.1987 | 81,234 | 62 | 128 / 64 |",
         "loss 6.789",
         "Loss 7.531",
         "| 43.8 % | 14,713 |",
@@ -253,7 +297,7 @@ def test_every_fact_is_that_of_a_file(chat_run, tmp_path):
     evaluation["perplexity"][0]["perplexity"], data[0]["rows"] = 33.21, 4242
     analysis["verdict"]["text"], summary["device"], summary["tokens"] = "Loss 1.357.", "another device", 987654
     summary["options"]["learning_rate"] = 0.0456
-    state["log_history"][-1]["eval_loss"] = 1.2345
+    state["log_history"][-1]["eval_nll_per_token"] = 1.2345
     write_json(chat_run / "evaluation" / "evaluation.json", evaluation)
     write_json(chat_run / "sft_data.json", data)
     write_json(chat_run / "analysis" / "analysis.json", analysis)
@@ -388,6 +432,9 @@ def test_wrong_options(chat_run, published_folder, tmp_path, monkeypatch):
     assert "not a tag" in refusal(chat_run, revision='v1", "')
     assert "--public" in refusal(chat_run, public=True)
     assert "not an ISO code" in refusal(chat_run, language=["English"])
+    (tmp_path / "file").touch()
+    assert "is a file" in refusal(chat_run, output_dir=str(tmp_path / "file" / "out"))
+    assert "cannot be written" in refusal(chat_run, output_dir="/proc/out")
     (tmp_path / "there").mkdir()
     assert "exists already" in refusal(chat_run, output_dir=str(tmp_path / "there"))
     assert "--tokenizer" in refusal(published_folder, license=None)

@@ -1,6 +1,7 @@
 """Packing, the resumable stream, checkpoints and the script itself, on text of the standard library."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -216,10 +217,20 @@ def uninterrupted(recipe):
     return folder, finish(start(log, "--config", recipe, "--output-dir", folder), log)
 
 
+def held_out_log(folder: Path) -> list[dict]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in log if "eval_loss" in entry]
+
+
 def test_the_result_is_ready_for_the_hub(uninterrupted):
     folder, output = uninterrupted
-    perplexities = [float(line.split()[-1].replace(",", "")) for line in output.splitlines() if "perplexity" in line]
-    assert output.splitlines()[-1] == f"{folder}: held-out perplexity {perplexities[-1]:.2f}"
+    lines = [line for line in output.splitlines() if "held-out perplexity" in line]
+    shown = [line.split("perplexity ")[1].replace(",", "") for line in lines]
+    perplexities = [float(line.split(" ± ")[0]) for line in shown]
+    entries = held_out_log(folder)
+    assert perplexities[-1] == pytest.approx(math.exp(entries[-1]["eval_nll_per_token"]), abs=0.006)
+    error = perplexities[-1] * entries[-1]["eval_stderr"]
+    assert float(shown[-1].split(" ± ")[1]) == pytest.approx(error, abs=0.006), "one standard error"
     assert perplexities[-1] < 0.8 * perplexities[0], "training helps on held-out text"
     assert {"loss_curve.png", "training_summary.md", "generation_config.json"} <= {p.name for p in folder.iterdir()}
     assert (folder / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
@@ -335,16 +346,33 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         (["--chunked-loss", "false", "--z-loss", "1e-4"], "z_loss is a part of the chunked loss"),
         (["--optimiser", "x"], "--optimiser"),
         (["--max-steps", "many"], "--max-steps"),
+        (["--z-loss", "1e-4", "--label-smoothing-factor", "0.1"], "z_loss and label_smoothing_factor"),
+        (["--per-device-train-batch-size", "0"], "per_device_train_batch_size must be at least 1, but is 0."),
+        (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps must be at least 1, but is 0."),
+        (["--held-out-fraction", "2"], "held_out_fraction is a share and must be from 0 to 1, but is 2.0."),
+        (["--sources", "null.jsonl"], "The column 'text' of the source 'null.jsonl' holds no text in any row."),
+        (["--sources", "number.jsonl"], "'number.jsonl' has 3 in it (int), so it does not hold text."),
+        (["--report-to", "wandb"], "--report-to wandb cannot be used"),
+        (["--push-to-hub"], "--push-to-hub does not reach the Hub"),
+        (["--output-dir", "empty.txt"], "'empty.txt' cannot be a folder, for "),
+        (["--output-dir", "empty.txt/run"], "is a file: name another."),
+        (["--output-dir", "/proc/run"], "--output-dir '/proc/run' cannot be written ("),
+        (["--output-dir", "tokenizer"], "holds 'tokenizer.json', which no run of this script wrote"),
     ],
 )
 def test_bad_input_gives_one_sentence(recipe, options, sentence, monkeypatch, capsys):
     monkeypatch.chdir(recipe.parent)
     Path("empty.txt").touch()
     Path("latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    Path("null.jsonl").write_text('{"text": null}\n' * 3)
+    Path("number.jsonl").write_text('{"text": "one"}\n{"text": 3}\n')
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(SystemExit) as stop:
         run_here("--config", recipe, "--output-dir", recipe.parent / "bad", *options)
-    last_line = (stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err).splitlines()[-1]
-    assert sentence in last_line and ": error: " in last_line
+    printed = capsys.readouterr().err
+    (line,) = (stop.value.code if isinstance(stop.value.code, str) else printed).splitlines()  # without the usage
+    assert sentence in line and line.startswith("pretrain.py: error: ")
+    assert not (recipe.parent / "bad").exists()
 
 
 @pytest.mark.parametrize("content, sentence", [({"learning_rat": 0.1}, "learning_rat"), ([1], "YAML mapping")])
@@ -374,6 +402,158 @@ def test_vocabulary_of_model_and_tokenizer(recipe, tokenizer, vocab_size, fits):
 def test_changed_data_options_are_refused_on_resume(recipe, uninterrupted):
     with pytest.raises(SystemExit, match="shuffle_buffer = 7, but it is now 8"):
         run_here("--config", recipe, "--output-dir", uninterrupted[0], "--shuffle-buffer", 8)
+
+
+OTHER_RUNS = {
+    "rows per step": (["--per-device-train-batch-size", 8], {}, "rows per step = 8, but it is now 16"),
+    "longer, with a schedule over all steps": (["--max-steps", 200], {}, "max_steps = 100, but it is now 200"),
+    "learning rate": (["--learning-rate", 0.02], {}, "learning_rate = 0.01, but it is now 0.02"),
+    "schedule": (["--lr-scheduler-type", "cosine"], {}, "lr_scheduler_type = linear, but it is now cosine"),
+    "warm-up": (["--warmup-steps", 5], {}, r"warmup_steps = .*, but it is now 5"),
+    "optimizer": (["--optim", "adafactor"], {}, "optim = adamw_torch.*, but it is now adafactor"),
+    "decay": (["--weight-decay", 0.3], {}, "weight_decay = 0.0, but it is now 0.3"),
+    "smoothing": (["--label-smoothing-factor", 0.1], {}, "label_smoothing_factor = 0.*, but it is now 0.1"),
+    "seed": (["--seed", 7], {}, "seed = 0, but it is now 7|seed = 42, but it is now 7"),
+    "documents that see each other": (["--mask-across-documents", "false"], {}, "mask_across_documents = True"),
+    "as many weights": ([], {"num_attention_heads": 8}, "num_attention_heads = 4, but it is now 8"),
+    "step size": ([], {"dynamics_dt": 0.2}, "dynamics_dt = 0.1, but it is now 0.2"),
+    "norm": ([], {"use_qk_norm": False}, "use_qk_norm = True, but it is now False"),
+    "router": ([], {"mu_router_base_logit": 5.0}, "mu_router_base_logit = 10.0, but it is now 5.0"),
+    "other shapes": ([], {"hidden_size": 128}, "hidden_size = 64, but it is now 128"),
+    "more layers": ([], {"num_hidden_layers": 3}, "num_hidden_layers = 2, but it is now 3"),
+    "another architecture": ([], {"model_type": "llama"}, "model_type = complexity-deep, but it is now llama"),
+}
+
+
+def as_before_this_check(checkpoint: Path) -> None:
+    """The settings that checkpoints held when nothing but the data was compared."""
+    path = checkpoint / "data_state_0.json"
+    state = json.loads(path.read_text())
+    kept = ("sources", "source_weights", "routing", "tensor x expert parallelism", "row_length", "shuffle_buffer")
+    kept += ("seed", "held_out_fraction", "processes x dataloader workers", "tokenizer")
+    state["settings"] = {name: state["settings"][name] for name in kept}
+    path.write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+
+
+def run_with_shape(recipe: Path, folder: Path, shape: dict, *options: object) -> None:
+    path = folder / "other_model.json"
+    path.write_text(json.dumps({**json.loads((recipe.parent / "model.json").read_text()), **shape}))
+    run_here("--config", recipe, "--output-dir", folder / "run", "--model-config", path, *options)
+
+
+@pytest.mark.parametrize("name", OTHER_RUNS)
+def test_another_run_is_refused_on_resume(recipe, uninterrupted, tmp_path, name):
+    options, shape, sentence = OTHER_RUNS[name]
+    checkpoint = f"checkpoint-{STEPS - 2}"
+    shutil.copytree(uninterrupted[0] / checkpoint, tmp_path / "run" / checkpoint)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match=sentence) as stop:
+        run_with_shape(recipe, tmp_path, shape, *options)
+    assert len(stop.value.code.splitlines()) == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_begun_before_the_check_goes_on(recipe, uninterrupted, tmp_path):
+    checkpoint = tmp_path / "run" / f"checkpoint-{STEPS - 2}"
+    shutil.copytree(uninterrupted[0] / checkpoint.name, checkpoint)
+    as_before_this_check(checkpoint)
+    for name in ("rows per step", "longer, with a schedule over all steps", "step size", "other shapes"):
+        options, shape, _ = OTHER_RUNS[name]
+        with pytest.raises(SystemExit, match="would be another run"):
+            run_with_shape(recipe, tmp_path, shape, *options)
+    run_with_shape(recipe, tmp_path, {})
+    assert_same_run(tmp_path / "run", uninterrupted[0])
+
+
+def test_tokens_are_those_that_were_trained(recipe, tmp_path):
+    """The two commands of the report: twice the tokens in rows twice as many are as many steps."""
+    common = (
+        "--config",
+        recipe,
+        "--output-dir",
+        tmp_path / "run",
+        "--max-steps",
+        0,
+        "--gradient-accumulation-steps",
+        1,
+    )
+    common += ("--per-device-train-batch-size", 2, "--lr-scheduler-type", "constant_with_warmup", "--warmup-steps", 2)
+    run_here(*common, "--max-tokens", 6 * 2 * ROW)
+    summary = tmp_path / "run" / "training_summary.json"
+    assert json.loads(summary.read_text())["tokens"] == 6 * 2 * ROW
+    with pytest.raises(SystemExit, match="rows per step = 2, but it is now 4"):
+        run_here(*common, "--max-tokens", 12 * 2 * ROW, "--per-device-train-batch-size", 4)
+    assert json.loads(summary.read_text())["tokens"] == 6 * 2 * ROW
+    run_here(*common, "--max-tokens", 12 * 2 * ROW)  # a schedule that does not span all steps lets a run go on
+    report = json.loads(summary.read_text())
+    assert (report["tokens"], report["steps"]) == (12 * 2 * ROW, 12)
+    whole = tmp_path / "whole"
+    run_here(*common, "--max-tokens", 12 * 2 * ROW, "--output-dir", whole)
+    weights, expected = load_file(tmp_path / "run" / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected), (
+        "as if it had been as long from the start"
+    )
+    with pytest.raises(SystemExit, match="is at step 12 already, and max_steps is 6"):
+        run_here(*common, "--max-tokens", 6 * 2 * ROW)
+
+
+def test_checkpoints_without_optimizer_are_not_resumed(recipe, tmp_path, capsys):
+    options = ("--config", recipe, "--output-dir", tmp_path / "run", "--max-steps", 4, "--save-only-model", "true")
+    run_here(*options)
+    assert "this run cannot be resumed" in capsys.readouterr().out
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match=r"checkpoint-4 holds no state of the optimizer \(save_only_model\)"):
+        run_here(*options)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("model_type", ["complexity-deep", "llama", "mixtral"])
+@pytest.mark.parametrize("options", [(), ("--chunked-loss", "false")], ids=["chunked", "plain"])
+def test_perplexity_is_that_of_the_plain_cross_entropy(recipe, tmp_path, model_type, options):
+    """Though the training loss has smoothed labels, and Mixtral's its router's loss besides."""
+    shape = {"model_type": model_type}
+    if model_type == "mixtral":
+        shape |= {"num_local_experts": 2, "output_router_logits": True, "router_aux_loss_coef": 7.0}
+        if not options:
+            with pytest.raises(SystemExit, match="set chunked_loss to false"):
+                run_with_shape(recipe, tmp_path, shape, "--max-steps", 2)
+            return
+    smoothing = ("--label-smoothing-factor", 0.1, "--max-steps", 2)
+    run_with_shape(recipe, tmp_path, shape, *smoothing, *options)
+    folder = tmp_path / "run"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = held_out_rows(load_sources([f"{recipe.parent}/text/*.jsonl"]), tokenizer, ROW, rows=8, fraction=0.2)
+    sums, counts = [], []
+    for row in rows.to_list():
+        batch = PackedCollator(True)([row])
+        with torch.no_grad():
+            log_probs = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        labels = batch["labels"][0, 1:]
+        nll = torch.nn.functional.cross_entropy(log_probs[0, :-1], labels, reduction="none")
+        sums.append(nll.sum().item())
+        counts.append(int((labels != -100).sum()))
+    mean = sum(sums) / sum(counts)
+    last = json.loads((folder / "training_summary.json").read_text())["held_out"][-1]
+    assert last["loss"] == pytest.approx(mean, rel=1e-4)
+    assert last["perplexity"] == pytest.approx(math.exp(mean), rel=1e-3)
+    assert last["perplexity_stderr"] == pytest.approx(last["perplexity"] * last["loss_stderr"])
+    assert abs(held_out_log(folder)[-1]["eval_loss"] - mean) > 1e-3, "the training loss is another"
+    assert f"| {last['loss']:.4f} ± {last['loss_stderr']:.4f} |" in (folder / "training_summary.md").read_text()
+
+
+def test_ctrl_c_is_one_line_and_leaves_whole_checkpoints(recipe, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = start(log, "--config", recipe, "--output-dir", folder, "--max-steps", 5000)
+    while process.is_alive() and not (folder / "checkpoint-4").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    printed = finish(process, log, exitcode=130)
+    assert "pretrain.py: stopped by Ctrl-C; every file that is there is whole" in printed.splitlines()
+    assert "Traceback" not in printed and not (folder / UNFINISHED).exists()
+    checkpoints = list(folder.glob("checkpoint-*"))
+    assert checkpoints and all(damage(checkpoint) is None for checkpoint in checkpoints)
 
 
 @pytest.fixture

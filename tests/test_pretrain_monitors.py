@@ -58,7 +58,8 @@ def log_of(run: Path) -> list[dict]:
 def run(folder):
     """A run with balanced routing over 5 steps' tokens, and a little more so that a sixth is needed."""
     run = folder / "run"
-    pretrain(folder, "--output-dir", run, "--max-tokens", 5 * 8 * ROW + 1, "--routing", "balanced")
+    options = ("--routing", "balanced", "--lr-scheduler-type", "constant")  # which lets a run be made longer
+    pretrain(folder, "--output-dir", run, "--max-tokens", 5 * 8 * ROW + 1, *options)
     return run
 
 
@@ -106,11 +107,12 @@ def test_table_is_counted_on_training_documents_and_kept_on_resume(folder, run, 
         raise AssertionError("counted again")
 
     monkeypatch.setattr(routing_balance, "count_tokens", count_again)
-    pretrain(folder, "--output-dir", run, "--max-tokens", 7 * 8 * ROW, "--routing", "balanced")
+    endless = ("--output-dir", run, "--lr-scheduler-type", "constant")
+    pretrain(folder, *endless, "--max-tokens", 7 * 8 * ROW, "--routing", "balanced")
     assert log_of(run)[-1]["step"] == 7
     assert torch.equal(load_file(run / "model.safetensors")["model.token_to_expert"], table)
     with pytest.raises(SystemExit, match="was written with routing = balanced, but it is now modulo"):
-        pretrain(folder, "--output-dir", run, "--max-tokens", 7 * 8 * ROW)
+        pretrain(folder, *endless, "--max-tokens", 7 * 8 * ROW)
 
 
 def test_imbalance_by_hand():
@@ -183,7 +185,7 @@ def test_the_summary_holds_the_measurements(run):
     summary = json.loads((run / "training_summary.json").read_text())
     assert summary["tokens"] == summary["steps"] * 8 * ROW and summary["options"]["learning_rate"] == 0.01
     assert summary["parameters"] > summary["active_parameters"] > 0
-    evaluated = {entry["step"]: entry["eval_loss"] for entry in log_of(run) if "eval_loss" in entry}
+    evaluated = {entry["step"]: entry["eval_nll_per_token"] for entry in log_of(run) if "eval_loss" in entry}
     assert {entry["step"]: entry["loss"] for entry in summary["held_out"]} == evaluated
     entries = [entry for entry in log_of(run) if "loss" in entry]
     assert summary["training_seconds"] == pytest.approx(sum(8 * ROW / entry["tokens_per_second"] for entry in entries))

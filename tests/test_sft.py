@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -27,9 +28,12 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import chat_data  # noqa: E402
 import sft as script  # noqa: E402
+from atomic_checkpoint import write_manifest  # noqa: E402
 from chat_data import ChatEncoder, load_conversations, mix  # noqa: E402
+from perplexity_metric import perplexity_scores  # noqa: E402
 from text_sources import InputError, embedded_documents  # noqa: E402
 from train_tokenizer import train  # noqa: E402
+from training_arguments import RENAMED  # noqa: E402
 
 LENGTH = 96
 
@@ -118,6 +122,155 @@ def test_only_the_completion_is_learned(tokenizer):
     assert (encoded["input_ids"], encoded["assistant_masks"]) == expected_tokens(tokenizer, chat("Hello", "Yes?"))
 
 
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city, in °C",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def call(identity: str, **arguments) -> dict:
+    return {"id": identity, "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+USE = [
+    {"role": "user", "content": "Rome and Oslo?"},
+    {"role": "assistant", "content": None, "tool_calls": [call("a", city="Rome"), call("b", city="Oslo", days=2)]},
+    {"role": "tool", "tool_call_id": "a", "content": "22"},
+    {"role": "tool", "tool_call_id": "b", "name": "weather", "content": "5"},
+    {"role": "assistant", "content": "Once more.", "tool_calls": [call("c", place={"lat": 1, "far": None})]},
+    {"role": "tool", "tool_call_id": "c", "content": "9"},
+    {"role": "assistant", "reasoning_content": "Which one?", "content": "Rome."},
+]
+SAID = [
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call><|im_end|>',
+    'Once more.\n<tool_call>\n{"name": "weather", "arguments": {"place": {"lat": 1, "far": null}}}\n</tool_call>'
+    "<|im_end|>",
+    "<think>\nWhich one?\n</think>\n\nRome.<|im_end|>",
+]
+
+
+def encode(tokenizer, source: Path) -> list[dict]:
+    return load_conversations(str(source), ChatEncoder(tokenizer), 9999, False)[0].to_list()
+
+
+def said(tokenizer, encoded: dict) -> str:
+    return tokenizer.decode([token for token, kept in zip(encoded["input_ids"], encoded["assistant_masks"]) if kept])
+
+
+@pytest.mark.parametrize("form", ["objects", "strings"])
+def test_tool_use_is_rendered_and_learned(tokenizer, tmp_path, form):
+    """Schemas, calls and results reach the model, as objects and as the strings that datasets of the Hub often have."""
+    use, tools = json.loads(json.dumps(USE)), [TOOL]
+    if form == "strings":
+        tools = json.dumps(tools)
+        for message in use:
+            if "tool_calls" in message:
+                message["tool_calls"] = json.dumps(message["tool_calls"])
+    rows = [{"messages": use, "tools": tools}, {"messages": chat("Hello", "Yes?"), "tools": None}]
+    encoded = encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows))
+    text = tokenizer.decode(encoded[0]["input_ids"])
+    assert said(tokenizer, encoded[0]) == "".join(SAID)
+    assert (
+        text.startswith("<|im_start|>system\n") and f"<tools>\n{json.dumps(TOOL, ensure_ascii=False)}\n</tools>" in text
+    )
+    for result in ("22", "5", "9"):
+        assert f"<|im_start|>tool name=weather\n<tool_response>\n{result}\n</tool_response><|im_end|>\n" in text
+    assert (encoded[1]["input_ids"], encoded[1]["assistant_masks"]) == expected_tokens(tokenizer, chat("Hello", "Yes?"))
+
+
+def test_arrow_adds_no_arguments(tokenizer, tmp_path):
+    """Arrow gives every struct of a column the keys of all, filled with nulls."""
+    calls = [{"name": "weather", "arguments": arguments} for arguments in ({"city": "Rome"}, {"days": 2})]
+    rows = [{"messages": [*chat("?"), {"role": "assistant", "content": "", "tool_calls": [c]}]} for c in calls]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    stored = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"))[0]["messages"][1]["tool_calls"][0]
+    assert stored["arguments"] == {"city": "Rome", "days": None}
+    encoded = encode(tokenizer, tmp_path / "rows.parquet")
+    assert '"arguments": {"city": "Rome"}}' in said(tokenizer, encoded[0])
+    assert '"arguments": {"days": 2}}' in said(tokenizer, encoded[1])
+
+
+def test_tools_of_a_prompt_are_not_learned(tokenizer, tmp_path):
+    rows = [{"prompt": USE[:4], "completion": USE[4:], "tools": [TOOL]}]
+    (encoded,) = encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert said(tokenizer, encoded) == "".join(SAID[1:])
+    assert "</tools>" in tokenizer.decode(encoded["input_ids"]) and SAID[0] in tokenizer.decode(encoded["input_ids"])
+
+
+# Today's template before it knew tools: conversations without them must come out the same.
+PLAIN = """{%- for message in messages -%}
+    {%- if message["role"] == "assistant" -%}
+        {{- "<|im_start|>assistant\\n" -}}
+        {%- generation -%}{{- message["content"] + "<|im_end|>" -}}{%- endgeneration -%}
+        {{- "\\n" -}}
+    {%- else -%}
+        {{- "<|im_start|>" + message["role"] + "\\n" + message["content"] + "<|im_end|>\\n" -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|im_start|>assistant\\n" -}}{%- endif -%}"""
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_conversations_without_tools_are_rendered_as_before(tokenizer, name, prompt):
+    both = [
+        tokenizer.apply_chat_template(
+            CONVERSATIONS[name], chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+        for template in (tokenizer.chat_template, PLAIN)
+    ]
+    assert both[0] == both[1]
+
+
+def refusal(tokenizer, tmp_path, row: dict, template: str | None = None) -> str:
+    other = type(tokenizer)(tokenizer_object=tokenizer._tokenizer)
+    other.chat_template = template or tokenizer.chat_template
+    with pytest.raises(InputError) as refused:
+        encode(other, write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat("a", "b")}, row]))
+    assert "\n" not in str(refused.value) and "object has no attribute" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "name", "tool_call_id", "mood"])
+def test_keys_that_the_template_leaves_out_are_refused(tokenizer, tmp_path, key):
+    value = [call("a", city="Rome")] if key == "tool_calls" else "a"
+    messages = [*chat("Hello"), {"role": "assistant", "content": "Yes?", key: value}]
+    assert f"does not render the {key} of its message 1" in refusal(tokenizer, tmp_path, {"messages": messages}, PLAIN)
+    if key == "mood":  # ours does not know it either, and one that does is given it
+        assert "does not render the mood" in refusal(tokenizer, tmp_path, {"messages": messages})
+        tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer)
+        mooded = '{{- message["content"] + (message.mood or "") + "<|im_end|>" -}}'
+        tokenizer.chat_template = PLAIN.replace('{{- message["content"] + "<|im_end|>" -}}', mooded)
+        (encoded,) = encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}]))
+        assert said(tokenizer, encoded) == "Yes?a<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        ({"messages": chat("a", "b"), "tools": [TOOL]}, "the chat template does not render its tools"),
+        ({"messages": chat("a", "b"), "documents": [{"text": "c"}]}, "does not render its documents"),
+        ({"messages": chat("a", "b"), "chat_template_kwargs": {"mood": "good"}}, "does not render its mood"),
+        ({"messages": chat("a", "b"), "tools": "{"}, "its tools is neither a list nor one written as JSON"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "its message 1 has no content"),
+    ],
+)
+def test_rows_that_cannot_be_rendered_whole(tokenizer, tmp_path, row, sentence):
+    assert sentence in refusal(tokenizer, tmp_path, row, PLAIN)
+
+
+def test_columns_about_a_conversation_are_no_part_of_it(tokenizer, tmp_path):
+    """As HuggingFaceH4/ultrachat_200k has them."""
+    row = {"prompt": "Hello", "prompt_id": "f00", "messages": chat("Hello", "Yes?"), "score": 0.5}
+    (encoded,) = encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert (encoded["input_ids"], encoded["assistant_masks"]) == expected_tokens(tokenizer, chat("Hello", "Yes?"))
+
+
 # Rows as the Hub has them, with what they become.
 QUESTION = "What do plants take from the air?"
 ACADEMIC = {
@@ -168,6 +321,8 @@ ACADEMIC = {
         "Name a tree.",
         "Oak.",
     ),
+    "instruction and output": ({"instruction": "Name a tree.", "output": "Oak."}, "Name a tree.", "Oak."),
+    "instruction and response": ({"instruction": "Name a tree.", "response": "Oak."}, "Name a tree.", "Oak."),
 }
 SCIQ = {
     "question": QUESTION,
@@ -431,9 +586,7 @@ def test_finished_run_given_again_changes_nothing(folder, finished):
 def trainer_on(folder: Path, model_type: str, **changed: object):
     """The trainer that the script builds for some options, without its run."""
     listed = options(folder, model_name_or_path=folder / model_type, **changed)
-    arguments = script.TrlParser((script.ScriptArguments, script.SFTConfig, script.ModelConfig)).parse_args_and_config(
-        listed
-    )
+    arguments = parsed(*listed)
     with pytest.MonkeyPatch.context() as patch:
         built = []
         patch.setattr(script.ChatTrainer, "train", lambda self, **kwargs: built.append(self) or sys.exit())
@@ -495,9 +648,9 @@ def without_marks(template: str) -> str:
 
 
 def marks_before_the_end(template: str) -> str:
-    said = '{{- message["content"] + "<|im_end|>" -}}\n        {%- endgeneration -%}'
+    said = '{{- "<|im_end|>" -}}\n        {%- endgeneration -%}'
     assert said in template
-    return template.replace(said, '{{- message["content"] -}}{%- endgeneration -%}{{- "<|im_end|>" -}}')
+    return template.replace(said, '{%- endgeneration -%}{{- "<|im_end|>" -}}')
 
 
 @pytest.mark.parametrize(
@@ -524,7 +677,13 @@ BAD_ROWS = {
     "nobody answers": ([{"messages": chat("Hello")}], "the assistant says nothing"),
     "no turns": ([*exchanges(1), {"messages": []}], "it has no messages"),
     "no text": ([*exchanges(1), {"messages": [{"role": "user", "content": None}]}], "Row 1 of "),
-    "another shape": ([{"messages": "Hello"}], "Row 0 of "),
+    "another shape": ([{"messages": "Hello"}], "its messages are not a list"),
+    "no such answer": (
+        [{**ACADEMIC["ARC"][0], "answerKey": "Z"}],
+        "a value of answerKey, choices, question is missing",
+    ),
+    "a number": ([{"instruction": 3, "output": "b"}], "a value of instruction, output is missing, or not what this"),
+    "parts": ([{"messages": [{"role": "user", "content": [{"type": "text"}]}]}], "message 0 is not text, but a list"),
     "too long": ([*exchanges(2), LONG], "1 of 3 conversations"),
 }
 
@@ -559,6 +718,12 @@ BAD_OPTIONS = {
     "dropout on the experts": ({**LORA, "lora_dropout": 0.1}, "--lora-dropout 0"),
     "no such layer": ({**LORA, "lora_target_modules": "out_proj"}, "no 'out_proj' for LoRA"),
     "no such weights": ({**LORA, "lora_target_parameters": ["experts.down_proj", "w1"]}, "no 'w1' for LoRA"),
+    "a router's loss": ({"router_aux_loss_coef": 0.01}, "a token-routed model has none"),
+    "no rows in a step": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+    "no length": ({"max_length": 0}, "max_length must be at least 1, but is 0."),
+    "no such logger": ({"report_to": "abacus"}, "--report-to abacus cannot be used"),
+    "no network": ({"push_to_hub": "true"}, "--push-to-hub does not reach the Hub"),
+    "a read-only folder": ({"output_dir": "/proc/run"}, "--output-dir '/proc/run' cannot be written"),
     "nothing to merge": ({"merge_adapter": "true"}, "--merge-adapter is for LoRA"),
 }
 
@@ -573,14 +738,111 @@ def test_unusable_options(folder, tmp_path, monkeypatch, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_folder_of_another_model_is_not_written_over(folder, tmp_path):
+    shutil.copytree(folder / "llama", tmp_path / "model")
+    with pytest.raises(SystemExit, match=r"holds 'config\.json', which no run of this script wrote"):
+        run_here(options(folder, output_dir=tmp_path / "model"))
+
+
+def parsed(*listed: str):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sft.py", *listed])
+        return script.RecipeParser((script.ScriptArguments, script.SFTConfig, script.ModelConfig), "").parse()
+
+
+@pytest.mark.parametrize("nothing", [[], ["[]"]])
+def test_an_empty_list_on_the_command_line(folder, nothing):
+    """For LoRA on a dense model, as the recipes say."""
+    *_, model_args = parsed(*options(folder, **LORA), "--lora-target-parameters", *nothing, "--use-cpu", "true")
+    assert model_args.lora_target_parameters == []
+
+
+@pytest.mark.parametrize("recipe", ["sft_chat", "sft_academic"])
+def test_recipes_warn_of_nothing_and_recompute_nothing(folder, recipe, recwarn):
+    _, training_args, _ = parsed(*options(folder, recipe))
+    assert training_args.gradient_checkpointing is False
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+    name = "activation-checkpointing" if RENAMED else "gradient-checkpointing"
+    assert parsed(*options(folder, recipe), f"--{name}", "true")[1].gradient_checkpointing is True
+
+
+def test_perplexity_is_that_of_the_plain_cross_entropy(folder, tmp_path, capsys):
+    """Though the training loss has smoothed labels, and conversations are packed."""
+    changed = {"max_steps": 2, "label_smoothing_factor": 0.1, "output_dir": tmp_path / "out"}
+    run_here(options(folder, **changed))
+    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    sums, counts = [], []
+    for row in exchanges(90)[60:]:
+        ids, mask = (torch.tensor([part]) for part in expected_tokens(tokenizer, row["messages"]))
+        with torch.no_grad():
+            log_probs = model.eval()(ids).logits[0, :-1].log_softmax(dim=-1)
+        nll = -log_probs.gather(1, ids[0, 1:, None])[:, 0] * mask[0, 1:]
+        sums.append(nll.sum().item())
+        counts.append(mask.sum().item())
+    expected = perplexity_scores(sums, counts)
+    last = json.loads((tmp_path / "out" / "training_summary.json").read_text())["held_out"][-1]
+    assert last["loss"] == pytest.approx(expected["nll_per_token"], rel=1e-4)
+    assert last["loss_stderr"] == pytest.approx(expected["stderr"], rel=1e-3)
+    shown = f"held-out perplexity {last['perplexity']:,.2f} ± {last['perplexity_stderr']:,.2f}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'out'}: {shown}"
+
+
+def test_the_router_of_another_model_is_left_its_loss(folder, tmp_path):
+    """TRL weighs it; only a model whose experts are looked up has none."""
+    trainer = trainer_on(folder, "llama", output_dir=tmp_path / "llama")
+    assert not trainer.aux_loss_enabled
+    ours = trainer_on(folder, "complexity-deep", output_dir=tmp_path / "ours")
+    assert not ours.aux_loss_enabled and not ours.model.config.output_router_logits
+
+
+def test_another_run_is_refused_on_resume(folder, finished, tmp_path):
+    checkpoint = tmp_path / "checkpoint-9"
+    shutil.copytree(finished("full") / "checkpoint-9", checkpoint)
+    for changed, sentence in (
+        ({"max_steps": 20}, "max_steps = 12, but it is now 20, and the learning-rate schedule spans all steps"),
+        ({"learning_rate": 0.1}, "learning_rate = 0.02, but it is now 0.1"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type = cosine, but it is now linear"),
+        ({"model_name_or_path": folder / "llama"}, "model_type = complexity-deep, but it is now llama"),
+        ({"per_device_train_batch_size": 4}, "rows per step = 4, but it is now 8"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            run_here(options(folder, output_dir=tmp_path, **changed))
+    changed_model = tmp_path / "changed"
+    shutil.copytree(folder / "complexity-deep", changed_model)
+    config = json.loads((changed_model / "config.json").read_text())
+    (changed_model / "config.json").write_text(json.dumps({**config, "dynamics_dt": 0.3}))
+    with pytest.raises(SystemExit, match=r"dynamics_dt = 0.1, but it is now 0.3"):
+        run_here(options(folder, output_dir=tmp_path, model_name_or_path=changed_model))
+    state = json.loads((checkpoint / "sft_state.json").read_text())  # as before these were compared
+    kept = ("model", "lora", "data", "tokens", "max_length", "packing", "rows per step", "seed")
+    state["settings"] = {name: state["settings"][name] for name in kept}
+    (checkpoint / "sft_state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(SystemExit, match="max_steps = 12, but it is now 20"):
+        run_here(options(folder, output_dir=tmp_path, max_steps=20))
+    run_here(options(folder, output_dir=tmp_path))
+    assert_same_weights(tmp_path, finished("full"))
+
+
 def test_unknown_recipe_key(folder, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("learning_rat: 0.1\n")
     with pytest.raises(SystemExit) as stop:
         run_here(
             [*options(folder)[2:], "--config", str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "out")]
         )
-    assert stop.value.code == 2 and "learning_rat" in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()  # without pages of usage before it
+    assert stop.value.code == 2 and line.startswith("sft.py: error: ") and "learning_rat" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_help_says_which_columns_are_taken(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed("--help")
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and script.__doc__.splitlines()[-1] in printed
+    for columns, _ in chat_data.FORMATS.values():
+        assert all(re.search(rf"\b{column.rstrip('23')}", printed) for column in columns), columns
 
 
 def test_folders_of_other_runs_are_left_alone(folder, finished, tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import train_tokenizer  # noqa: E402
 from text_sources import InputError, embedded_documents, load_sources, read_documents  # noqa: E402
 from train_tokenizer import SPECIAL_TOKENS, fertility, save_atomically, train  # noqa: E402
 
@@ -145,6 +147,55 @@ def test_unusable_requests(tmp_path):
         load_sources(["embedded"], [0.5, 0.5])
     result = run("--vocab-size", 100, "--output-dir", tmp_path / "small")
     assert result.returncode == 2 and "--vocab-size 100 is too small" in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """The output is looked at before any text is read."""
+    monkeypatch.setattr(train_tokenizer, "load_sources", lambda *options: pytest.fail("the work began"))
+
+
+def options(output: Path, **changed) -> SimpleNamespace:
+    chosen = {"output_dir": str(output), "sources": ["embedded"], "source_weights": None, "text_column": "text"}
+    return SimpleNamespace(**chosen, held_out_fraction=0.1, vocab_size=300, **changed)
+
+
+@pytest.mark.parametrize(
+    "place, sentence",
+    [
+        ("file", "'{0}/file' is a file"),
+        ("file/tokenizer", "'{0}/file' is a file"),
+        ("model", "holds 'model.safetensors', which would be lost"),
+        ("/proc/tokenizer", "--output-dir '/proc/tokenizer' cannot be written"),
+    ],
+)
+def test_the_output_folder_is_checked_first(tmp_path, no_training, place, sentence):
+    (tmp_path / "file").touch()
+    (tmp_path / "model").mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / "model" / name).touch()
+    with pytest.raises(InputError) as refused:
+        train_tokenizer.main(options(tmp_path / place))
+    assert sentence.format(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.safetensors", "tokenizer.json"]
+
+
+def test_a_split_without_one_side_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "train", lambda *options: pytest.fail("the work began"))
+    (tmp_path / "one.jsonl").write_text('{"text": "one"}\n')
+    one = {**vars(options(tmp_path / "out")), "sources": [str(tmp_path / "one.jsonl")]}
+    for fraction, sentence in ((1e-9, "held out to measure"), (1 - 1e-9, "left to train on"), (0, "between 0 and 1")):
+        with pytest.raises(InputError, match=sentence):
+            train_tokenizer.main(SimpleNamespace(**{**one, "held_out_fraction": fraction}))
+
+
+def test_errors_of_the_command_line_come_without_the_usage(tmp_path):
+    result = run("--vocab-size", "many")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("train_tokenizer.py: error: argument --vocab-size")
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n')
+    result = run("--sources", tmp_path / "null.jsonl", "--output-dir", tmp_path / "out")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "holds no text" in result.stderr
 
 
 def test_file_that_turns_out_bad_later_is_reported(tmp_path):

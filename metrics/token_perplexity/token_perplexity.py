@@ -7,11 +7,10 @@
 One entry is one document, or one row of packed documents.
 """
 
-import math
-
 import datasets
 import evaluate
-import numpy as np
+
+from .perplexity_scores import perplexity_scores
 
 DESCRIPTION = "Negative log-likelihood per token with its standard error, perplexity, and bits per byte."
 INPUTS = """
@@ -37,14 +36,4 @@ class TokenPerplexity(evaluate.Metric):
         )
 
     def _compute(self, nll: list[float], tokens: list[int], total_bytes: int | None = None) -> dict:
-        nll, tokens = np.asarray(nll), np.asarray(tokens)
-        mean = float(nll.sum() / tokens.sum())
-        # Tokens of one document are not independent, documents are: the error of a ratio of sums over documents.
-        documents, residuals = len(nll), nll - mean * tokens
-        stderr = None
-        if documents > 1:
-            stderr = math.sqrt(documents / (documents - 1) * float(residuals @ residuals)) / int(tokens.sum())
-        scores = {"nll_per_token": mean, "stderr": stderr, "perplexity": float(np.exp(mean))}
-        if total_bytes is not None:
-            scores["bits_per_byte"] = float(nll.sum()) / math.log(2) / total_bytes
-        return scores
+        return perplexity_scores(nll, tokens, total_bytes)
