@@ -407,5 +407,5 @@ def test_the_one_token_mask_of_ids_on_another_device_than_the_cache():
     cache.get_seq_length = lambda: torch.zeros(1, dtype=torch.long)  # a CPU scalar would go with any device
     cache.get_mask_sizes = lambda *_: (8, 0)
     embeds = torch.empty(1, 1, model.config.hidden_size, device="meta")  # stands for the other device
-    mask = model.create_masks_for_generate(model.config, embeds, None, cache)
+    mask = model.create_masks_for_generate(model.config, embeds, None, **{CACHE_NAME: cache})
     assert mask.device.type == "meta" and mask.shape == (1, 1, 1, 8)
