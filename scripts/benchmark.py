@@ -208,7 +208,7 @@ def benchmark_generate(args) -> list[dict]:
         prefill = statistics.median(timed(lambda: decode(1), args.repeats, args.device))
         steps = [(time - prefill) / (args.new_tokens - 1) for time in whole]
         case = f"{shape} batch {args.batch_size} decode step"
-        variant = name + (", static cache" if args.compile else ", dynamic cache")
+        variant = name + (", static cache" if args.compile else ", default cache")
         rows.append(row("generate", case, variant, steps, args.batch_size))
         if args.compile and args.device.startswith("cuda"):
             case = f"{shape} batch {args.batch_size} decode step, graph replay"
