@@ -260,7 +260,8 @@ def run_plans(args: argparse.Namespace) -> None:
     runs = []
     for plan in args.plan:
         rows = read_rows(results.path)
-        runs += [finish(run, args.smoke) for run in expand(Path(plan), rows, data)]
+        length = {"tokens": args.tokens} if args.tokens else {}
+        runs += [finish({**run, **length}, args.smoke) for run in expand(Path(plan), rows, data)]
     runs = [run for run in runs if not args.only or run["variant"] in args.only]
     runs = [run for run in runs if args.seeds is None or run["seed"] in args.seeds]
     finished = {identity(row) for row in read_rows(results.path) if row["status"] in DONE}
@@ -310,6 +311,7 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--plan", nargs="+", required=True, help="files of recipes/evidence")
     run.add_argument("--only", nargs="+", help="only these variants")
     run.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    run.add_argument("--tokens", type=float, help="train on so many tokens instead of the plan's")
     run.add_argument("--gpus", type=int, help="use so many GPUs (default: all)")
     run.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU (default: %(default)s)")
     run.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
