@@ -37,6 +37,8 @@ FIELDS = (
     "shifted_edu", "expert_norm_ratio", "peak_memory_gib", "date", "settings",
 )  # fmt: skip
 IDENTITY = ("variant", "seed", "size", "tokens", "learning_rate", "settings")  # of a run, whatever came of it
+# Columns whose cells are text, even where a hash looks like a number.
+TEXT = ("variant", "size", "device", "versions", "commit", "data", "plan", "status", "reason", "date", "settings")
 DONE = ("ok", "diverged")
 TIMED_OUT = 3
 
@@ -57,14 +59,13 @@ def read_rows(results: Path) -> list[dict]:
     if not results.exists():
         return []
     with results.open(newline="") as file:
-        return [{name: _value(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        return [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
 
 
-def _value(cell: str):
-    try:
-        return json.loads(cell) if cell else None
-    except ValueError:
+def _value(name: str, cell: str):
+    if name in TEXT:
         return cell
+    return json.loads(cell) if cell else None
 
 
 def read_data(folder: str) -> dict:
