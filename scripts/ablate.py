@@ -250,7 +250,7 @@ def run_plans(args: argparse.Namespace) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")]))
     if args.start_method == "forkserver":
         multiprocessing.get_context("forkserver").set_forkserver_preload(
-            ["ablation_run", "benchmark"]
+            ["ablation_run", "provenance"]
         )  # imported once for all
     import torch
     from ablation_process import train_in_child

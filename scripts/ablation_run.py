@@ -53,15 +53,6 @@ def build(run: dict, data: str) -> PreTrainedModel:
     return model
 
 
-def active_for_a_token(model: PreTrainedModel) -> int:
-    """Parameters that one token passes through, with the one expert that a learned router chooses."""
-    active = active_parameters(model)
-    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
-    if experts and not hasattr(model, "parameter_counts"):
-        active -= experts - experts // model.config.num_experts
-    return active
-
-
 @torch.no_grad()
 def published_init(model: PreTrainedModel) -> None:
     """Every matrix from N(0, initializer_range) and every bias zero, the dynamics and the mu router included."""
@@ -247,7 +238,7 @@ def train(run: dict, data: str, eos_token_id: int, compiled: bool) -> dict:
     set_seed(run["seed"])
     model = build(run, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    counted = {"parameters": total_parameters(model), "active_parameters": active_for_a_token(model)}
+    counted = {"parameters": total_parameters(model), "active_parameters": active_parameters(model)}
     model.to(device)
     use_chunked_loss(model)
     if compiled:
