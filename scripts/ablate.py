@@ -177,6 +177,12 @@ def identity(run: dict) -> tuple:
     return tuple(str(run[name]) for name in IDENTITY)
 
 
+def missing_of(runs: list[dict], rows: list[dict]) -> list[dict]:
+    """The runs, each once, that no row of runs.csv has finished."""
+    finished = {identity(row) for row in rows if row["status"] in DONE}
+    return list({identity(run): run for run in runs if identity(run) not in finished}.values())
+
+
 def commit() -> str:
     """The commit of this checkout, or none in a copy without its history."""
     found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=SCRIPTS, capture_output=True, text=True)
@@ -265,8 +271,7 @@ def run_plans(args: argparse.Namespace) -> None:
         runs += [finish({**run, **length}, args.smoke) for run in expand(Path(plan), rows, data)]
     runs = [run for run in runs if not args.only or run["variant"] in args.only]
     runs = [run for run in runs if args.seeds is None or run["seed"] in args.seeds]
-    finished = {identity(row) for row in read_rows(results.path) if row["status"] in DONE}
-    missing = list({identity(run): run for run in runs if identity(run) not in finished}.values())
+    missing = missing_of(runs, read_rows(results.path))
     gpus = [str(index) for index in range(torch.cuda.device_count())] or [""]
     print(
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",
