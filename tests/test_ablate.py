@@ -86,7 +86,7 @@ def test_a_family_takes_the_best_rate_of_its_sweep():
     assert {run["learning_rate"] for run in runs} == {2e-3}
     stability = expand(PLANS / "stability.yaml", rows, DATA)
     assert sorted({run["learning_rate"] for run in stability}) == [4e-3, 8e-3, 16e-3]
-    with pytest.raises(PlanError, match="has no swept learning rate yet: run learning_rates.yaml first"):
+    with pytest.raises(PlanError, match="has no swept learning rate yet: run learning_rates"):
         expand(PLANS / "headline.yaml", [], DATA)
 
 
