@@ -37,6 +37,8 @@ FIELDS = (
     "shifted_edu", "expert_norm_ratio", "peak_memory_gib", "date", "settings",
 )  # fmt: skip
 IDENTITY = ("variant", "seed", "size", "tokens", "learning_rate", "settings")  # of a run, whatever came of it
+# Columns whose cells are text, even where a hash looks like a number.
+TEXT = ("variant", "size", "device", "versions", "commit", "data", "plan", "status", "reason", "date", "settings")
 DONE = ("ok", "diverged")
 TIMED_OUT = 3
 
@@ -57,14 +59,13 @@ def read_rows(results: Path) -> list[dict]:
     if not results.exists():
         return []
     with results.open(newline="") as file:
-        return [{name: _value(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        return [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
 
 
-def _value(cell: str):
-    try:
-        return json.loads(cell) if cell else None
-    except ValueError:
+def _value(name: str, cell: str):
+    if name in TEXT:
         return cell
+    return json.loads(cell) if cell else None
 
 
 def read_data(folder: str) -> dict:
@@ -176,6 +177,12 @@ def identity(run: dict) -> tuple:
     return tuple(str(run[name]) for name in IDENTITY)
 
 
+def missing_of(runs: list[dict], rows: list[dict]) -> list[dict]:
+    """The runs, each once, that no row of runs.csv has finished."""
+    finished = {identity(row) for row in rows if row["status"] in DONE}
+    return list({identity(run): run for run in runs if identity(run) not in finished}.values())
+
+
 def commit() -> str:
     """The commit of this checkout, or none in a copy without its history."""
     found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=SCRIPTS, capture_output=True, text=True)
@@ -249,7 +256,7 @@ def run_plans(args: argparse.Namespace) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")]))
     if args.start_method == "forkserver":
         multiprocessing.get_context("forkserver").set_forkserver_preload(
-            ["ablation_run", "benchmark"]
+            ["ablation_run", "provenance"]
         )  # imported once for all
     import torch
     from ablation_process import train_in_child
@@ -260,11 +267,11 @@ def run_plans(args: argparse.Namespace) -> None:
     runs = []
     for plan in args.plan:
         rows = read_rows(results.path)
-        runs += [finish(run, args.smoke) for run in expand(Path(plan), rows, data)]
+        length = {"tokens": args.tokens} if args.tokens else {}
+        runs += [finish({**run, **length}, args.smoke) for run in expand(Path(plan), rows, data)]
     runs = [run for run in runs if not args.only or run["variant"] in args.only]
     runs = [run for run in runs if args.seeds is None or run["seed"] in args.seeds]
-    finished = {identity(row) for row in read_rows(results.path) if row["status"] in DONE}
-    missing = list({identity(run): run for run in runs if identity(run) not in finished}.values())
+    missing = missing_of(runs, read_rows(results.path))
     gpus = [str(index) for index in range(torch.cuda.device_count())] or [""]
     print(
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",
@@ -310,6 +317,7 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--plan", nargs="+", required=True, help="files of recipes/evidence")
     run.add_argument("--only", nargs="+", help="only these variants")
     run.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    run.add_argument("--tokens", type=float, help="train on so many tokens instead of the plan's")
     run.add_argument("--gpus", type=int, help="use so many GPUs (default: all)")
     run.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU (default: %(default)s)")
     run.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")

@@ -80,6 +80,11 @@ def compile_parts(model: PreTrainedModel) -> None:
     head.forward = torch.compile(head.forward, dynamic=False)
 
 
+def keep_logits(router: Qwen3MoeTopKRouter, inputs: tuple, outputs: tuple) -> None:
+    """Leave the logits [T, E] of a forward pass on the router; a list of them would be recompiled per length."""
+    router.logits = outputs[0]
+
+
 class RunTrainer(Trainer):
     """Trainer over batches that lie on the device, with the balance loss of a learned router."""
 
@@ -88,11 +93,9 @@ class RunTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.batches, self.balance_loss = batches, balance_loss
         self.gradient_norms: list[Tensor] = []
-        self.router_logits: list[Tensor] = []  # of the layers, in the forward pass under way
-        if balance_loss:
-            for module in self.model.modules():
-                if isinstance(module, Qwen3MoeTopKRouter):
-                    module.register_forward_hook(lambda _, inputs, outputs: self.router_logits.append(outputs[0]))
+        self.routers = [module for module in self.model.modules() if isinstance(module, Qwen3MoeTopKRouter)]
+        for router in self.routers:
+            router.register_forward_hook(keep_logits)
 
     def get_train_dataloader(self) -> TrainingBatches:
         return self.batches
@@ -101,11 +104,10 @@ class RunTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.router_logits.clear()
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        if self.balance_loss:
-            experts = model.config.num_experts
-            loss = loss + self.balance_loss * load_balancing_loss_func(tuple(self.router_logits), experts, top_k=1)
+        if self.routers:
+            logits = tuple(router.logits for router in self.routers)
+            loss = loss + self.balance_loss * load_balancing_loss_func(logits, model.config.num_experts, top_k=1)
         return loss
 
     def _clip_grad_norm(self, model):
