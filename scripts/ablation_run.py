@@ -280,7 +280,7 @@ def train(run: dict, data: str, eos_token_id: int, compiled: bool) -> dict:
         result["tokens_per_second"] = round(steps * tokens_per_step / clock.training_seconds)
         if has_experts:
             result["expert_norm_ratio"] = round(expert_norm(model) / norm_before, 4)
-        if hasattr(model.base_model, "token_to_expert"):
+        if getattr(model.base_model, "token_to_expert", None) is not None:
             result["shifted_edu"] = round(shifted_loss(model, held_out), 5)
     result["wall_seconds"] = round(time.perf_counter() - wall, 1)
     return result
