@@ -1,6 +1,6 @@
-"""Use the installed wheel where nothing but its base dependencies is: `make test-wheel` runs this in an empty environment.
+"""Use the installed wheel where nothing but its base dependencies is. `make test-wheel` runs this.
 
-A model is made, trained for a step, saved and loaded again, by the package and by remote code as on a machine without it.
+A model is made, trained for a step, saved, and loaded again by the package and by remote code.
 """
 
 import importlib.metadata
