@@ -49,7 +49,10 @@ def table(runs: list[dict]) -> str:
     add("active per token", lambda run: f"{run['active_parameters']:,}")
     add("held-out loss, nats per token", lambda run: with_error(run["last"], "loss", 4))
     add("held-out perplexity", lambda run: with_error(run["last"], "perplexity", 2))
-    add("tokens per second (median)", lambda run: f"{run['tokens_per_second']:,.0f}")
+    add(
+        "tokens per second (median)",
+        lambda run: f"{run['tokens_per_second']:,.0f}" if "tokens_per_second" in run else "",
+    )
     add("MFU", lambda run: f"{run['mfu']:.1%}" if "mfu" in run else "")
     add("waiting for data", lambda run: f"{run['data_wait_share']:.1%}" if "data_wait_share" in run else "")
     add("peak GPU memory, GiB", lambda run: f"{run['peak_memory_gib']:.2f}" if "peak_memory_gib" in run else "")
