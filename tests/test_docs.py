@@ -100,7 +100,7 @@ def test_page_runs_from_top_to_bottom(page, clone, monkeypatch):
     for is_run, language, code in BLOCK.findall(page.read_text()):
         if language == "python":
             exec(compile(code, f"{page.name}: {code.splitlines()[0]}", "exec"), names)
-        for line in code.splitlines() if language == "bash" else ():
+        for line in code.replace("\\\n", " ").splitlines() if language == "bash" else ():
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words = words[1:]
