@@ -20,7 +20,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-import yaml
 from pretraining import run_here, write_recipe
 
 from support import GOLDEN, REPOSITORY
@@ -122,12 +121,6 @@ def test_a_command_that_does_not_exist_is_found(words, clone, monkeypatch):
 def test_links_lead_somewhere(page):
     for link in set(LINK.findall(page.read_text())) - {"docs/evidence.md"}:  # comes with the study
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
-
-
-def test_readme_says_what_does_not_work_as_the_model_card_does():
-    section = (REPOSITORY / "README.md").read_text().split("## What does not work\n")[1].split("\n## ")[0]
-    points = [" ".join(point.split()) for point in re.split(r"^- ", section, flags=re.MULTILINE)[1:]]
-    assert points == yaml.safe_load((REPOSITORY / "hub_card" / "not_supported.yaml").read_text())
 
 
 def test_readme_is_a_landing_page():

@@ -54,13 +54,6 @@ def test_extras_have_what_the_scripts_import():
     assert scripts <= allowed, f"not declared: {scripts - allowed}"
 
 
-def test_targets_of_the_makefile_exist():
-    text = (REPOSITORY / "Makefile").read_text()
-    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
-    rules = set(re.findall(r"^([\w-]+):", text, re.MULTILINE))
-    assert set(phony) == rules
-
-
 def test_the_workflow_runs_what_our_ci_runs():
     workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())
     assert [step.get("run") for step in workflow["jobs"]["test"]["steps"]][-1] == ".ci/run"
