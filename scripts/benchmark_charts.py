@@ -13,9 +13,9 @@ A picture takes the newest measurement that has all it shows, and names its devi
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
+from command_line import ArgumentParser, InputError, run_script
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -178,11 +178,18 @@ def draw(directory: Path) -> list[Path]:
     return written
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="folder of results.csv; the pictures go there")
-    arguments = parser.parse_args()
-    if not (arguments.directory / "results.csv").is_file():
-        sys.exit(f"'{arguments.directory}' holds no results.csv. scripts/benchmark.py writes one.")
-    for path in draw(arguments.directory):
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    if not (args.directory / "results.csv").is_file():
+        raise InputError(f"'{args.directory}' holds no results.csv. scripts/benchmark.py writes one.")
+    for path in draw(args.directory):
         print(path)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

@@ -30,7 +30,7 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 SCRIPT = re.compile(r"\bscripts/\w+\.py$")
 
 
-class ParsedError(Exception):
+class Parsed(BaseException):  # commands turn an Exception into a sentence of their own
     """A command's parser took all of its arguments."""
 
 
@@ -49,6 +49,16 @@ def clone(tmp_path_factory):
     return folder
 
 
+def run_snippet(code: str, name: str, names: dict) -> None:
+    """As in the reader's own process, which does not see scripts/: its evaluate.py would stand before the library."""
+    scripts = str(REPOSITORY / "scripts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [path for path in sys.path if path != scripts])
+        if str(getattr(sys.modules.get("evaluate"), "__file__", "")).startswith(scripts):
+            patch.delitem(sys.modules, "evaluate")
+        exec(compile(code, name, "exec"), names)
+
+
 def run_script(path: str, arguments: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [path, *arguments])
@@ -62,11 +72,11 @@ def parse_script(path: str, arguments: list[str]) -> None:
     def parse_and_stop(parser, *given, **options):
         _, unknown = parse(parser, *given, **options)
         assert not unknown, f"{path} does not know {unknown}"
-        raise ParsedError
+        raise Parsed
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
-        with pytest.raises(ParsedError):
+        with pytest.raises(Parsed):
             run_script(path, arguments)
 
 
@@ -98,7 +108,7 @@ def test_page_runs_from_top_to_bottom(page, clone, monkeypatch):
     names = {"__name__": page.stem}
     for is_run, language, code in BLOCK.findall(page.read_text()):
         if language == "python":
-            exec(compile(code, f"{page.name}: {code.splitlines()[0]}", "exec"), names)
+            run_snippet(code, f"{page.name}: {code.splitlines()[0]}", names)
         for line in code.replace("\\\n", " ").splitlines() if language == "bash" else ():
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
