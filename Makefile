@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor test-versions bench lint clean
+.PHONY: demo test test-main test-floor test-versions test-wheel check lint typecheck bench docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,11 +25,12 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/pretrain.py --config recipes/demo.yaml
 	$(BIN)/python scripts/generate.py runs/demo/model "The built-in function" --max-new-tokens 60
 
-test: $(VENV)/.installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
-	$(MAKE) test-floor
+test: check test-main test-floor
 
+test-main: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# The tests of what differs between versions of transformers, with the oldest.
 test-floor: .venv-floor/.installed
 	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -q -n 2 --dist loadfile $(FLOOR_TESTS)
 
@@ -53,13 +54,42 @@ $(OTHER)/.installed:
 test-versions: $(OTHER)/.installed
 	$(OTHER)/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
-# Adds rows to benchmarks/results.csv: the small shape beside its peers, on whatever device there is.
-bench: $(VENV)/.installed
-	$(BIN)/python scripts/benchmark.py generate --model-config configs/30m.json
-	$(BIN)/python scripts/benchmark.py train --model-config configs/30m.json
+# The built wheel in an empty environment that has its base dependencies only. It downloads torch, so CI does not run it.
+test-wheel: $(VENV)/.installed
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --quiet -c constraints.txt torch==2.13.0 build/wheel/*.whl
+	cd build/wheel && HF_HOME=$$PWD/hub venv/bin/python -I ../../tests/installed_alone.py
 
-lint: $(VENV)/.installed
+check: $(VENV)/.installed typecheck
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+lint: $(VENV)/.installed typecheck
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/codespell
+
+# The package is this folder under another name, which mypy has to be shown.
+typecheck: $(VENV)/.installed
+	mkdir -p build/typecheck && ln -sfn ../.. build/typecheck/complexity_deep
+	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy \
+		-m complexity_deep -m complexity_deep.routing_complexity_deep
+
+# What benchmarks/results.csv is made of. It needs a CUDA device and takes about half an hour.
+bench: $(VENV)/.installed
+	$(BIN)/python scripts/benchmark.py kernels
+	$(BIN)/python scripts/benchmark.py train --skip-tests --model-config configs/1.5b.json --batch-size 8 \
+		--sequence-length 2048 --compile
+	$(BIN)/python scripts/benchmark.py generate --skip-tests --model-config configs/1.5b.json --sequence-length 128 \
+		--new-tokens 128 --compile
+	$(BIN)/python scripts/benchmark.py generate --skip-tests --model-config configs/1.5b.json --sequence-length 128
+
+# What is drawn or executed for the documentation.
+docs: $(VENV)/.installed
+	$(BIN)/python docs/draw_layer.py
+	$(BIN)/python scripts/benchmark_charts.py benchmarks
+	$(BIN)/python docs/run_notebook.py docs/quickstart.ipynb
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-versions runs
+	rm -rf $(VENV) .venv-floor .venv-versions build runs

@@ -37,7 +37,8 @@ def accepts_both_cache_names(forward: Callable) -> Callable:
         parameter.replace(name=CACHE_NAME) if parameter.name == "cache" else parameter
         for parameter in signature.parameters.values()
     ]
-    forward_with_either_name.__signature__ = signature.replace(parameters=parameters)
+    # A type checker does not know that `inspect` reads this attribute.
+    forward_with_either_name.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return forward_with_either_name
 
 

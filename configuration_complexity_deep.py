@@ -146,7 +146,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
         "mus",
     ]
 
-    base_model_tp_plan: ClassVar[dict] = {
+    base_model_tp_plan = {  # of a class and, without the rules for modules that are not there, of each config
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -236,9 +236,9 @@ class ComplexityDeepConfig(PreTrainedConfig):
             ".mu_to_": not self.use_mu_guidance or self.num_hidden_layers == 1,  # layer 0 holds them unused
             ".value_": not self.value_embedding_layers,
         }
-        absent = [part for part, is_absent in absent.items() if is_absent]
+        parts = [part for part, is_absent in absent.items() if is_absent]
         plan = type(self).base_model_tp_plan
-        self.base_model_tp_plan = {k: v for k, v in plan.items() if not any(part in k for part in absent)}
+        self.base_model_tp_plan = {k: v for k, v in plan.items() if not any(part in k for part in parts)}
         super().__post_init__(**kwargs)
         ignored = [name for name in kwargs if name in vars(self) and name not in _FOREIGN_FIELDS and name[0] != "_"]
         if ignored:

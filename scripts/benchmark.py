@@ -6,7 +6,8 @@
 
 The peers are Qwen3-MoE and Llama of the same shape (Llama as wide as all experts together), from transformers. Prints a
 markdown table for people and one JSON line last; adds rows to benchmarks/results.csv with device, versions and commit,
-and writes a chart beside it. The kernel tests run first on a CUDA device: no figure is reported on red.
+and draws the charts beside it (benchmark_charts.py). The kernel tests run first on a CUDA device: no figure is reported
+on red.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from benchmark_charts import draw
 from command_line import ArgumentParser, InputError, check_output_folder, one_line, run_script
 from model_flops import flops_per_token
 from provenance import REPOSITORY, provenance
@@ -279,7 +281,7 @@ def benchmark_kernels(args) -> list[dict]:
 
 
 def report(rows: list[dict], args, matmul: float, copy: float) -> None:
-    """Print the table and the JSON line, append to results.csv, write the chart."""
+    """Print the table and the JSON line, append to results.csv, draw the charts."""
     source = provenance()
     for entry in rows:
         if entry.get("tflops"):
@@ -306,37 +308,8 @@ def report(rows: list[dict], args, matmul: float, copy: float) -> None:
         if is_new:
             writer.writeheader()
         writer.writerows({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in entry.items()} for entry in rows)
-    chart(rows, directory / f"{args.benchmark}.png")
+    draw(directory)
     print(json.dumps({"matmul_tflops": matmul, "copy_gb_per_s": copy, "rows": rows}))
-
-
-def chart(rows: list[dict], path: Path) -> None:
-    """One group of bars per case: milliseconds relative to this model or kernel, the first variant of the case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cases = list(dict.fromkeys(entry["case"] for entry in rows))
-    height = len(rows) * 0.15 + len(cases) * 0.12 + 1.2
-    figure, axis = plt.subplots(figsize=(10, height), layout="constrained")
-    position, ticks, labels = 0.0, [], []
-    for case in cases:
-        entries = [entry for entry in rows if entry["case"] == case]
-        for index, entry in enumerate(entries):
-            ratio = entry["median_ms"] / entries[0]["median_ms"]
-            axis.barh(position, ratio, color="tab:orange" if index == 0 else "tab:gray")
-            axis.text(ratio, position, f" {entry['median_ms']:.3g} ms", va="center", fontsize=7)
-            ticks.append(position)
-            labels.append(f"{case}: {entry['variant']}" if index == 0 else entry["variant"])
-            position -= 1
-        position -= 0.7
-    axis.set_yticks(ticks, labels, fontsize=7)
-    axis.axvline(1.0, color="black", linewidth=0.5)
-    axis.set_xlabel(f"time relative to the first variant of the case (less is better)\n{rows[0]['device']}")
-    axis.margins(x=0.15)
-    axis.set_ylim(position + 1, 1)
-    figure.savefig(path, dpi=130)
 
 
 def check_results(directory: Path) -> None:

@@ -37,6 +37,21 @@ def test_table_and_picture(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "1.5b.png").stat().st_size > 1000
 
 
+def test_held_out_points_are_on_the_chart(tmp_path, monkeypatch):
+    """The loss of the untrained model is left out, and every other point lies between the limits."""
+    run = write_run(tmp_path / "run", 1.25)
+    summary = json.loads((run / "training_summary.json").read_text())
+    summary["held_out"] = [{"step": step, "loss": loss, "perplexity": 9.0} for step, loss in ((0, 10), (1, 5), (2, 3))]
+    (run / "training_summary.json").write_text(json.dumps(summary))
+    figures = []
+    monkeypatch.setattr(compare_runs.pyplot, "close", figures.append)
+    compare(monkeypatch, tmp_path / "out", run)
+    axes = figures[0].axes[0]
+    low, high = axes.get_ylim()
+    held_out = next(line for line in axes.lines if line.get_marker() == "o")
+    assert list(held_out.get_ydata()) == [5, 3] and low < 3 and 5 < high < 6
+
+
 def test_what_differs_is_said(tmp_path, monkeypatch):
     compare(monkeypatch, tmp_path / "out", write_run(tmp_path / "a", 1.0), write_run(tmp_path / "b", 1.0, tokens=2000))
     assert "| **differs: tokens** | 1000 | 2000 |" in (tmp_path / "out.md").read_text()

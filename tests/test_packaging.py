@@ -1,0 +1,68 @@
+"""pyproject.toml, the Makefile and the workflow say what is true: dependencies, targets, versions."""
+
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import yaml
+
+from complexity_deep.configuration_complexity_deep import SHIPPED_FILES
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
+    import tomli as tomllib
+from support import REPOSITORY
+
+OPTIONAL = {"triton"}  # the extra `kernels`, imported inside `try`
+# Imported by a script of one extra only in passing, and always there with what it belongs to.
+COMES_WITH = {"fsspec": "huggingface-hub", "packaging": "huggingface-hub", "pyarrow": "datasets"}
+
+
+def imported(paths: list[Path]) -> set[str]:
+    """Distributions, in lower case, whose modules the files import anywhere."""
+    names = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.split(".")[0])
+    ours = {path.stem for path in (REPOSITORY / "scripts").glob("*.py")} | {"complexity_deep"}
+    distributions = packages_distributions()
+    found = {distributions[name][0] for name in names - ours - sys.stdlib_module_names if name in distributions}
+    return {COMES_WITH.get(name, name) for name in (re.sub(r"[-_.]+", "-", name).lower() for name in found)}
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions, in lower case, that the package or one of its extras asks for."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lines = [line for extra in extras for line in project["optional-dependencies"][extra]] or project["dependencies"]
+    return {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower() for line in lines}
+
+
+def test_base_dependencies_are_what_the_package_imports():
+    files = [REPOSITORY / name for name in (*SHIPPED_FILES, "__init__.py")]
+    assert imported(files) - OPTIONAL == declared()
+
+
+def test_extras_have_what_the_scripts_import():
+    scripts = imported(sorted((REPOSITORY / "scripts").glob("*.py")))
+    allowed = declared() | declared("train", "eval") | OPTIONAL
+    assert scripts <= allowed, f"not declared: {scripts - allowed}"
+
+
+def test_the_workflow_runs_what_our_ci_runs():
+    workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())
+    assert [step.get("run") for step in workflow["jobs"]["test"]["steps"]][-1] == ".ci/run"
+    assert "make test" in (REPOSITORY / ".ci" / "run").read_text()
+
+
+def test_pre_commit_has_the_versions_of_the_constraints():
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
+    constraints = (REPOSITORY / "constraints.txt").read_text()
+    for hook in hooks:
+        name = hook["repo"].rsplit("/", 1)[1].removesuffix("-pre-commit")
+        assert f"{name}=={hook['rev'].removeprefix('v')}\n" in constraints, name
