@@ -92,6 +92,9 @@ def decode_calls(monkeypatch) -> list:
         pytest.param({"use_dynamics": False}, 0, id="no-dynamics"),
         pytest.param({"shared_expert_intermediate_size": 16}, 0, id="shared-expert"),
         pytest.param({"use_token_routed_mlp": False}, 0, id="dense"),
+        pytest.param({"routing": "random", "routing_per_layer": True}, 2, id="routing-per-layer"),
+        pytest.param({"value_embedding_layers": [1]}, 1, id="value-embeddings-in-one-layer"),
+        pytest.param({"num_experts": 44}, 0, id="more-experts-than-the-decode-kernels-take"),
     ),
 )
 def test_decoding_equals_the_full_forward(monkeypatch, options, layers):
@@ -133,6 +136,17 @@ def test_the_decode_kernels_pass_over_no_module_that_does_more(monkeypatch):
         layer.self_attn.o_proj = torch.nn.Sequential(layer.self_attn.o_proj)
         model(ids)
         assert len(calls) == 2
+
+
+@pytest.mark.parametrize("experts", (2, 64, 2048))
+def test_plans_of_all_layers_are_those_of_each(experts):
+    """With 2 and 64 experts in one sort, with 2,048 two layers at a time."""
+    ids = torch.randint(0, experts, (3, 600), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    make_plan = implementations.ROUTING_PLANS["cggr" if experts < 2048 else "eager"]
+    plans = implementations.layer_routing_plans(make_plan, ids, experts)
+    for plan, own in zip(plans, ids, strict=True):
+        for found, expected in zip(plan, make_plan(own, experts), strict=True):
+            assert found.dtype == expected.dtype == torch.int32 and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ("self_attn.o_proj.weight", "mlp.experts.down_proj", "dynamics.mu_proj.weight"))
