@@ -182,8 +182,8 @@ def test_a_run_learns_and_measures_itself(data):
     result = ablation_run.train(toy_run(), data, eos_token_id=0, compiled=False)
     assert result["status"] == "ok" and result["steps"] == 40
     tokens, edu, books = zip(*result["curve"])
-    assert len(tokens) == 16 and tokens[-1] == 64 * 4 * 40 and edu[-1] == result["held_out_edu"]
-    assert math.log(64) + 0.1 > edu[0] and edu[-1] < edu[0] - 1 and books[-1] < books[0] - 1
+    assert len(tokens) == 4 and tokens[-1] == 64 * 4 * 40 and edu[-1] == result["held_out_edu"]
+    assert edu[-1] < edu[0] < math.log(64) and edu[-1] < 2 and books[-1] < 2
     assert 0 < result["seconds"] < result["wall_seconds"] and result["expert_norm_ratio"] > 1
     again = ablation_run.train(toy_run(), data, eos_token_id=0, compiled=False)
     assert again["curve"] == result["curve"]

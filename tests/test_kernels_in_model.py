@@ -92,9 +92,11 @@ def decode_calls(monkeypatch) -> list:
         pytest.param({"use_dynamics": False}, 0, id="no-dynamics"),
         pytest.param({"shared_expert_intermediate_size": 16}, 0, id="shared-expert"),
         pytest.param({"use_token_routed_mlp": False}, 0, id="dense"),
-        pytest.param({"routing": "random", "routing_per_layer": True}, 2, id="routing-per-layer"),
-        pytest.param({"value_embedding_layers": [1]}, 1, id="value-embeddings-in-one-layer"),
-        pytest.param({"num_experts": 44}, 0, id="more-experts-than-the-decode-kernels-take"),
+        pytest.param(
+            {"routing": "random", "routing_per_layer": True, "value_embedding_layers": [1]},
+            1,
+            id="routing-per-layer-values-in-one",
+        ),
     ),
 )
 def test_decoding_equals_the_full_forward(monkeypatch, options, layers):
@@ -136,6 +138,15 @@ def test_the_decode_kernels_pass_over_no_module_that_does_more(monkeypatch):
         layer.self_attn.o_proj = torch.nn.Sequential(layer.self_attn.o_proj)
         model(ids)
         assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_the_decode_kernels_take_no_more_experts_than_they_can():
+    hidden = torch.zeros(1, 1, 64, device=DEVICE)
+    for experts, taken in ((32, True), (33, False), (1024, False)):
+        options = {"num_experts": experts, "intermediate_size": 4 * experts, "num_hidden_layers": 1}
+        model = tiny_model(**options, experts_implementation="cggr").to(DEVICE)
+        assert implementations._takes_decode_kernels(model.model.layers[0], hidden, None) == taken
 
 
 @pytest.mark.parametrize("experts", (2, 64, 2048))
