@@ -59,7 +59,13 @@ def read_rows(results: Path) -> list[dict]:
     if not results.exists():
         return []
     with results.open(newline="") as file:
-        return [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        rows = [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    return [{**row, "status": "diverged"} if is_dead(row) else row for row in rows]
+
+
+def is_dead(row: dict) -> bool:
+    """Whether a run ended worse than at the first point of its curve: at ln V, for example, without a gradient."""
+    return row["status"] == "ok" and row["curve"][-1][1] > row["curve"][0][1]
 
 
 def _value(name: str, cell: str):
@@ -218,7 +224,9 @@ class Runner:
                 return
             row = {**run, **self._train(run, gpu), "commit": self.args.commit, "runs_per_gpu": self.args.runs_per_gpu}
             row["versions"] = ", ".join(f"{n} {row.get(n, '')}" for n in ("torch", "transformers", "triton"))
+            row["versions"] += ", steps as CUDA graphs" if row.pop("recorded", False) else ""
             row["date"] = datetime.date.today().isoformat()
+            row["status"] = "diverged" if is_dead(row) else row["status"]
             self.results.append(row)
             self.failed += row["status"] == "failed"
             print(self._line(row), flush=True)
@@ -278,6 +286,7 @@ def run_plans(args: argparse.Namespace) -> None:
         flush=True,
     )
     options = {"data": args.data, "eos_token_id": data["eos_token_id"], "compiled": not args.eager}
+    options["recorded"] = args.cuda_graphs
     runner = Runner(args, results, train_in_child, options)
     runner.work(missing, gpus[: args.gpus])
     if runner.queue:
@@ -323,6 +332,7 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     run.add_argument("--smoke", action="store_true", help="toy size, to try the plan out")
     run.add_argument("--eager", action="store_true", help="compile nothing")
+    run.add_argument("--cuda-graphs", action="store_true", help="replay steps as CUDA graphs where that can be done")
     run.add_argument("--start-method", default="forkserver", choices=("forkserver", "spawn"), help="of the processes")
     run.add_argument("--log-dir", default="runs/evidence/logs", help="what each run prints (default: %(default)s)")
     run.add_argument("--commit", default=commit(), help="commit to record (default: that of this checkout)")
