@@ -154,11 +154,11 @@ def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
 
 
 def speed(variant: str, rows: list[dict]) -> float:
-    """Tokens a second of a variant that had its GPU to itself."""
+    """Tokens a second of a variant that had its GPU to itself, as last measured."""
     measured = [row["tokens_per_second"] for row in rows if row["plan"] == "speed" and row["variant"] == variant]
     if not measured:
         raise PlanError(f"The speed of '{variant}' is not measured yet: run speed.yaml first.")
-    return sum(measured) / len(measured)
+    return measured[-1]
 
 
 def finish(run: dict, smoke: bool) -> dict:
@@ -279,7 +279,7 @@ def run_plans(args: argparse.Namespace) -> None:
         runs += [finish({**run, **length}, args.smoke) for run in expand(Path(plan), rows, data)]
     runs = [run for run in runs if not args.only or run["variant"] in args.only]
     runs = [run for run in runs if args.seeds is None or run["seed"] in args.seeds]
-    missing = missing_of(runs, read_rows(results.path))
+    missing = missing_of(runs, [] if args.repeat else read_rows(results.path))
     gpus = [str(index) for index in range(torch.cuda.device_count())] or [""]
     print(
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",
@@ -326,6 +326,7 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--plan", nargs="+", required=True, help="files of recipes/evidence")
     run.add_argument("--only", nargs="+", help="only these variants")
     run.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    run.add_argument("--repeat", action="store_true", help="train what runs.csv has once more")
     run.add_argument("--tokens", type=float, help="train on so many tokens instead of the plan's")
     run.add_argument("--gpus", type=int, help="use so many GPUs (default: all)")
     run.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU (default: %(default)s)")

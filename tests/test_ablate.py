@@ -96,6 +96,7 @@ def test_equal_seconds_gives_the_slower_model_fewer_tokens():
         expand(PLANS / "equal_seconds.yaml", all_swept() + speeds, DATA)
     others = [swept(name, 1e-3, 3.0, "speed", 500) for name in ("shared_64_layers_values", "shared_64_values", "v0")]
     others.append(swept("shared_64_layers", 1e-3, 3.0, "speed", 500))
+    speeds.insert(0, swept("shared_64", 1e-3, 3.0, "speed", 100))  # measured again since
     runs = expand(PLANS / "equal_seconds.yaml", all_swept() + speeds + others, DATA)
     assert next(run for run in runs if run["variant"] == "shared_64")["tokens"] == pytest.approx(0.7e8)
 
