@@ -153,7 +153,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
         "layers.*.self_attn.mu_to_q": "colwise",
         "layers.*.self_attn.mu_to_k": "colwise",
         "layers.*.self_attn.mu_to_v": "colwise",
-        "layers.*.self_attn.value_embedding": "colwise",
+        "layers.*.self_attn.value_embedding": "embedding_by_heads",
         "layers.*.self_attn.value_gate": "colwise",
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
@@ -441,3 +443,24 @@ def default_kernels_implementation() -> str:
     if "triton" not in KERNELS:
         logger.warning_once("Triton is not installed: this model runs on plain PyTorch operations, which are slower.")
     return "triton" if "triton" in KERNELS else "eager"
+
+
+class ComplexityDeepEmbeddingByHeads(TensorParallelLayer):
+    """Tensor parallelism of a value embedding: every rank looks up its own heads' part of each vector.
+
+    Of the library's styles, "colwise" did this before 5.24 and is for linear layers since; "embedding_colwise" gathers.
+    """
+
+    def shard_param(self, module, param, mesh):
+        whole = module._parameters[param]
+        shard = distribute_tensor(whole, mesh, [Shard(1)], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(shard, requires_grad=whole.requires_grad)
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        return (DTensor.from_local(args[0], mesh, [Replicate()], run_check=False), *args[1:]), kwargs
+
+    def transform_output_post_forward(self, module, output, mesh):
+        return output.to_local()
+
+
+ALL_PARALLEL_STYLES.register("embedding_by_heads", ComplexityDeepEmbeddingByHeads())

@@ -59,7 +59,13 @@ def read_rows(results: Path) -> list[dict]:
     if not results.exists():
         return []
     with results.open(newline="") as file:
-        return [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        rows = [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    return [{**row, "status": "diverged"} if is_dead(row) else row for row in rows]
+
+
+def is_dead(row: dict) -> bool:
+    """Whether a run ended worse than at the first point of its curve: at ln V, for example, without a gradient."""
+    return row["status"] == "ok" and row["curve"][-1][1] > row["curve"][0][1]
 
 
 def _value(name: str, cell: str):
@@ -148,11 +154,11 @@ def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
 
 
 def speed(variant: str, rows: list[dict]) -> float:
-    """Tokens a second of a variant that had its GPU to itself."""
+    """Tokens a second of a variant that had its GPU to itself, as last measured."""
     measured = [row["tokens_per_second"] for row in rows if row["plan"] == "speed" and row["variant"] == variant]
     if not measured:
         raise PlanError(f"The speed of '{variant}' is not measured yet: run speed.yaml first.")
-    return sum(measured) / len(measured)
+    return measured[-1]
 
 
 def finish(run: dict, smoke: bool) -> dict:
@@ -218,7 +224,9 @@ class Runner:
                 return
             row = {**run, **self._train(run, gpu), "commit": self.args.commit, "runs_per_gpu": self.args.runs_per_gpu}
             row["versions"] = ", ".join(f"{n} {row.get(n, '')}" for n in ("torch", "transformers", "triton"))
+            row["versions"] += ", steps as CUDA graphs" if row.pop("recorded", False) else ""
             row["date"] = datetime.date.today().isoformat()
+            row["status"] = "diverged" if is_dead(row) else row["status"]
             self.results.append(row)
             self.failed += row["status"] == "failed"
             print(self._line(row), flush=True)
@@ -271,13 +279,14 @@ def run_plans(args: argparse.Namespace) -> None:
         runs += [finish({**run, **length}, args.smoke) for run in expand(Path(plan), rows, data)]
     runs = [run for run in runs if not args.only or run["variant"] in args.only]
     runs = [run for run in runs if args.seeds is None or run["seed"] in args.seeds]
-    missing = missing_of(runs, read_rows(results.path))
+    missing = missing_of(runs, [] if args.repeat else read_rows(results.path))
     gpus = [str(index) for index in range(torch.cuda.device_count())] or [""]
     print(
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",
         flush=True,
     )
     options = {"data": args.data, "eos_token_id": data["eos_token_id"], "compiled": not args.eager}
+    options["recorded"] = args.cuda_graphs
     runner = Runner(args, results, train_in_child, options)
     runner.work(missing, gpus[: args.gpus])
     if runner.queue:
@@ -317,12 +326,14 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--plan", nargs="+", required=True, help="files of recipes/evidence")
     run.add_argument("--only", nargs="+", help="only these variants")
     run.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    run.add_argument("--repeat", action="store_true", help="train what runs.csv has once more")
     run.add_argument("--tokens", type=float, help="train on so many tokens instead of the plan's")
     run.add_argument("--gpus", type=int, help="use so many GPUs (default: all)")
     run.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU (default: %(default)s)")
     run.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     run.add_argument("--smoke", action="store_true", help="toy size, to try the plan out")
     run.add_argument("--eager", action="store_true", help="compile nothing")
+    run.add_argument("--cuda-graphs", action="store_true", help="replay steps as CUDA graphs where that can be done")
     run.add_argument("--start-method", default="forkserver", choices=("forkserver", "spawn"), help="of the processes")
     run.add_argument("--log-dir", default="runs/evidence/logs", help="what each run prints (default: %(default)s)")
     run.add_argument("--commit", default=commit(), help="commit to record (default: that of this checkout)")

@@ -14,6 +14,7 @@ from ablation_data import TrainingBatches, batch_of, token_counts, token_rows
 from chunked_loss import use_chunked_loss
 from model_flops import active_parameters, total_parameters
 from new_model import load_tokenizer, model_of_shape
+from recorded_step import RecordedStep
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -23,6 +24,7 @@ from complexity_deep.implementations_complexity_deep import cggr_experts_forward
 
 WARM_UP_STEPS = 10  # compiled and not timed; their time is taken to be that of the others
 CURVE_POINTS = 16
+SHORT_RUN = 5e7  # tokens below which a quarter of the points will do, for a point reads 480,000 held-out tokens
 LOG_STEPS = 20
 SPIKE = 0.2  # nats that the mean training loss of a window of LOG_STEPS lies above the lowest before it
 
@@ -88,8 +90,9 @@ def keep_logits(router: Qwen3MoeTopKRouter, inputs: tuple, outputs: tuple) -> No
 class RunTrainer(Trainer):
     """Trainer over batches that lie on the device, with the balance loss of a learned router."""
 
-    def __init__(self, *, batches: TrainingBatches, balance_loss: float, **kwargs):
+    def __init__(self, *, batches: TrainingBatches, balance_loss: float, recorded: bool, **kwargs):
         super().__init__(**kwargs)
+        self.recorded = RecordedStep(self.named_step, self.model) if recorded else None
         self.remove_callback(PrinterCallback)
         self.batches, self.balance_loss = batches, balance_loss
         self.gradient_norms: list[Tensor] = []
@@ -99,6 +102,16 @@ class RunTrainer(Trainer):
 
     def get_train_dataloader(self) -> TrainingBatches:
         return self.batches
+
+    def named_step(self, **inputs: Tensor) -> Tensor:
+        items = inputs.pop("num_items_in_batch")
+        return super().training_step(self.model_wrapped, {**inputs, "use_cache": False}, items)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        if self.recorded is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        return self.recorded(num_items_in_batch=num_items_in_batch, **tensors)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
@@ -122,7 +135,8 @@ class RunClock(TrainerCallback):
     def __init__(self, steps: int, tokens_per_step: int, evaluate):
         self.warm_up = min(WARM_UP_STEPS, steps // 2)
         self.steps, self.tokens_per_step, self.evaluate = steps, tokens_per_step, evaluate
-        self.points = {round(steps * point / CURVE_POINTS) for point in range(1, CURVE_POINTS + 1)}
+        points = CURVE_POINTS if steps * tokens_per_step >= SHORT_RUN else CURVE_POINTS // 4
+        self.points = {round(steps * point / points) for point in range(1, points + 1)}
         self.seconds, self.started, self.last_step = 0.0, None, 0
         self.curve, self.windows, self.diverged = [], [], False
 
@@ -229,9 +243,10 @@ def training_arguments(run: dict, steps: int, folder: str) -> TrainingArguments:
     )
 
 
-def train(run: dict, data: str, eos_token_id: int, compiled: bool) -> dict:
+def train(run: dict, data: str, eos_token_id: int, compiled: bool, recorded: bool = False) -> dict:
     """Train and measure one run; returns the columns of runs.csv that only the run itself can know.
 
+    `recorded` replays steps as a CUDA graph, for our own architecture (the masks of the library's wait for the GPU).
     Raises `InputError` for data that do not suffice, and whatever training raises.
     """
     wall = time.perf_counter()
@@ -259,12 +274,14 @@ def train(run: dict, data: str, eos_token_id: int, compiled: bool) -> dict:
             callbacks=[clock],
             batches=batches,
             balance_loss=run["balance_loss"],
+            recorded=recorded and run["config"]["model_type"] == "complexity-deep",
         )
         trainer.train()
     norms = torch.stack(trainer.gradient_norms)[round(run["warmup"] * steps) :]
     is_finite = not clock.diverged and all(map(math.isfinite, clock.curve[-1][1:]))
     result = {
         **counted,
+        "recorded": trainer.recorded is not None,
         "status": "ok" if is_finite else "diverged",
         "steps": clock.last_step,
         "curve": [[tokens, *(round(loss, 5) for loss in losses)] for tokens, *losses in clock.curve],

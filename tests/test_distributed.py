@@ -25,6 +25,12 @@ VARIANTS = {
     "router learns": {"mu_router_gradient": True},
     "plain token-routed": {"use_mu_guidance": False, "use_dynamics": False, "use_mu_routing": False},
     "dense": {"use_token_routed_mlp": False, "use_dynamics": False},
+    "values, routing per layer": {
+        "value_embedding_layers": [0, 2],
+        "routing": "random",
+        "routing_per_layer": True,
+        "use_mu_routing": False,
+    },
     "shared expert, untied": {"shared_expert_intermediate_size": 48, "tie_word_embeddings": False},
 }
 CHECKPOINTING = {"off": None, "non-reentrant": False, "reentrant": True}  # use_reentrant

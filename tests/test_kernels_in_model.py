@@ -92,6 +92,11 @@ def decode_calls(monkeypatch) -> list:
         pytest.param({"use_dynamics": False}, 0, id="no-dynamics"),
         pytest.param({"shared_expert_intermediate_size": 16}, 0, id="shared-expert"),
         pytest.param({"use_token_routed_mlp": False}, 0, id="dense"),
+        pytest.param(
+            {"routing": "random", "routing_per_layer": True, "value_embedding_layers": [1]},
+            1,
+            id="routing-per-layer-values-in-one",
+        ),
     ),
 )
 def test_decoding_equals_the_full_forward(monkeypatch, options, layers):
@@ -133,6 +138,26 @@ def test_the_decode_kernels_pass_over_no_module_that_does_more(monkeypatch):
         layer.self_attn.o_proj = torch.nn.Sequential(layer.self_attn.o_proj)
         model(ids)
         assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_the_decode_kernels_take_no_more_experts_than_they_can():
+    hidden = torch.zeros(1, 1, 64, device=DEVICE)
+    for experts, taken in ((32, True), (33, False), (1024, False)):
+        options = {"num_experts": experts, "intermediate_size": 4 * experts, "num_hidden_layers": 1}
+        model = tiny_model(**options, experts_implementation="cggr").to(DEVICE)
+        assert implementations._takes_decode_kernels(model.model.layers[0], hidden, None) == taken
+
+
+@pytest.mark.parametrize("experts", (2, 64, 2048))
+def test_plans_of_all_layers_are_those_of_each(experts):
+    """With 2 and 64 experts in one sort, with 2,048 two layers at a time."""
+    ids = torch.randint(0, experts, (3, 600), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    make_plan = implementations.ROUTING_PLANS["cggr" if experts < 2048 else "eager"]
+    plans = implementations.layer_routing_plans(make_plan, ids, experts)
+    for plan, own in zip(plans, ids, strict=True):
+        for found, expected in zip(plan, make_plan(own, experts), strict=True):
+            assert found.dtype == expected.dtype == torch.int32 and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ("self_attn.o_proj.weight", "mlp.experts.down_proj", "dynamics.mu_proj.weight"))

@@ -26,6 +26,7 @@ CASES = [
     pytest.param(65, 33, 17, 2, FP32, "one_expert", id="all tokens to one expert; odd sizes; tail of one row"),
     pytest.param(37, 31, 19, 5, FP32, "uniform", id="primes everywhere"),
     pytest.param(25, 16, 16, 256, FP32, "uniform", id="256 experts, most of them empty"),
+    pytest.param(12, 16, 16, 1024, FP32, "uniform", id="1,024 experts"),
     pytest.param(50, 64, 32, 3, BF16, "uniform", id="bf16", marks=gpu),
     pytest.param(50, 64, 32, 3, FP16, "uniform", id="fp16"),
     pytest.param(1000, 96, 72, 4, BF16, "uniform", id="hidden and width off the TMA tiles", marks=gpu),
@@ -123,7 +124,7 @@ def test_only_the_gradients_asked_for(needed):
 
 @pytest.mark.parametrize(
     "tokens, experts",
-    [(1, 1), (1, 256), (64, 4), (65, 63), (513, 4), (700, 256), pytest.param(65537, 200, marks=gpu)],
+    [(1, 1), (1, 256), (64, 4), (65, 63), (513, 4), (700, 256), (700, 1024), pytest.param(65537, 200, marks=gpu)],
 )
 def test_routing_plan(tokens, experts):
     ids = make_inputs(tokens, 1, 1, experts, FP32, "uniform")[0]
