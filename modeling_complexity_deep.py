@@ -145,7 +145,8 @@ class ComplexityDeepRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()  # [B, S, D/2]
+        # Positions come from where the ids are, which under a device map need not be the device of `x`.
+        angles = position_ids.to(x.device)[..., None].float() * self.inv_freq.to(x.device).float()  # [B, S, D/2]
         angles = torch.cat((angles, angles), dim=-1)  # [B, S, D]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
