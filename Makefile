@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-main test-floor test-versions test-wheel check lint typecheck bench docs clean
+.PHONY: demo test test-main test-floor test-quantization test-versions test-wheel check lint typecheck bench docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/pretrain.py --config recipes/demo.yaml
 	$(BIN)/python scripts/generate.py runs/demo/model "The built-in function" --max-new-tokens 60
 
-test: check test-main test-floor
+test: check test-main test-floor test-quantization
 
 test-main: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -36,6 +36,15 @@ test-floor: .venv-floor/.installed
 
 FLOOR_TESTS := tests/test_golden.py tests/test_modeling.py tests/test_generation.py tests/test_checkpoints.py \
 	tests/test_remote_code.py tests/test_distributed.py
+
+# torchao lies apart, because transformers imports it, for seconds and with warnings, in every process that finds it.
+.venv-torchao/.installed: $(VENV)/.installed
+	rm -rf .venv-torchao
+	$(BIN)/pip install --quiet --target .venv-torchao --no-deps torchao==0.18.0
+	@touch $@
+
+test-quantization: .venv-torchao/.installed
+	PYTHONPATH=.venv-torchao $(BIN)/python -m pytest -q tests/test_quantization.py tests/test_docs.py -k "quantiz or inference"
 
 # The whole suite with other releases, in an environment of its own, to meet a new one:
 #     make test-versions TRANSFORMERS=5.25.0 TORCH=2.14.1
@@ -92,4 +101,4 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/run_notebook.py docs/quickstart.ipynb
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-versions build runs
+	rm -rf $(VENV) .venv-floor .venv-torchao .venv-versions build runs
