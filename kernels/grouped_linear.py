@@ -74,7 +74,7 @@ _grouped_linear_backward.register_autograd(_grouped_linear_second_grad, setup_co
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which `weight` is multiplied: that of autocast where it is on, else its own."""
     device = weight.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" knows no autocast
+    if device != "meta" and torch.is_autocast_enabled(device):  # "meta" knows no autocast
         return torch.get_autocast_dtype(device)
     return weight.dtype
 
