@@ -13,6 +13,7 @@ CGGR stands for Contiguous Group GEMM Routing: the tokens of one expert stand to
 import functools
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,15 @@ try:
     from .kernels.routing_plan import routing_plan as triton_routing_plan
     from .kernels.token_routed_gemm import token_routed_mlp
 except ImportError:  # Triton is not installed, and "eager" is all there is
-    TRITON_DEVICES = ()
+    TRITON_DEVICES: tuple[str, ...] = ()
 else:
     # In Triton's interpreter the kernels run on the CPU, for tests.
     TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+if TYPE_CHECKING:  # what the mixin of this file is mixed into
+    from transformers import PreTrainedModel
+else:
+    PreTrainedModel = object
 
 logger = logging.get_logger(__name__)
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
@@ -71,7 +77,7 @@ def accelerated(name: str) -> Callable:
     return mark
 
 
-class KernelsMixin:
+class KernelsMixin(PreTrainedModel):
     """`kernels_implementation` of every Complexity-Deep class, beside the library's `experts_implementation`."""
 
     @staticmethod
@@ -263,7 +269,7 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
 
 def plain_static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
     """A layer of a static cache whose update is no more than writing keys and values in place, or None."""
-    if type(cache) is not StaticCache or cache.offloading:
+    if cache is None or type(cache) is not StaticCache or cache.offloading:
         return None
     layer = cache.layers[layer_idx]
     return layer if type(layer) is StaticLayer and layer.is_initialized else None
@@ -303,7 +309,7 @@ def triton_layer(
     velocity: Tensor,
     guidance: Tensor | None,
     highway: Tensor | None,
-    expert_ids: Tensor | None = None,
+    expert_ids=None,
     **kwargs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward of a decoder layer; a step of one new token in each of few rows runs in a few fused kernels."""
@@ -326,7 +332,8 @@ def triton_layer(
         attention.mu_to_k.weight if is_guided else None,
         attention.mu_to_v.weight if is_guided else None,
     )
-    heads = _decode_heads(attention, qkv, *kwargs["position_embeddings"], mask, cache, hidden_states)
+    cos, sin = kwargs["position_embeddings"]
+    heads = _decode_heads(attention, qkv, cos, sin, mask, cache, hidden_states)
     states = decode_layer_tail(
         heads,
         flat(hidden_states),
@@ -367,15 +374,15 @@ def cggr_experts_forward(
     if routing_plan is None:
         routing_plan = _cggr_plan(top_k_index.flatten(), experts.num_experts)
     dtype = compute_dtype(gate_up_proj)
-    weights = gate_up_proj.to(dtype), down_proj.to(dtype)
-    out = token_routed_mlp(hidden_states.to(dtype), *weights, *routing_plan, experts.config.hidden_act)
+    states, activation = hidden_states.to(dtype), experts.config.hidden_act
+    out = token_routed_mlp(states, gate_up_proj.to(dtype), down_proj.to(dtype), *routing_plan, activation)
     # The routing weights are ones. They carry a gradient only for a router that learns.
     return out * top_k_weights.to(dtype) if top_k_weights.requires_grad else out
 
 
-def _cggr_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def _cggr_plan(expert_ids: Tensor, num_experts: int) -> RoutingPlan:
     make_plan = triton_routing_plan if _runs_on_triton(expert_ids) else routing_plan_reference
-    return make_plan(expert_ids, num_experts)
+    return RoutingPlan(*make_plan(expert_ids, num_experts))
 
 
 if TRITON_DEVICES:

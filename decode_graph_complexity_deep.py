@@ -10,6 +10,7 @@ and position were copied while the step before was running.
 import threading
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,11 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .accelerated_complexity_deep import is_unhooked, plain_static_layer
 from .compatibility_complexity_deep import CACHE_NAME
+
+if TYPE_CHECKING:  # what the mixin of this file is mixed into
+    from transformers import GenerationMixin
+else:
+    GenerationMixin = object
 
 GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
@@ -167,7 +173,7 @@ def _routing_ids_of_step(routing_ids: Tensor, inputs: dict) -> Tensor:
     return given if given.shape[1] == length else torch.cat((given, step_ids[:, given.shape[1] :]), dim=1)
 
 
-class DecodeGraphMixin:
+class DecodeGraphMixin(GenerationMixin):
     """`generate` of a model that is routed by token ids, and whose decode steps with a static cache are recorded.
 
     After every step, the library reads on the host whether all rows have ended, and the GPU waits from there to the

@@ -7,14 +7,19 @@ Shapes: B batch, S sequence, T = B * S tokens, H hidden size, E experts, L layer
 """
 
 import heapq
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .kernels.kernel_reference import routing_plan_reference
 from .kernels.op_registration import is_transformed
+
+if TYPE_CHECKING:  # what the mixins of this file are mixed into
+    from transformers import PreTrainedModel
+else:
+    PreTrainedModel = object
 
 PLANNED_TOGETHER = 4096  # experts of all layers in one sort, whose kernels hold a count of each of them in registers
 
@@ -101,7 +106,7 @@ def layer_routing_plans(make_plan: Callable, expert_ids: Tensor, num_experts: in
     return plans
 
 
-class VocabularyMixin:
+class VocabularyMixin(PreTrainedModel):
     """What every Complexity-Deep class, with any head, does with its routing table when the vocabulary changes."""
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
@@ -142,7 +147,7 @@ class VocabularyMixin:
         self.config.routing = "balanced"
 
 
-class TokenRoutingMixin:
+class TokenRoutingMixin(PreTrainedModel):
     """How the base model gets from its inputs to the expert of every token in every layer."""
 
     @property
@@ -207,7 +212,7 @@ class TokenRoutingMixin:
         experts, layers = self.routing_table(token_ids), self.config.num_hidden_layers
         return list(experts[:layers]) if self.config.routing_per_layer else [experts] * layers
 
-    def routing_plans(self, expert_ids: list[Tensor]) -> list[RoutingPlan | None]:
+    def routing_plans(self, expert_ids: list[Tensor]) -> Sequence[RoutingPlan | None]:
         """The plan of each layer, made at once for all, or None where the layer itself has to sort its tokens.
 
         A layer has to where mu may override the expert, and where `experts_implementation` takes no plan.
