@@ -1,4 +1,4 @@
-"""What differs between the Transformers releases that this model runs on, decided once, when it is imported.
+"""How this model calls the library: what differs between its releases, and what the library would do less well.
 
 Transformers 5.24 renamed the argument and the output field `past_key_values` to `cache`, in every forward, mask
 function and in `generate`. This model calls it `cache` inside, takes both names from callers, and passes the library
@@ -9,8 +9,16 @@ import functools
 import inspect
 from collections.abc import Callable
 
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
 
 # The library's name of the key/value cache: "cache" from 5.24 on, "past_key_values" before.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -69,3 +77,72 @@ def check_unknown_arguments(kwargs: dict) -> None:
                 f"This model does not know the argument {name}, and its result would be wrong without it: use "
                 f"attention_mask [batch, sequence], position_ids and {CACHE_NAME}."
             )
+
+
+def causal_mask(config, inputs_embeds: Tensor, attention_mask: Tensor | None, cache, position_ids: Tensor | None):
+    """The library's mask for the attention implementation, or None where that needs none.
+
+    inputs_embeds: [B, S, H]. attention_mask: [B, S] or what the library takes as it is. cache and position_ids are
+    those that the caller of the model gave. With a cache, the library takes a packed row for one document. With
+    positions, it looks for packed rows, and waits for the device to answer.
+    """
+    is_first = attention_mask is None and cache is None
+    # Plain causal rows need no mask with SDPA. Under compile the library would make one and lose the fast kernel.
+    is_plain = is_first and position_ids is None and config.sliding_window is None
+    if is_plain and config._attn_implementation == "sdpa":
+        return None
+    make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+    documents = {"position_ids": position_ids}
+    if is_first and config._attn_implementation == "flex_attention":
+        documents = _document_mask(position_ids, inputs_embeds)
+    return make_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        **{CACHE_NAME: cache},
+        **documents,
+    )
+
+
+def _document_mask(position_ids: Tensor | None, inputs_embeds: Tensor) -> dict:
+    """Arguments that separate packed documents. The library would wait for the device to say whether there are any."""
+    if position_ids is None:
+        return {}
+    document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)  # (B or 1, S)
+    return {"and_mask_function": packed_sequence_mask_function(document.expand(len(inputs_embeds), -1))}
+
+
+def select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Positions of `hidden_states` [B, S, H] whose logits are wanted; the library does this only from 5.23 on.
+
+    logits_to_keep: how many of the last positions (0 means all), 1D positions, 2D positions of each row, or a mask
+    [B, S] of booleans, which gives [positions, H].
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden_states[logits_to_keep]
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
+
+
+class ComplexityDeepEmbeddingByHeads(TensorParallelLayer):
+    """Tensor parallelism of a value embedding: every rank looks up its own heads' part of each vector.
+
+    Of the library's styles, "colwise" did this before 5.24 and is for linear layers since; "embedding_colwise" gathers.
+    """
+
+    def shard_param(self, module, param, mesh):
+        whole = module._parameters[param]
+        shard = distribute_tensor(whole, mesh, [Shard(1)], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(shard, requires_grad=whole.requires_grad)
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        return (DTensor.from_local(args[0], mesh, [Replicate()], run_check=False), *args[1:]), kwargs
+
+    def transform_output_post_forward(self, module, output, mesh):
+        return output.to_local()
+
+
+ALL_PARALLEL_STYLES.register("embedding_by_heads", ComplexityDeepEmbeddingByHeads())

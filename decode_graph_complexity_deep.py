@@ -1,15 +1,16 @@
 """Decode steps of `generate` with a static cache as one CUDA graph, on the Triton kernels.
 
-The library compiles the forward for these steps: a minute before the second token, then guards and bookkeeping before
-each of the others. With the fused kernels there is little left to compile. A model's first step of a kind (`_variant`)
-runs as it is, so that Triton compiles its kernels; the next is recorded. A later `generate` with steps of that kind
-records its first. All others are replayed: copy the token, launch the graph. Mask and position were copied while the
-step before was running.
+The library would compile the forward for these steps. That takes a minute before the second token, and then guards and
+bookkeeping before each of the others, while the fused kernels leave little to compile. Here, a model's first step of a
+kind (`_variant`) runs as it is, so that Triton compiles its kernels. The next step is recorded. A later `generate` with
+steps of that kind records its first one. All other steps are replayed: the token is copied and the graph launched. Mask
+and position were copied while the step before was running.
 """
 
 import threading
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,13 @@ from transformers.cache_utils import StaticCache
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
+from .accelerated_complexity_deep import is_unhooked, plain_static_layer
 from .compatibility_complexity_deep import CACHE_NAME
-from .implementations_complexity_deep import ComplexityDeepFrozenWeights, is_unhooked, plain_static_layer
+
+if TYPE_CHECKING:  # what the mixin of this file is mixed into
+    from transformers import GenerationMixin
+else:
+    GenerationMixin = object
 
 GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
@@ -70,7 +76,7 @@ class DecodeGraph:
         return inputs
 
     def _is_as_before(self, inputs: dict) -> bool:
-        """Whether the step differs from the last one in values only. The GPU waits for the answer, so it is little."""
+        """Whether the step differs from the last one in values only. Few things are compared, as the GPU waits."""
         return (
             inputs.get(CACHE_NAME) is self.cache
             and _arguments(inputs) == self.arguments
@@ -103,11 +109,11 @@ class DecodeGraph:
     def _fits(self, inputs: dict) -> bool:
         """Whether a step can be recorded: every operation is known, and none waits for data on the host."""
         mask = inputs.get("attention_mask")
-        # Made by the model instead of `generate`, positions and mask would stay those of the recorded step.
+        # If the model itself made positions and mask, the recording would hold those of the recorded step.
         given = (inputs.get("input_ids"), mask, inputs.get("position_ids"))
         if not all(isinstance(x, Tensor) for x in given) or given[0].shape[1] != 1 or mask.ndim != 4:
             return False
-        # Autocast frees its casts of the weights when its context ends: a recording would read what is no longer there.
+        # Autocast frees its casts of the weights when its context ends, and a recording would go on reading them.
         if torch.is_grad_enabled() or torch.is_autocast_enabled(given[0].device.type):
             return False
         return is_recordable(self.model)
@@ -120,13 +126,12 @@ def is_recordable(model: nn.Module) -> bool:
     # The tables of these two kinds of RoPE depend on the largest position so far.
     if names != ("sdpa", "triton", "cggr") or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         return False
-    ours = (type(model.model).__module__, ComplexityDeepFrozenWeights.__module__)
-    known = (type(model).__module__, *ours, "transformers.activations")
+    known = (type(model).__module__, type(model.model).__module__, "transformers.activations")
     origins = (type(module).__module__ for module in model.modules())
     return (
         all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
         and is_unhooked(*model.modules())
-        # fp64 goes to the kernels' PyTorch twins, which read on the host where each expert's tokens end.
+        # fp64 goes to the plain PyTorch methods, which read on the host where each expert's tokens end.
         and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in model.parameters())
     )
 
@@ -156,11 +161,23 @@ def record(step: Callable, device: torch.device) -> tuple[Callable, object]:
     return graph.replay, outputs
 
 
-class DecodeGraphMixin:
-    """`generate` of a model whose decode steps with a static cache are recorded, and what it does between two of them.
+def _routing_ids_of_step(routing_ids: Tensor, inputs: dict) -> Tensor:
+    """The part of `routing_ids` [B, prompt] for the step with `inputs`, continued by the ids of generated tokens."""
+    if routing_ids.ndim != 2:
+        raise ValueError(f"routing_ids must be [batch, prompt], but has shape {tuple(routing_ids.shape)}.")
+    cache = inputs.get(CACHE_NAME)
+    start = int(cache.get_seq_length()) if cache is not None else 0
+    step_ids, step_embeds = inputs["input_ids"], inputs.get("inputs_embeds")
+    length = (step_ids if step_embeds is None else step_embeds).shape[1]
+    given = routing_ids[:, start : start + length]
+    return given if given.shape[1] == length else torch.cat((given, step_ids[:, given.shape[1] :]), dim=1)
 
-    The library reads on the host, after every step, whether all rows have ended: the GPU waits from there to the next
-    launch. So the next step is prepared before, while the GPU computes, and only its token is added after.
+
+class DecodeGraphMixin(GenerationMixin):
+    """`generate` of a model that is routed by token ids, and whose decode steps with a static cache are recorded.
+
+    After every step, the library reads on the host whether all rows have ended, and the GPU waits from there to the
+    next launch. So the next step is prepared before, while the GPU computes, and only its token is added after.
 
     A call that names no cache gets a static one where nothing asks for a cache that grows or is given back.
     """
@@ -221,13 +238,31 @@ class DecodeGraphMixin:
             model_kwargs["prepared"] = dict(model_kwargs), graph.fill(inputs), graph
         return model_kwargs
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, next_sequence_length=None, prepared=None, **kwargs):
-        """The library's inputs. `prepared`: what they were prepared from, all but the token, and the graph."""
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        routing_ids: Tensor | None = None,
+        **kwargs,
+    ) -> dict:
+        """The library's inputs of a step, with `routing_ids` [B, prompt]; generated tokens are routed by their own ids.
+
+        `kwargs` may hold `prepared`: all inputs of this step but its token, what they were made from, and the graph.
+        Raises `ValueError` for `routing_ids` of another rank.
+        """
+        prepared = kwargs.pop("prepared", None)
         if next_sequence_length == 1 and prepared is not None:
             given, inputs, graph = prepared
-            if graph.filled is inputs and all(given.get(name) is kwargs.get(name) for name in given | kwargs):
+            asked = kwargs | {"inputs_embeds": inputs_embeds, "routing_ids": routing_ids}
+            if graph.filled is inputs and all(given.get(name) is asked.get(name) for name in given | asked):
                 return inputs | {"input_ids": input_ids[:, -1:]}
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if routing_ids is not None:
+            inputs["routing_ids"] = _routing_ids_of_step(routing_ids, inputs)
+        return inputs
 
     @staticmethod
     def create_masks_for_generate(

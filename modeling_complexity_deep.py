@@ -1,19 +1,26 @@
 """Complexity-Deep (v0.13.0): a decoder with token-routed experts, mu-guided attention and INL dynamics.
 
-Per layer, with x the residual stream, v the velocity (0 before layer 0), m the guidance of the layer below:
+Four states pass from layer to layer: the residual stream x, the velocity v (zero before layer 0), and from the layer
+below its guidance m and the highway R (none before layer 0). A layer computes, with n = RMSNorm(x):
 
-    q, k, v'  = n W + m W_mu                    n = RMSNorm(x); then RMS norm over the head and RoPE for q and k
+    q, k, v'  = n W + m W_mu                    then RMS norm over the head and RoPE for q and k
     h         = Attention(q, k, v') W_o
-    mu        = mu_0 + h W_mu_proj              contextual equilibrium
+    mu        = mu_0 + h W_mu_proj              the equilibrium of this layer, which depends on the context
     alpha, beta, gate = sigmoid, min(softplus, 2), sigmoid of W_out SiLU(W_in [h, v] + b_in) + b_out
     v         = clamp(alpha v - beta (h - mu), -10, 10)
     x         = x + h + dt gate v
+    R         = R + mu;  m = mu + 0.1 R         the highway, and the guidance of the layer above
     expert    = argmax(10 onehot(token_to_expert[id]) + mu W_router)
     x         = x + SwiGLU_expert(RMSNorm(x))
-    R         = R + mu;  m = mu + 0.1 R         the mu highway: guidance for the layer above
 
-v, mu, R and m are per position and restart at layer 0, so a plain key/value cache is all that decoding carries.
-Shapes: B batch, S sequence, T = B * S tokens, H hidden size, D head dim, E experts, I width of one expert, V ids.
+INL is the name that the preprint gives these dynamics. v, mu, R and m are states of one position and restart at layer
+0, so decoding carries no more than a key/value cache.
+
+All of the mathematics stands here, in plain PyTorch, in the order of the layer. Methods marked `@accelerated(name)`
+have a fast path in accelerated_complexity_deep.py that computes the same.
+
+Shapes: B batch, S sequence, T = B * S tokens, H hidden size, A query heads, K key/value heads, D head dim,
+C controller width, E experts, I width of one expert, V token ids.
 """
 
 import math
@@ -28,11 +35,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    packed_sequence_mask_function,
-)
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -47,27 +49,22 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .accelerated_complexity_deep import KernelsMixin, accelerated
 from .checkpoint_complexity_deep import CheckpointMixin, nearly_zero, renamed_tensors, trains_mu
 from .compatibility_complexity_deep import (
     CACHE_NAME,
     accepts_both_cache_names,
+    causal_mask,
     check_unknown_arguments,
+    select_positions,
     update_cache,
 )
 from .configuration_complexity_deep import ComplexityDeepConfig
 from .decode_graph_complexity_deep import DecodeGraphMixin
-from .implementations_complexity_deep import (
-    KERNELS,
-    ROUTING_PLANS,
-    ComplexityDeepFrozenWeights,
-    RoutingPlan,
-    default_kernels_implementation,
-    eager_experts_forward,
-    is_transformed,
-    layer_routing_plans,
-)
+from .kernels.grouped_linear import experts_one_by_one, grouped_linear, in_token_order, takes_grouped_linear
+from .kernels.kernel_reference import BETA_LIMIT, HIGHWAY_SHARE, VELOCITY_LIMIT, routing_plan_reference
 from .registration_complexity_deep import register_classes
-from .routing_complexity_deep import balanced_routing, new_routing_table
+from .routing_complexity_deep import RoutingPlan, TokenRoutingMixin, VocabularyMixin, new_routing_table
 
 
 @dataclass
@@ -75,7 +72,7 @@ class ComplexityDeepModelOutputWithPast(BaseModelOutputWithPast):
     """Base model output; the last four fields come with `output_router_logits`, `output_expert_ids` and so on.
 
     router_logits: per layer [T, E], the scores that mu routing takes the argmax of. expert_ids: per layer [B, S] int64.
-    velocities, mus: per layer [B, S, H], velocity after and mu of that layer.
+    velocities, mus: per layer [B, S, H], the velocity after that layer and the mu of that layer.
     """
 
     router_logits: tuple[Tensor, ...] | None = None
@@ -103,10 +100,32 @@ class ComplexityDeepRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        # Under autocast the two dtypes differ. PyTorch would compute the same, but warn that it has no kernel for it.
+        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+        normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+        return normed.to(hidden_states.dtype)
 
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class ComplexityDeepFrozenWeights(nn.Module):
+    """Matrices [out, in] that no gradient can reach (published checkpoints hold some): saved and loaded, never trained.
+
+    They are buffers, so that they stay out of the optimizer and of DDP's wait for gradients, also after
+    `from_pretrained`, which turns `requires_grad` on for every parameter. They are no modules, because adapters and
+    quantizers look for linear modules by type and by name, and would adapt or convert what never takes part.
+    """
+
+    def __init__(self, **shapes: tuple[int, int]):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    def forward(self, name: str, input: Tensor) -> Tensor:
+        """The matrix `name` applied to `input` [..., in]: [..., out]."""
+        # Cast, because FSDP2's mixed precision leaves buffers as they are.
+        return F.linear(input, getattr(self, name).to(input.dtype))
 
 
 class ComplexityDeepRotaryEmbedding(nn.Module):
@@ -152,6 +171,13 @@ class ComplexityDeepRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads [B, S, heads, D] by the tables [B or 1, S, D]; the two halves of a head are the coordinates."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B or 1, S, 1, D]
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
 def repeat_kv(hidden_states: Tensor, n_rep: int) -> Tensor:
     """[B, K, S, D] -> [B, K * n_rep, S, D]; kv head g serves the query heads g * n_rep .. (g + 1) * n_rep - 1."""
     return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
@@ -178,13 +204,12 @@ def eager_attention_forward(
 
 
 class ComplexityDeepAttention(nn.Module):
-    """Grouped-query attention whose queries, keys and values are guided by mu of the layer below."""
+    """Grouped-query attention whose queries, keys and values are biased by the guidance of the layer below."""
 
     def __init__(self, config: ComplexityDeepConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.is_first = layer_idx == 0  # not compared in forward: a compiled layer would be compiled for every index
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
@@ -214,40 +239,26 @@ class ComplexityDeepAttention(nn.Module):
             self.value_gate = nn.Linear(hidden, config.num_key_value_heads, bias=False)
             self.value_gate.starts_at_zero = True  # 2 sigmoid(0) = 1: every gate starts open
 
+    @accelerated("attention")
     def forward(
         self,
         hidden_states: Tensor,
-        mu: Tensor | None,
+        guidance: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         cache: Cache | None = None,
         token_ids: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        project = KERNELS[self.config._kernels_implementation].qkv
-        query, key, value = project(self, hidden_states, mu, *position_embeddings)
-        if self.value_embedding is not None:
-            value = value + self._embedded_values(hidden_states if mu is None else mu, token_ids).to(value.dtype)
-        attn_output, attn_weights = self.attend(query, key, value, attention_mask, cache, **kwargs)
-        return self.o_proj(attn_output), attn_weights
-
-    def _embedded_values(self, gated_by: Tensor, token_ids: Tensor) -> Tensor:
-        """What the token ids [B, S] themselves add to the values, [B, S, K, D]: a vector per id and a gate per head."""
-        gate = 2 * torch.sigmoid(self.value_gate(gated_by))  # [B, S, K]
-        return gate[..., None] * self.value_embedding(token_ids).unflatten(-1, (-1, self.head_dim))
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, cache=None, **kwargs):
-        """query [B, S, A, D], key and value [B, S, K, D] -> (heads side by side [B, S, A * D], attention weights)."""
-        shape = query.shape
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, S, D]
+        """hidden_states, guidance [B, S, H], (cos, sin) [B or 1, S, D] -> (output [B, S, H], attention weights)."""
+        query, key, value = self.heads(hidden_states, guidance, position_embeddings, token_ids)
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
-
+        # vLLM reads the source of this method. It wants one such look-up in it, and one call of what was looked up.
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attn_output, attn_weights = KERNELS[self.config._kernels_implementation].attention(
-            attention_interface,
+        attn_output, attn_weights = attention_interface(
             self,
             query,
             key,
@@ -258,11 +269,40 @@ class ComplexityDeepAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return attn_output.reshape(*shape[:2], -1).contiguous(), attn_weights  # [B, S, A * D]
+        attn_output = attn_output.reshape(*hidden_states.shape[:2], -1).contiguous()  # [B, S, A * D]
+        return self.o_proj(attn_output), attn_weights
+
+    def heads(self, hidden_states, guidance, position_embeddings, token_ids=None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, A, S, D], key and value [B, K, S, D], with value embeddings where the layer has them."""
+        query, key, value = self.project(hidden_states, guidance, *position_embeddings)
+        if self.value_embedding is not None:
+            embedded = self.embedded_values(hidden_states if guidance is None else guidance, token_ids)
+            value = value + embedded.to(value.dtype)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    @accelerated("projections")
+    def project(
+        self, hidden_states: Tensor, guidance: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections with guidance, QK norm and RoPE: query [B, S, A, D], key and value [B, S, K, D]."""
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if guidance is not None:
+            query = query + self.mu_to_q(guidance)
+            key = key + self.mu_to_k(guidance)
+            value = value + self.mu_to_v(guidance)
+        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
+
+    def embedded_values(self, gated_by: Tensor, token_ids: Tensor) -> Tensor:
+        """What the token ids [B, S] themselves add to the values, [B, S, K, D]: a vector per id and a gate per head."""
+        gate = 2 * torch.sigmoid(self.value_gate(gated_by))  # [B, S, K]
+        return gate[..., None] * self.value_embedding(token_ids).unflatten(-1, (-1, self.head_dim))
 
 
 class ComplexityDeepDynamics(nn.Module):
-    """INL dynamics: a learned equilibrium mu and a damped velocity that pulls the attention output towards it."""
+    """INL dynamics: a learned equilibrium mu, and a damped velocity that pulls the attention output towards it."""
 
     def __init__(self, config: ComplexityDeepConfig, layer_idx: int):
         super().__init__()
@@ -279,44 +319,43 @@ class ComplexityDeepDynamics(nn.Module):
             self.controller_in = nn.Linear(2 * hidden, controller)
             self.controller_out = nn.Linear(controller, 3 * hidden)
 
-    def forward(self, hidden_states: Tensor, velocity: Tensor, mu_residual: Tensor | None):
-        """Returns (h', velocity', mu, m, R'), each [B, S, H]: m is the guidance for the layer above, R' the highway."""
-        if self.config.use_dynamics:
-            dynamics_forward = KERNELS[self.config._kernels_implementation].dynamics
-            return dynamics_forward(self, hidden_states, velocity, mu_residual)
+    @accelerated("dynamics")
+    def forward(
+        self, hidden_states: Tensor, velocity: Tensor, highway: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The attention output, velocity and highway -> (output, velocity, mu, guidance, highway), each [B, S, H]."""
         projected = self.mu_proj(hidden_states) if hasattr(self, "mu_proj") else self.frozen("mu_proj", hidden_states)
         mu = self.mu + projected
-        mu_residual = mu if mu_residual is None else mu_residual + mu
-        return hidden_states, velocity, mu, mu + 0.1 * mu_residual, mu_residual
+        if self.config.use_dynamics:
+            hidden_states, velocity = self.pull(hidden_states, velocity, mu)
+        highway = mu if highway is None else highway + mu
+        guidance = mu + HIGHWAY_SHARE * highway
+        return hidden_states, velocity, mu, guidance, highway
+
+    def pull(self, hidden_states: Tensor, velocity: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """One step towards mu: (hidden_states, velocity), each [B, S, H]."""
+        controller_hidden = F.silu(self.controller_in(torch.cat((hidden_states, velocity), dim=-1)))  # [B, S, C]
+        alpha, beta, gate = self.controller_out(controller_hidden).chunk(3, dim=-1)  # each [B, S, H]
+        alpha, gate = torch.sigmoid(alpha), torch.sigmoid(gate)
+        beta = torch.clamp(F.softplus(beta), max=BETA_LIMIT)
+        velocity = alpha * velocity - beta * (hidden_states - mu)
+        velocity = torch.clamp(velocity, min=-VELOCITY_LIMIT, max=VELOCITY_LIMIT)
+        return hidden_states + self.dt * gate * velocity, velocity
 
 
-@use_experts_implementation
-class ComplexityDeepExperts(nn.Module):
-    r"""Experts as 3D weights: gate_up_proj [E, 2I, H] (gate rows first), down_proj [E, H, I].
+class ComplexityDeepRoutingTable(nn.Module):
+    """The expert that each token id selects: `token_to_expert` [V] int64, or [L, V] with a table for each layer.
 
-    The forward below is `experts_implementation="eager"`: any dtype, size and device. "cggr" runs the Triton kernels,
-    "batched_mm" and "grouped_mm" are the library's own. Quantizers that look for linear layers leave these weights as
-    they are; torchao takes them by name, and then both of our implementations run one product per expert in PyTorch:
-
-        int8 = Int8WeightOnlyConfig(version=2)
-        linear = r"re:.*(_proj|mu_to_[qkv]|controller_in|controller_out)\.weight"
-        experts = r"re:.*\.experts\.(gate_up|down)_proj"
-        quantization_config = TorchAoConfig(FqnToConfig({linear: int8, experts: int8}))
-
-    The rest stays in the model's dtype: embedding and head, norms, biases, mu, the mu router, layer 0's guidance.
+    A module of its own, because accelerate gives a device to modules and parameters, not to buffers beside them.
     """
 
     def __init__(self, config: ComplexityDeepConfig):
         super().__init__()
-        self.num_experts = config.num_experts
-        hidden, width = config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, hidden))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, width))
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.register_buffer("token_to_expert", new_routing_table(config))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, routing_plan=None) -> Tensor:
-        """hidden_states [T, H], top_k_index [T, 1] (an id of num_experts means "not here"), top_k_weights [T, 1]."""
-        return eager_experts_forward(self, hidden_states, top_k_index, top_k_weights, routing_plan)
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, S] -> experts [B, S], or [L, B, S], int64."""
+        return self.token_to_expert[..., ids]
 
 
 class ComplexityDeepMuRouter(nn.Module):
@@ -352,6 +391,55 @@ class ComplexityDeepMuRouter(nn.Module):
         return scores, 1.0 + (chosen - chosen.detach()), expert_ids  # ones, exactly: the forward stays bit-identical
 
 
+@use_experts_implementation
+class ComplexityDeepExperts(nn.Module):
+    r"""Experts as 3D weights: gate_up_proj [E, 2I, H] (gate rows first), down_proj [E, H, I].
+
+    The forward below is `experts_implementation="eager"`: any dtype, size and device. "cggr" (Contiguous Group GEMM
+    Routing) runs the Triton kernels. "batched_mm" and "grouped_mm" are the library's own. Quantizers that look for
+    linear layers leave these weights as they are. torchao takes them by name, and then both of our implementations
+    multiply one expert at a time by PyTorch's operators:
+
+        int8 = Int8WeightOnlyConfig(version=2)
+        linear = r"re:.*(_proj|mu_to_[qkv]|controller_in|controller_out)\.weight"
+        experts = r"re:.*\.experts\.(gate_up|down)_proj"
+        quantization_config = TorchAoConfig(FqnToConfig({linear: int8, experts: int8}))
+
+    The rest stays in the model's dtype: embedding and head, norms, biases, mu, the mu router, layer 0's guidance.
+    """
+
+    def __init__(self, config: ComplexityDeepConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        routing_plan: RoutingPlan | None = None,
+    ) -> Tensor:
+        """hidden_states [T, H], expert of each token top_k_index [T, 1], its weight top_k_weights [T, 1] -> [T, H].
+
+        A token whose expert lies on another rank has the id num_experts and gives zeros.
+        """
+        expert_ids = top_k_index.flatten()  # [T]
+        if takes_grouped_linear(self.gate_up_proj, self.down_proj):
+            order, offsets = routing_plan or routing_plan_reference(expert_ids, self.num_experts)
+            states = hidden_states[order]  # [T, H], sorted by expert
+            gate, up = grouped_linear(states, self.gate_up_proj, offsets).chunk(2, dim=-1)  # each [T, I]
+            states = grouped_linear(self.act_fn(gate) * up, self.down_proj, offsets)  # [T, H]
+            states = in_token_order(states, order)
+        else:
+            weights = self.gate_up_proj, self.down_proj
+            states = experts_one_by_one(hidden_states, expert_ids, *weights, self.act_fn)
+        return states * top_k_weights.to(states.dtype)
+
+
 class ComplexityDeepMLP(nn.Module):
     """Dense gated MLP: down(act(gate x) * up x)."""
 
@@ -367,21 +455,6 @@ class ComplexityDeepMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class ComplexityDeepRoutingTable(nn.Module):
-    """The expert that each token id selects: `token_to_expert` [V] int64, or [L, V] with a table for each layer.
-
-    A module of its own, because accelerate gives a device to modules and parameters, not to buffers beside them.
-    """
-
-    def __init__(self, config: ComplexityDeepConfig):
-        super().__init__()
-        self.register_buffer("token_to_expert", new_routing_table(config))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [B, S] -> experts [B, S], or [L, B, S], int64."""
-        return self.token_to_expert[..., ids]
-
-
 class ComplexityDeepTokenRoutedMLP(nn.Module):
     """One SwiGLU expert per token, chosen by the token id and, through mu, by its context."""
 
@@ -395,14 +468,14 @@ class ComplexityDeepTokenRoutedMLP(nn.Module):
     def forward(
         self, hidden_states: Tensor, mu: Tensor | None, expert_ids: Tensor, routing_plan: RoutingPlan | None = None
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states, mu [B, S, H], expert_ids [B, S] -> (output [B, S, H], expert ids [B, S] after mu's say)."""
+        """hidden_states, mu [B, S, H], expert_ids of the table [B, S] -> (output [B, S, H], experts taken [B, S])."""
         shape = hidden_states.shape
         tokens, chosen, weights = hidden_states.reshape(-1, shape[-1]), expert_ids.reshape(-1), None  # [T, H], [T]
         if self.mu_router is not None:
             _, weights, chosen = self.mu_router(mu.reshape(-1, shape[-1]), chosen)
         if weights is None:
             weights = tokens.new_ones(1).expand(tokens.shape[0])
-        # Expert parallelism renumbers the experts, so a plan made before it does not hold.
+        # Expert parallelism renumbers the experts, so that a plan made before does not hold.
         is_split = getattr(self.experts, "_is_expert_parallel", False)  # transformers 5.17 has no such mark
         plan = {"routing_plan": routing_plan} if routing_plan and not is_split else {}
         out = self.experts(tokens, chosen[:, None], weights[:, None].to(tokens.dtype), **plan).to(hidden_states.dtype)
@@ -413,8 +486,12 @@ class ComplexityDeepTokenRoutedMLP(nn.Module):
 
 
 class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
+    """Attention, the dynamics on its output, and the MLP."""
+
     def __init__(self, config: ComplexityDeepConfig, layer_idx: int):
         super().__init__()
+        self.config = config
+        self.use_mu_guidance = config.use_mu_guidance
         self.self_attn = ComplexityDeepAttention(config, layer_idx)
         needs_mu = config.use_dynamics or config.use_mu_guidance or (config.is_routed and config.use_mu_routing)
         self.dynamics = ComplexityDeepDynamics(config, layer_idx) if needs_mu else None
@@ -425,30 +502,29 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         )
         self.input_layernorm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.config = config
-        self.use_mu_guidance = config.use_mu_guidance
 
     @accepts_both_cache_names
-    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """`module_forward`, by whatever `kernels_implementation` names."""
-        return KERNELS[self.config._kernels_implementation].layer(self, *args, **kwargs)
-
-    def module_forward(
+    @accelerated("layer")
+    def forward(
         self,
         hidden_states: Tensor,
         velocity: Tensor,
         guidance: Tensor | None,
-        mu_residual: Tensor | None,
+        highway: Tensor | None,
         expert_ids: Tensor | None = None,
         routing_plan: RoutingPlan | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """hidden_states, velocity, guidance m, highway R, each [B, S, H] -> the same four; `kwargs` are attention's."""
-        mu_below = guidance if self.use_mu_guidance else None
-        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), mu_below, **kwargs)
+        """hidden_states, velocity, guidance and highway, each [B, S, H] -> the same four.
+
+        guidance and highway are None below layer 0, and in a model that has no mu. expert_ids: [B, S] of the routing
+        table. `kwargs` are those of the attention.
+        """
+        normed = self.input_layernorm(hidden_states)
+        attn_output, _ = self.self_attn(normed, guidance if self.use_mu_guidance else None, **kwargs)
         mu = None
         if self.dynamics is not None:
-            attn_output, velocity, mu, guidance, mu_residual = self.dynamics(attn_output, velocity, mu_residual)
+            attn_output, velocity, mu, guidance, highway = self.dynamics(attn_output, velocity, highway)
         hidden_states = hidden_states + attn_output
 
         normed = self.post_attention_layernorm(hidden_states)
@@ -456,10 +532,12 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
             mlp_output, _ = self.mlp(normed, mu, expert_ids, routing_plan)
         else:
             mlp_output = self.mlp(normed)
-        return hidden_states + mlp_output, velocity, guidance, mu_residual
+        return hidden_states + mlp_output, velocity, guidance, highway
 
 
-class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
+class ComplexityDeepPreTrainedModel(CheckpointMixin, KernelsMixin, VocabularyMixin, PreTrainedModel):
+    """What all Complexity-Deep models share: loading, saving, initialisation, and what the library asks of a class."""
+
     config_class = ComplexityDeepConfig
     config: ComplexityDeepConfig
     base_model_prefix = "model"
@@ -487,27 +565,8 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
         if not config.use_sliding_window:  # `from_pretrained` sets its overrides after the config has looked at both
             config.sliding_window = None
         super().__init__(config, *inputs, **kwargs)
-        if getattr(config, "_kernels_implementation", None) is None:
-            config._kernels_implementation = default_kernels_implementation()
-        self.get_correct_kernels_implementation(config._kernels_implementation)
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        # The library's default, grouped_mm, does not run in every dtype and width.
-        if requested_experts is None:
-            requested_experts = "cggr" if default_kernels_implementation() == "triton" else "eager"
-        return super().get_correct_experts_implementation(requested_experts)
-
-    @staticmethod
-    def get_correct_kernels_implementation(requested: str) -> str:
-        if requested not in KERNELS:
-            raise ValueError(f"kernels_implementation must be one of {', '.join(KERNELS)}, but is {requested!r}.")
-        return requested
-
-    def set_kernels_implementation(self, kernels_implementation: str) -> None:
-        """Choose who computes dynamics and mu-guided projections: `"eager"` (PyTorch) or `"triton"` (on CUDA)."""
-        for module in self.modules():
-            if isinstance(module, ComplexityDeepPreTrainedModel):
-                module.config._kernels_implementation = self.get_correct_kernels_implementation(kernels_implementation)
+        kernels = getattr(config, "_kernels_implementation", None)
+        config._kernels_implementation = self.get_correct_kernels_implementation(kernels)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -543,42 +602,6 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
         elif isinstance(module, ComplexityDeepRoutingTable):
             init.copy_(module.token_to_expert, new_routing_table(config))
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """Resize the vocabulary, and with it value embeddings and routing table.
-
-        Old ids keep their expert. New ones get id mod E, or with `routing_per_layer` a random expert in each layer.
-        """
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        base, config = self.base_model, self.config
-        for attention in (layer.self_attn for layer in base.layers):
-            if attention.value_embedding is not None:
-                attention.value_embedding = self._get_resized_embeddings(attention.value_embedding, config.vocab_size)
-        if config.is_routed:
-            table = new_routing_table(config, extends=True).to(base.token_to_expert.device)
-            kept = min(table.shape[-1], base.token_to_expert.shape[-1])
-            table[..., :kept] = base.token_to_expert[..., :kept]
-            base.token_to_expert = table
-        return embeddings
-
-    def balance_routing(self, token_counts: Tensor) -> None:
-        """Rebuild the routing table of a new model from corpus counts [V], so that every expert sees as many tokens.
-
-        Raises `ValueError` for counts of another length than the vocabulary, or a model without experts.
-        """
-        table = self.base_model.token_to_expert if self.config.is_routed else None
-        if table is None or len(token_counts) != table.shape[-1]:
-            raise ValueError(
-                f"balance_routing needs a token-routed model and one count for each of its {self.config.vocab_size} "
-                f"token ids, but got {len(token_counts)} counts."
-            )
-        counts, layers = torch.as_tensor(token_counts), self.config.num_hidden_layers
-        if self.config.routing_per_layer:
-            tables = [balanced_routing(counts, self.config.num_experts, seed=layer) for layer in range(layers)]
-            table.copy_(torch.stack(tables))
-        else:
-            table.copy_(balanced_routing(counts, self.config.num_experts))
-        self.config.routing = "balanced"
-
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: `total` in the published layout, `trained`, and `active` for one token.
 
@@ -604,7 +627,7 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, PreTrainedModel):
         return {"total": trained + frozen, "trained": trained, "active": trained + frozen - idle}
 
 
-class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
+class ComplexityDeepModel(TokenRoutingMixin, ComplexityDeepPreTrainedModel):
     """Token embedding, decoder layers and final norm."""
 
     def __init__(self, config: ComplexityDeepConfig):
@@ -619,80 +642,12 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @property
-    def token_to_expert(self) -> Tensor | None:
-        """The routing table [V] int64, or None for a model without experts. It may be written in place or replaced."""
-        return self.routing_table.token_to_expert if self.config.is_routed else None
-
-    @token_to_expert.setter
-    def token_to_expert(self, table: Tensor) -> None:
-        self.routing_table.token_to_expert = table
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """`load_state_dict` also takes the names of files: Trainer resumes by it."""
         for old, new in renamed_tensors(self.config).items():
             if prefix + old in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _check_ids(self, ids: Tensor, name: str) -> None:
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"{name} must be int64 or int32 token ids, but has dtype {ids.dtype}.")
-        # On the CPU the look-up is free; on a device it would stall the queue. Where ids have no values that Python may
-        # look at (tracing, FakeTensor, vmap) it cannot be done.
-        has_values = type(ids) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
-        if has_values and ids.device.type == "cpu" and ids.numel():
-            smallest, largest = ids.aminmax()
-            if smallest < 0 or largest >= self.config.vocab_size:
-                raise ValueError(
-                    f"{name} holds token id {int(largest if smallest >= 0 else smallest)}, but the vocabulary has ids "
-                    f"0 to {self.config.vocab_size - 1}; check that the tokenizer belongs to this model."
-                )
-
-    @torch.no_grad()
-    def nearest_token_ids(self, inputs_embeds: Tensor) -> Tensor:
-        """Ids [B, S] of the embedding rows nearest to `inputs_embeds` [B, S, H]; an unmodified row gives its own id.
-
-        True differences in at least fp32, since the shortcut |w|^2 - 2 e.w cannot tell close rows apart. The lowest id
-        wins between equal rows.
-        """
-        dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
-        weight = self.embed_tokens.weight
-        if weight.device.type == "meta":  # offloaded: only a call of the module brings the rows in
-            weight = self.embed_tokens(torch.arange(self.config.vocab_size, device=inputs_embeds.device))
-        weight = weight.to(inputs_embeds.device, dtype)
-        rows = inputs_embeds.reshape(-1, inputs_embeds.shape[-1]).to(dtype)
-        # 1024 rows at a time: [1024, V] distances stay small whatever the batch.
-        exact = "donot_use_mm_for_euclid_dist"
-        nearest = [torch.cdist(part, weight, compute_mode=exact).argmin(dim=-1) for part in rows.split(1024)]
-        return torch.cat(nearest).reshape(inputs_embeds.shape[:-1])
-
-    def _token_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor, routing_ids: Tensor | None) -> Tensor:
-        """Ids [B, S] that choose experts and value embeddings: `routing_ids`, `input_ids` or the nearest embedding."""
-        if routing_ids is not None:
-            if routing_ids.shape != inputs_embeds.shape[:-1]:
-                raise ValueError(
-                    f"routing_ids must have the [batch, sequence] shape of the input, "
-                    f"{tuple(inputs_embeds.shape[:-1])}, but has {tuple(routing_ids.shape)}."
-                )
-            self._check_ids(routing_ids, "routing_ids")
-        else:
-            routing_ids = input_ids if input_ids is not None else self.nearest_token_ids(inputs_embeds)
-        return routing_ids
-
-    def expert_ids_by_layer(self, token_ids: Tensor) -> list[Tensor]:
-        """Expert of each token before mu's say, [B, S] for each layer, from the token ids [B, S]."""
-        experts, layers = self.routing_table(token_ids), self.config.num_hidden_layers
-        return list(experts[:layers]) if self.config.routing_per_layer else [experts] * layers
-
-    def _routing_plans(self, expert_ids: list[Tensor]) -> list[RoutingPlan | None]:
-        """The plan of each layer, or none where mu has its say first; all are made at once."""
-        make_plan = ROUTING_PLANS.get(self.config._experts_implementation)
-        if make_plan is None or self.config.use_mu_routing or is_transformed():
-            return [None] * len(expert_ids)
-        if self.config.routing_per_layer:
-            return layer_routing_plans(make_plan, torch.stack(expert_ids).flatten(1), self.config.num_experts)
-        return [RoutingPlan(*make_plan(expert_ids[0].flatten(), self.config.num_experts))] * len(expert_ids)
 
     @accepts_both_cache_names
     @merge_with_config_defaults
@@ -725,50 +680,34 @@ class ComplexityDeepModel(ComplexityDeepPreTrainedModel):
         if inputs_embeds is None:
             if input_ids.ndim != 2:
                 raise ValueError(f"input_ids must be [batch, sequence], but has shape {tuple(input_ids.shape)}.")
-            self._check_ids(input_ids, "input_ids")
+            self.check_token_ids(input_ids, "input_ids")
             inputs_embeds = self.embed_tokens(input_ids)
-        # The mask comes before the cache: with a cache in hand the library takes a packed row for one document. It is
-        # made before the default positions: given any, the library looks for packed rows, at a host synchronisation.
-        is_first = attention_mask is None and cache is None
-        is_plain = is_first and position_ids is None
-        # Plain causal rows need no mask with SDPA; under compile the library makes one and loses the fast kernel.
-        if not (is_plain and self.config._attn_implementation == "sdpa" and self.config.sliding_window is None):
-            make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-            documents = {"position_ids": position_ids}
-            if is_first and self.config._attn_implementation == "flex_attention":
-                documents = _document_mask(position_ids, inputs_embeds)
-            attention_mask = make_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                **{CACHE_NAME: cache},
-                **documents,
-            )
+        # Before there are a cache and positions of our own: both would change what the library takes a row for.
+        attention_mask = causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
-        # Early-exit generation lowers num_hidden_layers for a while.
-        layers = self.config.num_hidden_layers
+        layers = self.config.num_hidden_layers  # early-exit generation lowers it for a while
         value_layers = self.config.value_embedding_layers or ()
         expert_ids = routing_plans = [None] * layers
         if self.config.is_routed or value_layers:
-            token_ids = self._token_ids(input_ids, inputs_embeds, routing_ids)
+            token_ids = self.routing_token_ids(input_ids, inputs_embeds, routing_ids)
         if self.config.is_routed:
             expert_ids = self.expert_ids_by_layer(token_ids)
-            routing_plans = self._routing_plans(expert_ids)
+            routing_plans = self.routing_plans(expert_ids)
 
-        hidden_states, guidance, mu_residual = inputs_embeds, None, None
+        hidden_states, guidance, highway = inputs_embeds, None, None
         velocity = torch.zeros_like(hidden_states)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for index, layer in enumerate(self.layers[:layers]):
-            hidden_states, velocity, guidance, mu_residual = layer(
+            hidden_states, velocity, guidance, highway = layer(
                 hidden_states,
                 velocity,
                 guidance,
-                mu_residual,
+                highway,
                 expert_ids=expert_ids[index],
                 routing_plan=routing_plans[index],
                 attention_mask=attention_mask,
@@ -831,7 +770,7 @@ class ComplexityDeepForCausalLM(DecodeGraphMixin, ComplexityDeepPreTrainedModel,
             routing_ids=routing_ids,
             **kwargs,
         )
-        logits = self.lm_head(_select_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -846,43 +785,6 @@ class ComplexityDeepForCausalLM(DecodeGraphMixin, ComplexityDeepPreTrainedModel,
             velocities=outputs.velocities,
             mus=outputs.mus,
         )
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, routing_ids: Tensor | None = None, **kwargs
-    ):
-        """Carry `routing_ids` [B, prompt] through generation: generated tokens are routed by their own ids."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if routing_ids is not None:
-            if routing_ids.ndim != 2:
-                raise ValueError(f"routing_ids must be [batch, prompt], but has shape {tuple(routing_ids.shape)}.")
-            cache = model_inputs.get(CACHE_NAME)
-            start = int(cache.get_seq_length()) if cache is not None else 0
-            step_ids, step_embeds = model_inputs["input_ids"], model_inputs.get("inputs_embeds")
-            length = (step_ids if step_embeds is None else step_embeds).shape[1]
-            given = routing_ids[:, start : start + length]
-            if given.shape[1] < length:
-                given = torch.cat((given, step_ids[:, given.shape[1] :]), dim=1)
-            model_inputs["routing_ids"] = given
-        return model_inputs
-
-
-def _document_mask(position_ids: Tensor | None, inputs_embeds: Tensor) -> dict:
-    """Arguments that separate packed documents. The library would wait for the GPU to say whether there are any."""
-    if position_ids is None:
-        return {}
-    document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)  # (B or 1, S)
-    return {"and_mask_function": packed_sequence_mask_function(document.expand(len(inputs_embeds), -1))}
-
-
-def _select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Positions of `hidden_states` [B, S, H] whose logits are wanted (the library has this only from 5.23 on)."""
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-    if logits_to_keep.ndim == 2:
-        if logits_to_keep.dtype == torch.bool:
-            return hidden_states[logits_to_keep]
-        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
-    return hidden_states[:, logits_to_keep]
 
 
 class ComplexityDeepForSequenceClassification(GenericForSequenceClassification, ComplexityDeepPreTrainedModel):

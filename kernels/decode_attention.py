@@ -4,10 +4,10 @@ B rows, A query heads, K key/value heads (A = R K), L positions in the cache, D 
 
     out[b, a] = softmax_l(scale q[b, a] . k[b, a // R, l] where mask[b, l]) v[b, a // R, l]
 
-The time is reading the cache, so a program takes one key/value head with all R queries that it serves (the library's
-SDPA first copies keys and values R times when there is a mask), over a part of the positions; a second kernel joins the
-parts. Blocks that the mask hides, the unused end of a static cache, are not read. All fp32 inside, rounded once.
-Forward only: generation needs no gradient.
+The time is that of reading the cache. So a program takes one key/value head with all R queries that it serves, over a
+part of the positions, and a second kernel joins the parts. (The library's SDPA first copies keys and values R times
+when there is a mask.) Blocks that the mask hides, such as the unused end of a static cache, are not read. The kernels
+compute in fp32 and round once. There is no backward, because generation needs no gradient.
 """
 
 import torch
@@ -56,7 +56,7 @@ def decode_attention_kernel(
         if mask_ptr is not None:
             seen = tl.load(mask_ptr + b * mask_stride_b + position, mask=seen, other=0) != 0
         if tl.max(seen.to(tl.int32)) > 0:
-            m_kv = seen[:, None] & m_d[None, :]  # a value that is not seen may be NaN: zero, for 0 * NaN is NaN
+            m_kv = seen[:, None] & m_d[None, :]  # zero in place of what is not seen, as that may be NaN
             k_at = k_ptr + b * k_stride_b + h * k_stride_h + position.to(tl.int64)[:, None] * k_stride_l
             v_at = v_ptr + b * v_stride_b + h * v_stride_h + position.to(tl.int64)[:, None] * v_stride_l
             k = tl.load(k_at + o_d[None, :], mask=m_kv, other=0.0)  # [BL, BD]
@@ -148,13 +148,13 @@ def _(query, key, value, mask, scale):
 
 
 def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Equals `decode_attention_reference`.
+    """Softmax attention of one new token per row; each key/value head serves a group of query heads.
 
     Args:
         query: [B, A, 1, D]. key, value: [B, K, L, D], strided as they lie in the cache.
         mask: bool [B or 1, 1, 1, L], True where a position is seen, or None. scale: factor of the scores.
 
-    Returns: [B, 1, A, D]; zeros for a row that sees nothing. It has no gradient.
+    Returns: [B, 1, A, D]; zeros for a row that sees nothing. It has no gradient. Raises `ValueError` for other shapes.
     """
     fits = query.shape[2] == 1 and query.shape[1] % key.shape[1] == 0
     if mask is not None:

@@ -1,24 +1,25 @@
 """A decoder layer for a few new tokens in Triton.
 
 T tokens (one per row of the batch), H hidden size, N = (A + 2K) D columns of q, k and v, C controller width, E experts,
-I width of one expert. Equals `decode_qkv_reference`, `decode_attend_reference` and `decode_layer_tail_reference`:
+I width of one expert. m is the guidance of the layer below, and m' that of the layer above:
 
     qkv     = RMSNorm(x) [Wq ‖ Wk ‖ Wv]ᵀ + m [Uq ‖ Uk ‖ Uv]ᵀ          decode_qkv_kernel
     q, k    = RoPE(RMSNorm(.));  k and v into a static cache           decode_rope_kernel
     attention over the cache                                           decode_attention.py
     h       = attention Woᵀ                                            decode_linear_kernel
     z, mu_l = SiLU(W_in [h, v] + b_in), mu + W_mu h                    decode_controller_kernel
-    v', h', R', m as in fused_dynamics.py;  x' = x + h'                decode_update_kernel
+    v', h', r', m' as in fused_dynamics.py;  x' = x + h'               decode_update_kernel
     e       = argmax(base_logit onehot(expert) + mu_l W_routerᵀ)
     a       = act(gate[e] n) * (up[e] n),  n = RMSNorm(x')             decode_gate_up_kernel
     x''     = x' + down[e] a                                           decode_down_kernel
 
-The time is reading the weights: 67 MB a layer of the 1.5b shape, 16 us of an H200's memory. A program holds a few whole
-weight rows in registers, and the kernels are chained by programmatic dependent launch: a kernel's rows are on their way
-while the kernel before it still runs. Norms are computed again by every program that needs them, from x in the cache.
-The rows of an expert are fetched by the token's own expert, and again in the rare case that mu overrides it. Sums for
-the second norm and for the router come in parts from decode_update_kernel, and are added in a fixed order.
-Rounded to the model's dtype where the modules round; sums are fp32. Forward only: generation needs no gradient.
+The time is that of reading the weights: 67 MB a layer of the 1.5b shape, 16 us of an H200's memory. A program holds a
+few whole weight rows in registers. The kernels are chained by programmatic dependent launch, so that a kernel's rows
+are on their way while the kernel before it still runs. Every program that needs a norm computes it again, from x in the
+cache. The rows of an expert are fetched for the expert of the routing table, and again in the rare case that mu
+overrides it. Sums for the second norm and for the router come in parts from decode_update_kernel, and are added in a
+fixed order. Results are rounded to the model's dtype where the modules round, and sums are fp32. There is no backward,
+because generation needs no gradient.
 """
 
 import torch
@@ -31,12 +32,15 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
     raise
 
 from .decode_attention import launch_decode_attention
+from .fused_dynamics import MAX_BETA, SHARE, clamp_velocity
 from .kernel_launch import cdiv, next_power_of_2, on_its_device, pdl_options, wait
 from .mu_guided_qkv import locate_projection
 from .op_registration import custom_op
 from .token_routed_gemm import activate
 
-MAX_ROWS = 4  # of the batch; on an H100 53, 67, 90 us a layer with 1, 2, 4 (other kernels: 84, 97, 111); 8 lose
+# Rows of the batch. On an H100, 1, 2 and 4 rows take 53, 67 and 90 us a layer here, and 84, 97 and 111 us in the other
+# kernels. With 8 rows the other kernels are faster.
+MAX_ROWS = 4
 MAX_CONTROLLER = 256  # a program of decode_update_kernel holds three times its columns of C weights
 MAX_EXPERTS = 32  # every program of decode_gate_up_kernel scores them all
 MAX_WIDTH = 16384  # a weight row must fit in registers
@@ -69,7 +73,7 @@ def _rms_norm(x, weight, rstd, dtype: tl.constexpr):
 
 @triton.jit
 def decode_qkv_kernel(
-    x_ptr, norm_ptr, m_ptr, q_ptr, k_ptr, v_ptr, mu_q_ptr, mu_k_ptr, mu_v_ptr, out_ptr,
+    x_ptr, norm_ptr, guidance_ptr, q_ptr, k_ptr, v_ptr, mu_q_ptr, mu_k_ptr, mu_v_ptr, out_ptr,
     T, H, Q, KV, eps, HAS_MU: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out [T, Q + 2 KV]; a program owns BN rows of one of the three projections and of its guidance."""
@@ -86,7 +90,7 @@ def decode_qkv_kernel(
         n = _rms_norm(x, norm, tl.rsqrt(tl.sum(x * x, 0) / H + eps), dtype)
         acc = _times(w, n)
         if HAS_MU:
-            acc += _times(u, _vector(m_ptr + t * H, o_k, H))
+            acc += _times(u, _vector(guidance_ptr + t * H, o_k, H))
         tl.store(out_ptr + t * (Q + 2 * KV) + column + o_n, acc.to(dtype), mask=o_n < N)
 
 
@@ -168,12 +172,12 @@ def decode_controller_kernel(
 
 @triton.jit
 def decode_update_kernel(
-    x_ptr, h_ptr, v_ptr, r_ptr, z_ptr, mu_ptr, w_ptr, b_ptr, router_ptr,
-    x_out_ptr, v_out_ptr, m_out_ptr, r_out_ptr, parts_ptr,
-    T, H, C, E, dt, HAS_RESIDUAL: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, h_ptr, v_ptr, highway_ptr, z_ptr, mu_ptr, w_ptr, b_ptr, router_ptr,
+    x_out_ptr, v_out_ptr, guidance_out_ptr, highway_out_ptr, parts_ptr,
+    T, H, C, E, dt, HAS_HIGHWAY: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
     BH: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """x' = x + h', v', m, R' [T, H]; parts [T, blocks, 1 + BE]: this block's share of sum(x'²), of mu_l W_routerᵀ."""
+    """x' = x + h', v', m', r' [T, H]; parts [T, blocks, 1 + BE]: this block's share of sum(x'²), of mu_l W_routerᵀ."""
     o_h, o_c, o_e = tl.program_id(0) * BH + tl.arange(0, BH), tl.arange(0, BC), tl.arange(0, BE)
     mask = o_h < H
     w_alpha, w_beta = _rows(w_ptr, o_h, o_c, H, C), _rows(w_ptr + H * C, o_h, o_c, H, C)
@@ -187,22 +191,20 @@ def decode_update_kernel(
         z = _vector(z_ptr + t * C, o_c, C)
         alpha = 1.0 / (1.0 + tl.exp(-_times(w_alpha, z) - b_alpha))
         gate = 1.0 / (1.0 + tl.exp(-_times(w_gate, z) - b_gate))
-        beta = tl.minimum(_times(w_beta, z) + b_beta, 20.0, propagate_nan=tl.PropagateNan.ALL)  # clamped to 2 next
-        beta = tl.minimum(tl.log(1.0 + tl.exp(beta)), 2.0, propagate_nan=tl.PropagateNan.ALL)
+        beta = tl.minimum(_times(w_beta, z) + b_beta, 20.0, propagate_nan=tl.PropagateNan.ALL)  # no overflow
+        beta = tl.minimum(tl.log(1.0 + tl.exp(beta)), MAX_BETA, propagate_nan=tl.PropagateNan.ALL)
         at = t * H + o_h
         h, mu = _vector(h_ptr + t * H, o_h, H), _vector(mu_ptr + t * H, o_h, H)
-        v = alpha * _vector(v_ptr + t * H, o_h, H) - beta * (h - mu)
-        v = tl.maximum(v, -10.0, propagate_nan=tl.PropagateNan.ALL)
-        v = tl.minimum(v, 10.0, propagate_nan=tl.PropagateNan.ALL)
+        v = clamp_velocity(alpha * _vector(v_ptr + t * H, o_h, H) - beta * (h - mu))
         h = (h + dt * gate * v).to(dtype).to(tl.float32)
-        r = mu
-        if HAS_RESIDUAL:
-            r += _vector(r_ptr + t * H, o_h, H)
+        highway = mu
+        if HAS_HIGHWAY:
+            highway += _vector(highway_ptr + t * H, o_h, H)
         x = (_vector(x_ptr + t * H, o_h, H) + h).to(dtype)
         tl.store(x_out_ptr + at, x, mask=mask)
         tl.store(v_out_ptr + at, v.to(dtype), mask=mask)
-        tl.store(r_out_ptr + at, r.to(dtype), mask=mask)
-        tl.store(m_out_ptr + at, (mu + 0.1 * r).to(dtype), mask=mask)
+        tl.store(highway_out_ptr + at, highway.to(dtype), mask=mask)
+        tl.store(guidance_out_ptr + at, (mu + SHARE * highway).to(dtype), mask=mask)
         x = x.to(tl.float32)
         part = parts_ptr + (t * tl.num_programs(0) + tl.program_id(0)) * (1 + BE)
         tl.store(part, tl.sum(x * x, 0))
@@ -216,7 +218,7 @@ def decode_gate_up_kernel(
     ACTIVATION: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """act [T, I] and chosen [T], the expert after mu's say; weight [E, 2I, H]; parts of decode_update_kernel."""
+    """act [T, I] and chosen [T], the expert that mu routing takes; weight [E, 2I, H]; parts of decode_update_kernel."""
     t = tl.program_id(1)
     o_n, o_k, o_p, o_e = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, BP), tl.arange(0, BE)
     base = tl.load(expert_ptr + t).to(tl.int32)
@@ -275,22 +277,28 @@ def _rows_config(rows: int, columns: int, matrices: int, itemsize: int) -> tuple
 @custom_op("decode_qkv")
 @on_its_device
 def decode_qkv(
-    x: Tensor, norm_weight: Tensor, eps: float, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    x: Tensor, norm_weight: Tensor, eps: float, guidance: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`decode_qkv_reference`: qkv [T, Q + 2 KV] of x and m [T, H], contiguous; all weights [out, H] of x's dtype."""
+    """The normed residual stream and the guidance through the six projections.
+
+    x: residual stream [T, H]; guidance: [T, H] or None. norm_weight: [H], with its eps. q, k, v and mu_q, mu_k, mu_v:
+    [out, H]; without guidance the last three are None. All are contiguous and of one dtype.
+
+    Returns: [T, Q + 2 KV], the columns of q, k and v side by side.
+    """
     (T, H), Q, KV = x.shape, q.shape[0], k.shape[0]
     out = x.new_empty(T, Q + 2 * KV)
-    _, tile = _rows_config(Q, H, 1 if m is None else 2, x.element_size())
+    _, tile = _rows_config(Q, H, 1 if guidance is None else 2, x.element_size())
     decode_qkv_kernel[(cdiv(Q, tile["BN"]) + 2 * cdiv(KV, tile["BN"]),)](
-        x, norm_weight, m, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV, eps,
-        HAS_MU=m is not None, **tile, **pdl_options(x.device),
+        x, norm_weight, guidance, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV, eps,
+        HAS_MU=guidance is not None, **tile, **pdl_options(x.device),
     )  # fmt: skip
     return out
 
 
 @decode_qkv.register_fake
-def _(x, norm_weight, eps, m, q, k, v, mu_q, mu_k, mu_v):
+def _(x, norm_weight, eps, guidance, q, k, v, mu_q, mu_k, mu_v):
     return x.new_empty(x.shape[0], q.shape[0] + 2 * k.shape[0])
 
 
@@ -300,7 +308,14 @@ def decode_attend(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
     keys: Tensor, values: Tensor, used: Tensor, mask: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    """`decode_attend_reference`: heads side by side [T, A D]; keys, values and used change in place."""
+    """QK norm and RoPE of one new token per row, its place in a static cache, and attention over the cache.
+
+    qkv: [T, (A + 2K) D]. q_weight, k_weight: [D] or None (no norm), with their eps. cos, sin: [T or 1, 1, D].
+    keys, values: [T, K, L, D], and used: int64 scalar, how many positions are in use; all three change in place.
+    mask: bool [T or 1, 1, 1, L], True where a position is seen (the new one included), or None. scale: of the scores.
+
+    Returns: heads side by side [T, A D]; NaN where the cache is full.
+    """
     (T, K, L, D), cos, sin = keys.shape, cos.contiguous(), sin.contiguous()
     A = qkv.shape[1] // D - 2 * K
     query = qkv.new_empty(T, A, 1, D)
@@ -320,30 +335,40 @@ def _(qkv, q_weight, k_weight, eps, cos, sin, keys, values, used, mask, scale):
 @custom_op("decode_layer_tail")
 @on_its_device
 def decode_layer_tail(
-    attention: Tensor, x: Tensor, v: Tensor, r: Tensor | None, expert_ids: Tensor, o_proj: Tensor,
+    attention: Tensor, x: Tensor, velocity: Tensor, highway: Tensor | None, expert_ids: Tensor, o_proj: Tensor,
     mu: Tensor, mu_proj: Tensor, controller_in: Tensor, controller_in_bias: Tensor,
     controller_out: Tensor, controller_out_bias: Tensor, dt: float, norm_weight: Tensor, eps: float,
     router: Tensor | None, base_logit: float, gate_up_proj: Tensor, down_proj: Tensor, activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`decode_layer_tail_reference`: (x'', v', m, R') [T, H]; tensors contiguous and of one dtype, but expert_ids."""
+    """What a decoder layer does after attention: output projection, dynamics, residual, norm, routing, experts.
+
+    attention: heads side by side [T, A D]. x: residual stream [T, H]. velocity: [T, H]. highway: [T, H] or None.
+    expert_ids: [T] integers, those of the routing table. o_proj: [H, A D].
+    mu, mu_proj, controller_in .. controller_out_bias, dt: as in `inl_dynamics_block`.
+    norm_weight: [H], with its eps. router: [E, H], with base_logit; None where mu overrides no expert.
+    gate_up_proj: [E, 2I, H]. down_proj: [E, H, I]. All tensors but expert_ids are contiguous and of one dtype.
+
+    Returns: (x'', velocity', guidance of the layer above, highway'), each [T, H].
+    """
     (T, H), C, (E, _, inter) = x.shape, controller_in.shape[0], down_proj.shape
     options, itemsize = pdl_options(x.device), x.element_size()
-    h, mu_l, x_mid, v_out, m_out, r_out, out = (torch.empty_like(x) for _ in range(7))
+    h, mu_l, x_mid, velocity_out, guidance_out, highway_out, out = (torch.empty_like(x) for _ in range(7))
     z, act = x.new_empty(T, C), x.new_empty(T, inter)
     power = next_power_of_2
     programs, tile = _rows_config(H, attention.shape[1], 1, itemsize)
     decode_linear_kernel[(programs,)](attention, o_proj, h, T, H, attention.shape[1], **tile, **options)
     programs, tile = _rows_config(H, H, 1, itemsize)
     decode_controller_kernel[(programs + C,)](
-        h, v, mu, mu_proj, controller_in, controller_in_bias, z, mu_l, T, H, C, **tile, **options
+        h, velocity, mu, mu_proj, controller_in, controller_in_bias, z, mu_l, T, H, C, **tile, **options
     )
     BE, blocks = 1 if router is None else power(E), cdiv(H, UPDATE_COLUMNS)
     parts = torch.empty(T, blocks, 1 + BE, dtype=torch.float32, device=x.device)
     chosen = torch.empty(T if router is not None else 0, dtype=torch.int32, device=x.device)
     routed = {"ROUTED": router is not None} | options
     decode_update_kernel[(blocks,)](
-        x, h, v, r, z, mu_l, controller_out, controller_out_bias, router, x_mid, v_out, m_out, r_out, parts,
-        T, H, C, E, dt, HAS_RESIDUAL=r is not None, BH=UPDATE_COLUMNS, BC=power(C), BE=BE, num_warps=4, **routed,
+        x, h, velocity, highway, z, mu_l, controller_out, controller_out_bias, router,
+        x_mid, velocity_out, guidance_out, highway_out, parts, T, H, C, E, dt,
+        HAS_HIGHWAY=highway is not None, BH=UPDATE_COLUMNS, BC=power(C), BE=BE, num_warps=4, **routed,
     )  # fmt: skip
     programs, tile = _rows_config(inter, H, 2, itemsize)
     decode_gate_up_kernel[(programs, T)](
@@ -352,7 +377,7 @@ def decode_layer_tail(
     )  # fmt: skip
     programs, tile = _rows_config(H, inter, 1, itemsize)
     decode_down_kernel[(programs, T)](x_mid, act, expert_ids, chosen, down_proj, out, H, inter, **tile, **routed)
-    return out, v_out, m_out, r_out
+    return out, velocity_out, guidance_out, highway_out
 
 
 @decode_layer_tail.register_fake

@@ -1,7 +1,7 @@
 """What the launches of all kernels share: sizes, the right device, programmatic dependent launch (PDL) from Hopper on.
 
-A kernel launched with PDL starts while the one before it drains. It calls `wait` before it reads what that one wrote
-or writes what that one reads; weights, which no kernel of a forward writes, may be on their way before.
+A kernel launched with PDL starts while the one before it drains. It calls `wait` before it reads what that one wrote,
+and before it writes what that one reads. It may load weights before, because no kernel of a forward writes them.
 """
 
 import functools
@@ -18,7 +18,10 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """Wait for the end of the kernel before. The next one may start only now: by then, all but this one are over."""
+    """Wait until the kernel before has ended, and only then let the next one start.
+
+    When the next one starts, all kernels before this one are therefore over.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -49,7 +52,10 @@ def pdl_options(device: torch.device) -> dict:
 
 
 def on_its_device(function):
-    """Triton launches on the current device, which need not be the tensors' when a model is spread over several."""
+    """Make the device of the tensors the current one, on which Triton launches.
+
+    The two may differ when a model is spread over several devices.
+    """
 
     @functools.wraps(function)
     def wrapped(*args):

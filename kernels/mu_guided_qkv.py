@@ -2,17 +2,18 @@
 
 T tokens (batch B * sequence S), H hidden size, A query heads, K key/value heads, D head dim, N = (A + 2K) D.
 
-    qkv = x [Wq ‖ Wk ‖ Wv]ᵀ + m [Uq ‖ Uk ‖ Uv]ᵀ            [T, N]; W, U stored [out, in], ‖ stacks rows
+    qkv = x [Wq ‖ Wk ‖ Wv]ᵀ + m [Uq ‖ Uk ‖ Uv]ᵀ            [T, N]; m the guidance; W, U stored [out, in], ‖ stacks rows
     n   = w * u / sqrt(mean(u², last axis) + eps)           u one head of q or k; n = u where there is no weight w
     y   = n * cos + [-n_second ‖ n_first] * sin             rotate-half RoPE
 
-`mu_guided_qkv` is the first line, one inner axis of 2H. Up to 32 tokens the time is reading the weights:
-mu_guided_qkv_few_kernel reads all six where they lie. Many tokens on Hopper: mu_guided_qkv_kernel, a TMA GEMM that
-walks x and then m without joining them. Else the library's GEMM. Saved for backward: x, m and the weights.
+`mu_guided_qkv` is the first line, one inner axis of 2H. Up to 32 tokens the time is that of reading the weights, and
+mu_guided_qkv_few_kernel reads all six where they lie. For many tokens on Hopper there is mu_guided_qkv_kernel, a TMA
+GEMM that walks x and then m without joining them. All else goes to the library's GEMM. Saved for backward: x, m and the
+weights.
 
 `qk_norm_rope` is the other two lines and equals `qk_norm_rope_reference`. It reads q and k as strided views of qkv and
-writes [B, S, heads, D]; a program takes a few tokens with all their heads, so cos and sin are read once. All fp32
-inside, rounded once. Saved for backward: the views of q and k; the norm is recomputed. The gradients of the two norm
+writes [B, S, heads, D]; a program takes a few tokens with all their heads, so cos and sin are read once. It computes in
+fp32 and rounds once. Saved for backward: the views of q and k; the norm is recomputed. The gradients of the two norm
 weights grow in registers and are summed over programs in a fixed order (no atomics).
 """
 
@@ -32,7 +33,9 @@ from .kernel_reference import qk_norm_rope_reference
 from .op_registration import custom_op, differentiable_gradients
 
 FEW_TOKENS = 32  # up to here reading the weights is all that takes time
-MANY_TOKENS = 1024  # from here on our GEMM beats the library's two: 66 / 73 us here, 734 / 842 us at 16384, on an H200
+# From here on our GEMM is faster than the library's two: 66 against 73 us at 1024 tokens, 734 against 842 us at 16384
+# (H200).
+MANY_TOKENS = 1024
 # Programs that walk over the tokens, by sweep on an H200; fixed, so that results do not depend on the device. One warp
 # each: a token's heads are 6 to 12 KB, and more warps exchange more than they load.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 65535, 2112
@@ -64,7 +67,7 @@ def locate_projection(Q, KV, BN: tl.constexpr):
 
 @triton.jit
 def mu_guided_qkv_few_kernel(
-    x_ptr, m_ptr, q_ptr, k_ptr, v_ptr, mu_q_ptr, mu_k_ptr, mu_v_ptr, out_ptr,
+    x_ptr, guidance_ptr, q_ptr, k_ptr, v_ptr, mu_q_ptr, mu_k_ptr, mu_v_ptr, out_ptr,
     T, H, Q, KV, HAS_MU: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out [T, Q + 2 KV]; a program owns BN rows of one of the three projections."""
@@ -75,7 +78,7 @@ def mu_guided_qkv_few_kernel(
     acc = _dot_rows(tl.zeros([BT, BN], tl.float32), x_ptr, w_ptr, o_t, o_n, T, N, H, BK)
     if HAS_MU:
         mu_ptr = tl.where(is_q, mu_q_ptr, tl.where(is_k, mu_k_ptr, mu_v_ptr))
-        acc = _dot_rows(acc, m_ptr, mu_ptr, o_t, o_n, T, N, H, BK)
+        acc = _dot_rows(acc, guidance_ptr, mu_ptr, o_t, o_n, T, N, H, BK)
     at = out_ptr + o_t[:, None] * (Q + 2 * KV) + column + o_n[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_n < N)[None, :])
 
@@ -317,20 +320,21 @@ def _qk_grad(ctx, dq, dk):
 _qk_norm_rope.register_autograd(_qk_grad, setup_context=_save_qk)
 
 
-def _fits_hopper(x: Tensor, m: Tensor | None, columns: int) -> bool:
+def _fits_hopper(x: Tensor, guidance: Tensor | None, columns: int) -> bool:
     """Whether mu_guided_qkv_kernel applies and fills the chip; elsewhere the library's GEMM is faster."""
     return (
         x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device)[0] == 9
-        and m is not None and x.data_ptr() != m.data_ptr() and (x.data_ptr() | m.data_ptr()) % 16 == 0
+        and guidance is not None and x.data_ptr() != guidance.data_ptr()
+        and (x.data_ptr() | guidance.data_ptr()) % 16 == 0
         and x.dtype != torch.float32 and x.shape[0] >= MANY_TOKENS and x.shape[1] % 64 == 0 and columns % 256 == 0
     )  # fmt: skip
 
 
-def _launch_hopper(x: Tensor, m: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    """`weights` [2N, H]. One descriptor spans x and m where they lie, its outer stride is their distance: no copy."""
+def _launch_hopper(x: Tensor, guidance: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    """`weights` [2N, H]. One descriptor spans x and guidance where they lie: its outer stride is their distance."""
     (T, H), N = x.shape, out.shape[1]
     BT, BN, BK = 128, 256, 64
-    low, high = sorted((x, m), key=Tensor.data_ptr)
+    low, high = sorted((x, guidance), key=Tensor.data_ptr)
     distance = (high.data_ptr() - low.data_ptr()) // x.element_size()
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     mu_guided_qkv_kernel[(programs,)](
@@ -345,64 +349,64 @@ def _launch_hopper(x: Tensor, m: Tensor, weights: Tensor, out: Tensor) -> Tensor
 @custom_op("mu_guided_qkv")
 @on_its_device
 def _mu_guided_qkv(
-    x: Tensor, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    x: Tensor, guidance: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None,
 ) -> Tensor:  # fmt: skip
     (T, H), Q, KV = x.shape, q.shape[0], k.shape[0]
     out = x.new_empty(T, Q + 2 * KV)
-    if _fits_hopper(x, m, out.shape[1]):
-        return _launch_hopper(x, m, torch.cat((q, k, v, mu_q, mu_k, mu_v)), out)
-    if T > FEW_TOKENS:  # accumulating costs less than joining x and m
+    if _fits_hopper(x, guidance, out.shape[1]):
+        return _launch_hopper(x, guidance, torch.cat((q, k, v, mu_q, mu_k, mu_v)), out)
+    if T > FEW_TOKENS:  # accumulating costs less than joining x and guidance
         torch.mm(x, torch.cat((q, k, v)).T, out=out)
-        return out if m is None else out.addmm_(m, torch.cat((mu_q, mu_k, mu_v)).T)
+        return out if guidance is None else out.addmm_(guidance, torch.cat((mu_q, mu_k, mu_v)).T)
     BT, BN, BK = 16 if T <= 16 else 32, 16, 256
     if x.dtype == torch.float32:
         BK = 64
     mu_guided_qkv_few_kernel[(cdiv(Q, BN) + 2 * cdiv(KV, BN), cdiv(T, BT))](
-        x, m, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV,
-        HAS_MU=m is not None, BT=BT, BN=BN, BK=BK, num_warps=2, num_stages=4,
+        x, guidance, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV,
+        HAS_MU=guidance is not None, BT=BT, BN=BN, BK=BK, num_warps=2, num_stages=4,
     )  # fmt: skip
     return out
 
 
 @_mu_guided_qkv.register_fake
-def _(x, m, q, k, v, mu_q, mu_k, mu_v):
+def _(x, guidance, q, k, v, mu_q, mu_k, mu_v):
     return x.new_empty(x.shape[0], q.shape[0] + 2 * k.shape[0])
 
 
 @custom_op("mu_guided_qkv_backward")
 @on_its_device
 def _mu_guided_qkv_backward(
-    grad: Tensor, x: Tensor, m: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    grad: Tensor, x: Tensor, guidance: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dm [T, H]; gradients of [q ‖ k ‖ v] and of [mu_q ‖ mu_k ‖ mu_v], each [N, H]; empty where not wanted."""
-    dm, dw, dw_mu = (x.new_empty(0) for _ in range(3))
+    """Gradients of x, guidance, [q ‖ k ‖ v] and [mu_q ‖ mu_k ‖ mu_v]: [T, H] and [N, H], or empty where not wanted."""
+    dguidance, dw, dw_mu = (x.new_empty(0) for _ in range(3))
     dx = grad @ torch.cat((q, k, v))
-    if m is not None:
-        dm = grad @ torch.cat((mu_q, mu_k, mu_v))
+    if guidance is not None:
+        dguidance = grad @ torch.cat((mu_q, mu_k, mu_v))
     if weight_grads:
         dw = grad.T @ x
-        dw_mu = dw_mu if m is None else grad.T @ m
-    return dx, dm, dw, dw_mu
+        dw_mu = dw_mu if guidance is None else grad.T @ guidance
+    return dx, dguidance, dw, dw_mu
 
 
 @_mu_guided_qkv_backward.register_fake
-def _(grad, x, m, q, k, v, mu_q, mu_k, mu_v, weight_grads):
+def _(grad, x, guidance, q, k, v, mu_q, mu_k, mu_v, weight_grads):
     N = grad.shape[1] if weight_grads else 0
-    dw = (x.new_empty(N, x.shape[1]) if wanted else x.new_empty(0) for wanted in (N, N and m is not None))
-    return x.new_empty(x.shape), x.new_empty(0 if m is None else m.shape), *dw
+    dw = (x.new_empty(N, x.shape[1]) if wanted else x.new_empty(0) for wanted in (N, N and guidance is not None))
+    return x.new_empty(x.shape), x.new_empty(0 if guidance is None else guidance.shape), *dw
 
 
-def _plain_qkv(x, m, q, k, v, mu_q, mu_k, mu_v):
+def _plain_qkv(x, guidance, q, k, v, mu_q, mu_k, mu_v):
     out = F.linear(x, torch.cat((q, k, v)))
-    return out if m is None else out + F.linear(m, torch.cat((mu_q, mu_k, mu_v)))
+    return out if guidance is None else out + F.linear(guidance, torch.cat((mu_q, mu_k, mu_v)))
 
 
 def _save_qkv(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
     ctx.sizes = [w.shape[0] for w in inputs[2:5]]
-    ctx.has_mu = inputs[1] is not None
+    ctx.has_guidance = inputs[1] is not None
 
 
 def _qkv_grad(ctx, grad):
@@ -410,10 +414,11 @@ def _qkv_grad(ctx, grad):
     if torch.is_grad_enabled():
         return tuple(differentiable_gradients(_plain_qkv, saved, (grad,)))
     weight_grads = any(ctx.needs_input_grad[2:8])  # a frozen base model skips half of the work
-    dx, dm, dw, dw_mu = _mu_guided_qkv_backward(grad.contiguous(), *saved, weight_grads)
+    dx, dguidance, dw, dw_mu = _mu_guided_qkv_backward(grad.contiguous(), *saved, weight_grads)
     none = (None,) * 3
     dw = dw.split(ctx.sizes) if weight_grads else none
-    return dx, dm if ctx.has_mu else None, *dw, *(dw_mu.split(ctx.sizes) if weight_grads and ctx.has_mu else none)
+    dw_mu = dw_mu.split(ctx.sizes) if weight_grads and ctx.has_guidance else none
+    return dx, dguidance if ctx.has_guidance else None, *dw, *dw_mu
 
 
 _mu_guided_qkv.register_autograd(_qkv_grad, setup_context=_save_qkv)
@@ -436,25 +441,27 @@ def qk_norm_rope(
     return _qk_norm_rope(query, key, query_weight, key_weight, cos, sin, eps)
 
 
-def mu_guided_qkv(x: Tensor, m: Tensor | None, weights: tuple[Tensor, ...]) -> Tensor:
-    """[x ‖ m] times the six projections.
+def mu_guided_qkv(x: Tensor, guidance: Tensor | None, weights: tuple[Tensor, ...]) -> Tensor:
+    """[x ‖ guidance] times the six projections.
 
     Args:
-        x: [..., H]. m: [..., H], or None (layer 0; the last three weights are then not used).
-        weights: [out, H] each: q, k, v, mu_to_q, mu_to_k, mu_to_v; k and v of one size.
+        x: [..., H]. guidance: [..., H], or None (layer 0; the last three weights are then not used).
+        weights: [out, H] each: q, k, v, mu_to_q, mu_to_k, mu_to_v; k and v of one size. Under autocast all tensors are
+            brought to its dtype, else they must be of one.
 
-    Returns: [..., (A + 2K) D], the columns of q, k and v side by side.
+    Returns: [..., (A + 2K) D], the columns of q, k and v side by side. Raises `ValueError` for different dtypes.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, m, weights = x.to(dtype), None if m is None else m.to(dtype), [w.to(dtype) for w in weights]
+        x, guidance = x.to(dtype), None if guidance is None else guidance.to(dtype)
+        weights = tuple(w.to(dtype) for w in weights)
     q, k, v, *mu_weights = (w.contiguous() for w in weights)
-    if m is None:
-        mu_weights = (None, None, None)
+    if guidance is None:
+        mu_weights = [None, None, None]
     else:
-        m = m.reshape(-1, m.shape[-1]).contiguous()
-    if any(w.dtype != x.dtype for w in weights) or (m is not None and m.dtype != x.dtype):
+        guidance = guidance.reshape(-1, guidance.shape[-1]).contiguous()
+    if any(w.dtype != x.dtype for w in weights) or (guidance is not None and guidance.dtype != x.dtype):
         raise ValueError(f"mu_guided_qkv needs one dtype, got {x.dtype} and {[w.dtype for w in weights]}")
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return _mu_guided_qkv(rows, m, q, k, v, *mu_weights).view(*x.shape[:-1], -1)
+    return _mu_guided_qkv(rows, guidance, q, k, v, *mu_weights).view(*x.shape[:-1], -1)

@@ -1,7 +1,7 @@
-"""Registration of custom operators, in a namespace of their own for each copy of this code in a process.
+"""Registration of custom operators. Each copy of this code in a process has a namespace of its own.
 
-Every checkpoint brings its copy of the code. Registering one name twice makes torch free the first operator, which the
-first model goes on calling: memory that is no longer its own, and at best the code of another version.
+Every checkpoint brings its copy of the code. When one name is registered twice, torch frees the first operator, and the
+model that was loaded first goes on calling it: it then runs the code of another version, or reads freed memory.
 """
 
 import zlib
@@ -17,6 +17,14 @@ NAMESPACE = "complexity_deep" if _COPY == "complexity_deep" else f"complexity_de
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
     """`torch.library.custom_op` of this copy: `name` without a namespace."""
     return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates_args)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode AD is at work, which cannot look into an operator of ours.
+
+    A transform would fail at the operator. Forward mode would pass it without a derivative and without an error.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def differentiable_gradients(function: Callable, inputs: tuple, grads: tuple) -> list[Tensor | None]:

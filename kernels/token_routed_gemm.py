@@ -1,11 +1,11 @@
-"""CGGR: the token-routed gated MLP as grouped GEMMs in Triton, forward and backward.
+"""CGGR, Contiguous Group GEMM Routing: the token-routed gated MLP as grouped GEMMs in Triton, forward and backward.
 
     y[t] = down[e] (act(gate[e] x[t]) * (up[e] x[t])),   e = expert of token t
 
 Shapes: T tokens, H hidden size, I width of one expert, E experts. Weights are stored [out, in] per expert:
 `gate_up_proj` [E, 2I, H] (gate rows first), `down_proj` [E, H, I].
 
-Index arrays (one routing plan serves every layer that routes alike)
+Index arrays, made by routing_plan.py (one routing plan serves every layer that routes alike)
     order    [T]   int32  order[r] = token whose row stands at sorted position r (stable: by expert, then by token)
     offsets  [E+1] int32  rows offsets[e] .. offsets[e+1]-1 of the sorted order belong to expert e
 A row tile is up to BLOCK_M sorted rows of one expert. There are never more than min(T, T // BLOCK_M + E) of them, so
@@ -35,11 +35,12 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # the caller names the fallback
+except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
+from .grouped_linear import in_token_order
 from .kernel_launch import cdiv, device_properties, next_power_of_2, on_its_device, pdl_options, wait
-from .kernel_reference import in_token_order, sorted_mlp_reference
+from .kernel_reference import sorted_mlp_reference
 from .op_registration import custom_op, differentiable_gradients
 
 ACTIVATIONS = ("silu", "swish", "gelu", "relu")
@@ -329,51 +330,6 @@ def down_decode_kernel(
             tl.store(out + token * hidden + n, value.to(out.dtype.element_ty), mask=n < hidden)
 
 
-@triton.jit
-def routing_plan_kernel(ids, order, offsets, num_tokens, num_experts, BLOCK: tl.constexpr):
-    """Few tokens: a token's sorted position is the number of tokens before it; offsets[e], of ids below e."""
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = token - tl.cdiv(num_tokens, BLOCK) * BLOCK  # programs past the tokens count for `offsets`
-    key = tl.where(expert < 0, tl.load(ids + token, mask=token < num_tokens, other=0).to(tl.int32), expert)
-    tie = tl.where(expert < 0, token, 0)
-    position = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, num_tokens, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        value = tl.load(ids + other, mask=other < num_tokens, other=2**30).to(tl.int32)
-        before = (value[None, :] < key[:, None]) | ((value[None, :] == key[:, None]) & (other[None, :] < tie[:, None]))
-        position += tl.sum(before.to(tl.int32), axis=1)
-    tl.store(order + position, token, mask=token < num_tokens)
-    tl.store(offsets + expert, position, mask=(expert >= 0) & (expert <= num_experts))
-
-
-@triton.jit
-def routing_count_kernel(ids, counts, num_tokens, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """counts [E, blocks]: tokens of each expert in each block of BLOCK tokens."""
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    experts = tl.arange(0, EXPERTS)
-    value = tl.load(ids + token, mask=token < num_tokens, other=num_experts).to(tl.int32)
-    cells = counts + experts * tl.num_programs(0) + tl.program_id(0)
-    tl.store(cells, tl.histogram(value, EXPERTS), mask=experts < num_experts)
-
-
-@triton.jit
-def routing_place_kernel(
-    ids, counts, ends, order, offsets, num_tokens, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """ends [E, blocks] = running sum of counts: where each expert's tokens of each block end in the sorted order."""
-    pid, blocks = tl.program_id(0), tl.num_programs(0)
-    index, experts = tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
-    token = pid * BLOCK + index
-    valid = token < num_tokens
-    value = tl.load(ids + token, mask=valid, other=num_experts).to(tl.int32)
-    earlier = (value[None, :] == value[:, None]) & (index[None, :] < index[:, None])
-    cell = value * blocks + pid
-    start = tl.load(ends + cell, mask=valid, other=0) - tl.load(counts + cell, mask=valid, other=0)
-    tl.store(order + start + tl.sum(earlier.to(tl.int32), axis=1), token, mask=valid)
-    bound = tl.load(ends + experts * blocks - 1, mask=(experts > 0) & (experts <= num_experts), other=0)
-    tl.store(offsets + experts, bound, mask=experts <= tl.where(pid == 0, num_experts, -1))
-
-
 def _config(op: str, tokens: int, experts: int, dtype: torch.dtype, tma: bool) -> dict:
     """Tile sizes of one GEMM. Swept on one H200 (bf16, H 2048, I 1408, 4 experts, T 4 .. 16384)."""
     rows = tokens // experts
@@ -495,35 +451,6 @@ def _decode(x, gate_up_proj, down_proj, order, offsets, act_out, out, activation
         act_out, down_proj, order, offsets, out, experts, hidden, inter,
         BLOCK_N=rows[1], BLOCK_K=blocks[1], num_warps=max(1, blocks[1] // 4096), **options,
     )  # fmt: skip
-
-
-@custom_op("routing_plan")
-@on_its_device
-def routing_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Sort tokens by expert: `expert_ids` [T] integers in 0..num_experts-1 -> (`order`, `offsets`), both int32.
-
-    Stable, like `routing_plan_reference`. One launch up to 512 tokens; beyond, count, running sum, place.
-    """
-    expert_ids, tokens = expert_ids.contiguous(), expert_ids.shape[0]
-    order = expert_ids.new_empty(tokens, dtype=torch.int32)
-    offsets = expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
-    if tokens <= 512:
-        grid = (cdiv(tokens, 64) + cdiv(num_experts + 1, 64),)
-        routing_plan_kernel[grid](expert_ids, order, offsets, tokens, num_experts, BLOCK=64)
-        return order, offsets
-    blocks = cdiv(tokens, 128)
-    counts = expert_ids.new_empty(num_experts, blocks, dtype=torch.int32)
-    sizes = {"EXPERTS": next_power_of_2(num_experts + 1), "BLOCK": 128}
-    routing_count_kernel[(blocks,)](expert_ids, counts, tokens, num_experts, **sizes)
-    ends = counts.flatten().cumsum(0, dtype=torch.int32)
-    routing_place_kernel[(blocks,)](expert_ids, counts, ends, order, offsets, tokens, num_experts, **sizes)
-    return order, offsets
-
-
-@routing_plan.register_fake
-def _(expert_ids, num_experts):
-    order = expert_ids.new_empty(expert_ids.shape[0], dtype=torch.int32)
-    return order, expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
 
 
 @custom_op("token_routed_mlp_forward")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter, load_balancing_loss_func
 
-from complexity_deep.implementations_complexity_deep import cggr_experts_forward
+from complexity_deep.accelerated_complexity_deep import cggr_experts_forward
 
 WARM_UP_STEPS = 10  # compiled and not timed; their time is taken to be that of the others
 CURVE_POINTS = 16

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from complexity_deep.kernels.kernel_reference import VELOCITY_LIMIT
+
 PROBE_ROWS = 4  # enough for a share to be steady; every layer's mu and velocity of them are in memory at once
-VELOCITY_LIMIT = 10.0  # the clamp in kernels/kernel_reference.py
 # A parameter belongs to the first component that has a part of its name.
 COMPONENTS = {
     "norms": ("norm",),

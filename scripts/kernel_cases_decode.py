@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from kernel_cases_experts import normal, time_graph
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-from complexity_deep import implementations_complexity_deep as implementations
+from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep.kernels.decode_attention import decode_attention
 
 HEADS, KEY_HEADS, HEAD_DIM = 16, 8, 128
@@ -62,16 +62,16 @@ def decode_layer_rows(batch: int, length: int = 512, layers: int = 8) -> list[di
             states = layer(*states, **shared)
 
     active = model.parameter_counts()["active"] - model.model.embed_tokens.weight.numel()
-    rows, max_rows = [], implementations.MAX_ROWS
+    rows, max_rows = [], accelerated.MAX_ROWS
     for name, kernels, most in (
         ("this", "triton", max_rows),
         ("by module", "triton", 0),
         ("PyTorch, experts in Triton", "eager", 0),
     ):
         model.set_kernels_implementation(kernels)
-        implementations.MAX_ROWS = most
+        accelerated.MAX_ROWS = most
         times = [time / layers for time in time_graph(step, [[]])]
         keys = {"op": "decode layer", "variant": name, "tokens": batch, "pass": "forward"}
         rows.append(keys | dict(zip(("ms", "low", "high"), times)) | {"gb_per_s": active / layers * 2 / times[0] / 1e6})
-    implementations.MAX_ROWS = max_rows
+    accelerated.MAX_ROWS = max_rows
     return rows

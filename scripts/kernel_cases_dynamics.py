@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import triton
 from kernel_cases_experts import QUANTILES, normal
 
-from complexity_deep.kernels.fused_dynamics import inl_dynamics, inl_dynamics_block
-from complexity_deep.kernels.kernel_reference import inl_dynamics_reference, qk_norm_rope_reference
+from complexity_deep.kernels.fused_dynamics import inl_dynamics_block
+from complexity_deep.kernels.kernel_reference import inl_dynamics_block_reference, qk_norm_rope_reference
 from complexity_deep.kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
 
 HEADS, KEY_HEADS, HEAD_DIM, EPS = 16, 8, 128, 1e-6
@@ -86,22 +86,6 @@ def forward_backward(function, leaves, upstream):
     torch.autograd.grad(outputs, [x for x in leaves if x is not None], upstream, allow_unused=True)
 
 
-def block_reference(h, v, r, mu, w_mu, w_in, b_in, w_out, b_out, dt=0.1):
-    z = F.silu(F.linear(torch.cat((h, v), -1), w_in, b_in))
-    mu_l = mu + F.linear(h, w_mu)
-    return *inl_dynamics_reference(h, v, r, z, mu_l, w_out, b_out, dt), mu_l
-
-
-def block_reference_no_highway(h, v, mu, w_mu, w_in, b_in, w_out, b_out):
-    h, v, _, _, mu_l = block_reference(h, v, None, mu, w_mu, w_in, b_in, w_out, b_out)
-    return h, v, mu_l
-
-
-def block_no_highway(h, v, mu, w_mu, w_in, b_in, w_out, b_out):
-    h, v, _, _, mu_l = inl_dynamics_block(h, v, None, mu, w_mu, w_in, b_in, w_out, b_out, 0.1, highway=False)
-    return h, v, mu_l
-
-
 def block_inputs(tokens, H, C):
     rows = [normal(tokens, H) for _ in range(3)]
     shapes = [(H,), (H, H), (C, 2 * H), (C,), (3 * H, C), (3 * H,)]
@@ -110,29 +94,11 @@ def block_inputs(tokens, H, C):
 
 @on_side_stream
 def dynamics_rows(tokens=16384, H=2048, C=64):
-    """The dynamics module at a training size, with and without the mu highway, and its fused core alone."""
-    inputs = block_inputs(tokens, H, C)
-    full = [(tokens, H)] * 5
-    block = lambda *a: inl_dynamics_block(*a, 0.1)  # noqa: E731
-    rows = measure(
-        "dynamics block + highway",
-        {"this": block, "eager": block_reference, "compiled": torch.compile(block_reference, dynamic=False)},
-        inputs, full, tokens,
-    )  # fmt: skip
-    rows += measure(
-        "dynamics block",
-        {
-            "this": block_no_highway,
-            "eager": block_reference_no_highway,
-            "compiled": torch.compile(block_reference_no_highway, dynamic=False),
-        },
-        inputs[:2] + inputs[3:], full[:3], tokens,
-    )  # fmt: skip
-    h, v, r, _, _, _, _, w_out, b_out = inputs
-    core = [h, v, r, normal(tokens, C), normal(tokens, H), w_out, b_out]
-    twin = lambda *a: inl_dynamics_reference(*a, 0.1)  # noqa: E731
-    variants = {"this": lambda *a: inl_dynamics(*a, 0.1), "compiled": torch.compile(twin, dynamic=False)}
-    return rows + measure("dynamics core + highway", variants, core, full[:4], tokens)
+    """The dynamics module at a training size."""
+    this = lambda *a: inl_dynamics_block(*a, 0.1)  # noqa: E731
+    twin = lambda *a: inl_dynamics_block_reference(*a, 0.1)  # noqa: E731
+    variants = {"this": this, "eager": twin, "compiled": torch.compile(twin, dynamic=False)}
+    return measure("dynamics block + highway", variants, block_inputs(tokens, H, C), [(tokens, H)] * 5, tokens)
 
 
 @on_side_stream
@@ -140,8 +106,8 @@ def dynamics_decode_rows(tokens=1, H=2048, C=64, sets=8):
     all_inputs = [block_inputs(tokens, H, C) for _ in range(sets)]
     rows = []
     with torch.no_grad():
-        for name, function in {"this": lambda *a: inl_dynamics_block(*a, 0.1), "eager": block_reference}.items():
-            times = time_graph([functools.partial(function, *inputs) for inputs in all_inputs])
+        for name, function in {"this": inl_dynamics_block, "eager": inl_dynamics_block_reference}.items():
+            times = time_graph([functools.partial(function, *inputs, 0.1) for inputs in all_inputs])
             rows.append(row("dynamics block + highway", name, tokens, "graph", times))
     return rows
 

@@ -14,7 +14,8 @@ import triton
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from complexity_deep.kernels.token_routed_gemm import routing_plan, token_routed_mlp
+from complexity_deep.kernels.routing_plan import routing_plan
+from complexity_deep.kernels.token_routed_gemm import token_routed_mlp
 
 QUANTILES = [0.5, 0.2, 0.8]
 GRAPH_TOKENS = 16384

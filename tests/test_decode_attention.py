@@ -11,9 +11,10 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
+from kernel_twins import decode_attention_reference  # noqa: E402
+
 from complexity_deep.kernels import decode_attention as kernels  # noqa: E402
 from complexity_deep.kernels.decode_attention import decode_attention  # noqa: E402
-from complexity_deep.kernels.kernel_reference import decode_attention_reference  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 gpu = pytest.mark.gpu

@@ -8,12 +8,13 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep import decode_graph_complexity_deep as graphs
-from complexity_deep import implementations_complexity_deep as implementations
+from complexity_deep import routing_complexity_deep as routing
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import DecodeGraph
 from complexity_deep.kernels.decode_attention import decode_attention_variant
-from complexity_deep.modeling_complexity_deep import ComplexityDeepCausalLMOutputWithPast
+from complexity_deep.modeling_complexity_deep import ComplexityDeepCausalLMOutputWithPast, ComplexityDeepExperts
 from support import random_ids, tiny_model
 
 pytest.importorskip("triton")
@@ -229,9 +230,9 @@ def generate_records(recordings, monkeypatch):
         monkeypatch.setattr(mixin, "_valid_auto_compile_criteria", is_static, raising=False)
         monkeypatch.setattr(mixin, "get_compiled_call", lambda self, _: graphs.DecodeGraph(self, never))
         monkeypatch.setattr(graphs, "GRAPH_DEVICES", ("cpu",))
-        monkeypatch.setitem(implementations.KERNELS, "triton", implementations.KERNELS["eager"])
-        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "cggr", implementations.eager_experts_forward)
-        monkeypatch.setitem(implementations.ROUTING_PLANS, "cggr", implementations.ROUTING_PLANS["eager"])
+        monkeypatch.setitem(accelerated.ACCELERATED, "triton", {})
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "cggr", ComplexityDeepExperts.forward.__wrapped__)
+        monkeypatch.setitem(routing.ROUTING_PLANS, "cggr", routing.ROUTING_PLANS["eager"])
     monkeypatch.setattr(graphs, "DecodeGraph", Watched)
     return copied
 

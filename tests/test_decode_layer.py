@@ -10,12 +10,13 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
-from complexity_deep.kernels.decode_layer import decode_attend, decode_layer_tail, decode_qkv  # noqa: E402
-from complexity_deep.kernels.kernel_reference import (  # noqa: E402
+from kernel_twins import (  # noqa: E402
     decode_attend_reference,
     decode_layer_tail_reference,
     decode_qkv_reference,
 )
+
+from complexity_deep.kernels.decode_layer import decode_attend, decode_layer_tail, decode_qkv  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 gpu = pytest.mark.gpu

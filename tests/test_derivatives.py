@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from complexity_deep.kernels import kernel_reference as reference
+from complexity_deep.kernels.grouped_linear import grouped_linear
 from support import random_ids, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,7 +186,7 @@ def test_grouped_linear_to_third_order():
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in ((6, 3), (3, 2, 3)))
     offsets = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
-    linear = lambda x, weight: reference.grouped_linear(x, weight, offsets)  # noqa: E731
+    linear = lambda x, weight: grouped_linear(x, weight, offsets)  # noqa: E731
     torch.autograd.gradcheck(linear, (x, weight))
     torch.autograd.gradgradcheck(linear, (x, weight))
 
@@ -229,11 +230,6 @@ def kernel_cases() -> dict:
             lambda x, *w: x @ torch.cat(w).T,
             (make(T, H), *projections[:3]),
         ),
-        "inl_dynamics": (
-            lambda *x: fused_dynamics.inl_dynamics(*x, 0.1),
-            lambda *x: reference.inl_dynamics_reference(*x, 0.1),
-            (make(T, H), make(T, H), make(T, H), make(T, C), make(T, H), *block[4:]),
-        ),
         "inl_dynamics_block": (
             lambda *x: fused_dynamics.inl_dynamics_block(*x, 0.1),
             lambda *x: reference.inl_dynamics_block_reference(*x, 0.1),
@@ -247,7 +243,7 @@ def kernel_cases() -> dict:
     }
 
 
-CASES = ("token_routed_mlp", "qk_norm_rope", "mu_guided_qkv", "mu_guided_qkv-first", "inl_dynamics")
+CASES = ("token_routed_mlp", "qk_norm_rope", "mu_guided_qkv", "mu_guided_qkv-first")
 
 
 def second_derivatives(function, inputs, dtype) -> list:

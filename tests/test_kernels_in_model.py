@@ -7,8 +7,9 @@ from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
 from complexity_deep import ComplexityDeepForCausalLM
-from complexity_deep import implementations_complexity_deep as implementations
+from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
+from complexity_deep.routing_complexity_deep import ROUTING_PLANS, layer_routing_plans
 from support import GOLDEN, random_ids, tiny_model
 
 pytest.importorskip("triton")
@@ -77,8 +78,8 @@ def test_layers_compiled_one_by_one_share_their_code():
 
 def decode_calls(monkeypatch) -> list:
     """Grows by one for every layer that the decode kernels compute."""
-    calls, tail = [], implementations.decode_layer_tail
-    monkeypatch.setattr(implementations, "decode_layer_tail", lambda *a: calls.append(1) or tail(*a))
+    calls, tail = [], accelerated.decode_layer_tail
+    monkeypatch.setattr(accelerated, "decode_layer_tail", lambda *a: calls.append(1) or tail(*a))
     return calls
 
 
@@ -146,18 +147,39 @@ def test_the_decode_kernels_take_no_more_experts_than_they_can():
     for experts, taken in ((32, True), (33, False), (1024, False)):
         options = {"num_experts": experts, "intermediate_size": 4 * experts, "num_hidden_layers": 1}
         model = tiny_model(**options, experts_implementation="cggr").to(DEVICE)
-        assert implementations._takes_decode_kernels(model.model.layers[0], hidden, None) == taken
+        assert accelerated._takes_decode_kernels(model.model.layers[0], hidden, None, None) == taken
 
 
 @pytest.mark.parametrize("experts", (2, 64, 2048))
 def test_plans_of_all_layers_are_those_of_each(experts):
     """With 2 and 64 experts in one sort, with 2,048 two layers at a time."""
     ids = torch.randint(0, experts, (3, 600), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    make_plan = implementations.ROUTING_PLANS["cggr" if experts < 2048 else "eager"]
-    plans = implementations.layer_routing_plans(make_plan, ids, experts)
+    make_plan = ROUTING_PLANS["cggr" if experts < 2048 else "eager"]
+    plans = layer_routing_plans(make_plan, ids, experts)
     for plan, own in zip(plans, ids, strict=True):
         for found, expected in zip(plan, make_plan(own, experts), strict=True):
             assert found.dtype == expected.dtype == torch.int32 and torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_the_decode_kernels_stand_for_sdpa_and_the_model_s_own_dtype_alone(monkeypatch):
+    """Another attention, a mask of floats, autocast, other experts: each keeps the layer module by module."""
+    calls, model = decode_calls(monkeypatch), tiny_model(std=0.1, num_hidden_layers=1).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    ids = random_ids(1, 1).to(DEVICE)
+    expected = model(ids).logits
+    assert len(calls) == 1
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    model.set_attn_implementation("sdpa")
+    floats = torch.zeros(1, 1, 1, 1, device=DEVICE)
+    torch.testing.assert_close(model(ids, attention_mask=floats).logits, expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        model(ids)
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("name", ("self_attn.o_proj.weight", "mlp.experts.down_proj", "dynamics.mu_proj.weight"))

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import warnings
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from complexity_deep import (
 )
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.kernels.kernel_reference import routing_plan_reference
-from complexity_deep.routing_complexity_deep import balanced_routing
+from complexity_deep.modeling_complexity_deep import ComplexityDeepRMSNorm
+from complexity_deep.routing_complexity_deep import ROUTING_PLANS, balanced_routing
 from support import random_ids, tiny_config, tiny_model
 
 ABLATIONS = {
@@ -294,15 +296,13 @@ def test_mu_overrides_the_expert_and_ties_go_to_the_lowest():
 
 
 def test_routing_plan_is_made_once_per_forward_without_mu_routing(monkeypatch):
-    import complexity_deep.modeling_complexity_deep as modeling
-
     calls = []
 
     def counting(*args):
         calls.append(args)
         return routing_plan_reference(*args)
 
-    monkeypatch.setitem(modeling.ROUTING_PLANS, "eager", counting)
+    monkeypatch.setitem(ROUTING_PLANS, "eager", counting)
     model = tiny_model(use_mu_routing=False)
     model.set_experts_implementation("eager")
     model(random_ids(2, 8))
@@ -420,20 +420,21 @@ def test_value_embeddings_are_added_to_the_values(options):
     recorded = {}
     for module, name in ((model.model.layers[1].self_attn, "with"), (plain.model.layers[1].self_attn, "without")):
 
-        def record(query, key, value, *args, name=name, attend=module.attend, **kwargs):
-            recorded[name] = value
-            return attend(query, key, value, *args, **kwargs)
+        def record(*args, name=name, heads=module.heads):
+            query, key, value = heads(*args)
+            recorded[name] = value.transpose(1, 2)  # [B, S, K, D]
+            return query, key, value
 
-        module.attend = record
+        module.heads = record
     for other in (model, plain):
         other.model.layers[0].self_attn.value_embedding = None  # so that layer 1 sees the same input in both
-    mus = []
-    model.model.layers[1].self_attn.register_forward_pre_hook(lambda module, inputs: mus.extend(inputs))
+    given = []
+    model.model.layers[1].self_attn.register_forward_pre_hook(lambda module, inputs: given.extend(inputs))
     model(ids), plain(ids)
     attention = model.model.layers[1].self_attn
-    normed, mu = mus
-    gate = 2 * torch.sigmoid((normed if mu is None else mu) @ attention.value_gate.weight.T)  # [B, S, K]
-    assert (mu is None) == ("use_mu_guidance" in options)
+    normed, guidance = given
+    gate = 2 * torch.sigmoid((normed if guidance is None else guidance) @ attention.value_gate.weight.T)  # [B, S, K]
+    assert (guidance is None) == ("use_mu_guidance" in options)
     added = attention.value_embedding.weight[ids].view(2, 9, 2, -1) * gate[..., None]
     close(recorded["with"] - recorded["without"], added)
 
@@ -533,6 +534,25 @@ def test_inputs_embeds_route_as_their_own_or_nearest_token():
     routed = model(inputs_embeds=embeds, routing_ids=other, output_expert_ids=True)
     assert not torch.allclose(routed.logits, model(ids).logits, atol=1e-3)
     close(routed.logits, model(ids, routing_ids=other).logits)
+
+
+def test_norms_are_silent_under_autocast_and_round_once():
+    """PyTorch warns of a norm whose weight is wider than its input, and computes the same numbers."""
+    norm, states = ComplexityDeepRMSNorm(64, 1e-6), random_ids(5, 64).bfloat16()
+    with torch.no_grad():
+        norm.weight.normal_()
+    was_always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+            warnings.simplefilter("error")
+            found = norm(states)
+    finally:
+        torch.set_warn_always(was_always)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = F.rms_norm(states, (64,), norm.weight, 1e-6)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
 
 
 def test_autocast_computes_in_the_autocast_dtype():

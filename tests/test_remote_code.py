@@ -386,6 +386,8 @@ def test_every_folder_holds_the_code_and_the_auto_map(second_generation, work, n
         "AutoModel": "modeling_complexity_deep.ComplexityDeepModel",
         "AutoModelForCausalLM": "modeling_complexity_deep.ComplexityDeepForCausalLM",
         "AutoModelForSequenceClassification": "modeling_complexity_deep.ComplexityDeepForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_complexity_deep.ComplexityDeepForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_complexity_deep.ComplexityDeepForQuestionAnswering",
     }
     leftovers = [path.name for path in (work / name).iterdir() if path.suffix == ".tmp"]
     assert leftovers == []

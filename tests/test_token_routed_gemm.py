@@ -10,7 +10,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from complexity_deep.kernels.kernel_reference import routing_plan_reference, token_routed_mlp_reference
-from complexity_deep.kernels.token_routed_gemm import ACTIVATIONS, routing_plan, token_routed_mlp
+from complexity_deep.kernels.routing_plan import routing_plan
+from complexity_deep.kernels.token_routed_gemm import ACTIVATIONS, token_routed_mlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu

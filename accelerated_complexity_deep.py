@@ -1,0 +1,396 @@
+"""The fast paths: Triton kernels that stand in for methods of the model's modules, by registered name.
+
+kernels_implementation    "eager" | "triton"                        what `ACCELERATED` holds under that name
+experts_implementation    "eager" | "cggr" | the library's own      the library's registry of experts
+
+The modeling file holds all of the mathematics in plain PyTorch, and marks with `@accelerated(name)` the methods that
+have a fast path. A fast path calls the plain method wherever it does not apply, so that a model can be moved, cast,
+hooked, quantized or adapted at any time. This file imports nothing from the modeling file.
+
+CGGR stands for Contiguous Group GEMM Routing: the tokens of one expert stand together and are multiplied at once.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import logging
+
+from .kernels.grouped_linear import compute_dtype, takes_grouped_linear
+from .kernels.kernel_reference import routing_plan_reference
+from .kernels.op_registration import is_transformed
+from .routing_complexity_deep import ROUTING_PLANS, RoutingPlan
+
+try:
+    from .kernels.decode_attention import decode_attention
+    from .kernels.decode_layer import (
+        MAX_CONTROLLER,
+        MAX_EXPERTS,
+        MAX_ROWS,
+        MAX_WIDTH,
+        decode_attend,
+        decode_layer_tail,
+        decode_qkv,
+    )
+    from .kernels.fused_dynamics import inl_dynamics_block
+    from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
+    from .kernels.routing_plan import routing_plan as triton_routing_plan
+    from .kernels.token_routed_gemm import token_routed_mlp
+except ImportError:  # Triton is not installed, and "eager" is all there is
+    TRITON_DEVICES: tuple[str, ...] = ()
+else:
+    # In Triton's interpreter the kernels run on the CPU, for tests.
+    TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+if TYPE_CHECKING:  # what the mixin of this file is mixed into
+    from transformers import PreTrainedModel
+else:
+    PreTrainedModel = object
+
+logger = logging.get_logger(__name__)
+_ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
+# kernels_implementation -> name of a marked method -> the function that stands in for it.
+ACCELERATED: dict[str, dict[str, Callable]] = {"eager": {}}
+
+
+def accelerated(name: str) -> Callable:
+    """Mark a method of a module with a `config` as one that `ACCELERATED` may hold a fast path for, under `name`.
+
+    The fast path is called as `fast(plain, module, *args, **kwargs)`. `plain` is the marked method as it was written.
+    """
+
+    def mark(plain: Callable) -> Callable:
+        @functools.wraps(plain)
+        def method(self, *args, **kwargs):
+            fast = ACCELERATED[self.config._kernels_implementation].get(name)
+            return plain(self, *args, **kwargs) if fast is None else fast(plain, self, *args, **kwargs)
+
+        return method
+
+    return mark
+
+
+class KernelsMixin(PreTrainedModel):
+    """`kernels_implementation` of every Complexity-Deep class, beside the library's `experts_implementation`."""
+
+    @staticmethod
+    def get_correct_kernels_implementation(requested: str | None) -> str:
+        """`requested`, or the default of this machine for None; raises `ValueError` for an unknown name."""
+        if requested is None:
+            return default_kernels_implementation()
+        if requested not in ACCELERATED:
+            raise ValueError(f"kernels_implementation must be one of {', '.join(ACCELERATED)}, but is {requested!r}.")
+        return requested
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # The library's default, grouped_mm, does not run in every dtype and width.
+        if requested_experts is None:
+            requested_experts = "cggr" if default_kernels_implementation() == "triton" else "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
+    def set_kernels_implementation(self, kernels_implementation: str) -> None:
+        """Choose who computes attention's projections, the dynamics and decoding: "eager" (PyTorch) or "triton"."""
+        for module in self.modules():
+            if isinstance(module, KernelsMixin):
+                module.config._kernels_implementation = self.get_correct_kernels_implementation(kernels_implementation)
+
+
+def default_kernels_implementation() -> str:
+    """`"triton"` where there are a CUDA device and Triton, else `"eager"`."""
+    if not torch.cuda.is_available():
+        return "eager"
+    if "triton" not in ACCELERATED:
+        logger.warning_once("Triton is not installed: this model runs on plain PyTorch operations, which are slower.")
+    return "triton" if "triton" in ACCELERATED else "eager"
+
+
+def _runs_on_triton(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors."""
+    return not is_transformed() and all(x.device.type in TRITON_DEVICES and x.dtype != torch.float64 for x in tensors)
+
+
+def is_unhooked(*modules: nn.Module) -> bool:
+    """Whether nothing else happens when the modules are called: no offloading, parallel or recording hook."""
+    return all(
+        not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)  # accelerate and tensor parallelism replace it
+        for module in modules
+    )
+
+
+def _is_plain_linear(*modules: nn.Module) -> bool:
+    """Whether the weights may be used directly: no adapter, quantization, offloading or parallel hook on any module."""
+    return is_unhooked(*modules) and all(
+        type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) for module in modules
+    )
+
+
+def triton_projections(
+    plain: Callable, attention: nn.Module, hidden_states: Tensor, guidance: Tensor | None, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention's `project` as one product over [hidden states, guidance] and one norm-and-RoPE kernel."""
+    modules = [attention.q_proj, attention.k_proj, attention.v_proj]
+    if guidance is not None:
+        modules += [attention.mu_to_q, attention.mu_to_k, attention.mu_to_v]
+    if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules):
+        return plain(attention, hidden_states, guidance, cos, sin)
+    qkv = mu_guided_qkv(hidden_states, guidance, tuple(module.weight for module in modules))
+    return _split_heads(attention, qkv, cos, sin)
+
+
+def _split_heads(attention: nn.Module, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, S, (A + 2K) D] -> query [B, S, A, D], key and value [B, S, K, D], after QK norm and RoPE."""
+    heads = qkv.view(*qkv.shape[:-1], -1, attention.head_dim)  # [B, S, A + 2K, D]
+    kv_heads = attention.k_proj.out_features // attention.head_dim
+    query, key, value = heads.split((heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    query_weight, key_weight, eps = _norm_weights(attention)
+    query, key = qk_norm_rope(query, key, query_weight, key_weight, cos, sin, eps)
+    return query, key, value
+
+
+def _norm_weights(attention: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
+    """The weights of the query and the key norm, and their epsilon; None where there is no norm."""
+    if attention.q_norm is None:
+        return None, None, 0.0
+    return attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps
+
+
+def triton_dynamics(
+    plain: Callable, dynamics: nn.Module, hidden_states: Tensor, velocity: Tensor, highway: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward of the dynamics as one fused kernel and its matrix products."""
+    if not dynamics.config.use_dynamics or not _runs_on_triton(hidden_states):
+        return plain(dynamics, hidden_states, velocity, highway)
+    if not _is_plain_linear(dynamics.mu_proj, dynamics.controller_in, dynamics.controller_out):
+        return plain(dynamics, hidden_states, velocity, highway)
+    hidden_states, velocity, guidance, highway, mu = inl_dynamics_block(
+        hidden_states, velocity, highway, *_dynamics_weights(dynamics)
+    )
+    return hidden_states, velocity, mu, guidance, highway
+
+
+def _dynamics_weights(dynamics: nn.Module) -> tuple:
+    """What the kernels take of the module, in their order: mu, its projection, the controller, the step size."""
+    inner, outer = dynamics.controller_in, dynamics.controller_out
+    return dynamics.mu, dynamics.mu_proj.weight, inner.weight, inner.bias, outer.weight, outer.bias, dynamics.dt
+
+
+def _is_decode_step(attention: nn.Module, hidden_states: Tensor, mask: Tensor | None, cache) -> bool:
+    """Whether decode_attention.py computes the attention of this call: one new token per row and no gradient.
+
+    It stands for the library's "sdpa" with a mask of booleans over the keys. The cache of continuous batching, which is
+    no `Cache`, needs an attention function of its own.
+    """
+    return (
+        hidden_states.shape[1] == 1
+        and not torch.is_grad_enabled()
+        and attention.config._attn_implementation == "sdpa"
+        and not (attention.training and attention.attention_dropout > 0)
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+        and (cache is None or isinstance(cache, Cache))
+        and _runs_on_triton(hidden_states)
+    )
+
+
+def triton_attention(
+    plain: Callable,
+    attention: nn.Module,
+    hidden_states: Tensor,
+    guidance: Tensor | None,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None,
+    cache=None,
+    token_ids: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """The forward of attention for one new token per row, without gradient."""
+    if not _is_decode_step(attention, hidden_states, attention_mask, cache):
+        arguments = hidden_states, guidance, position_embeddings, attention_mask
+        return plain(attention, *arguments, cache=cache, token_ids=token_ids, **kwargs)
+    query, key, value = attention.heads(hidden_states, guidance, position_embeddings, token_ids)
+    if cache is not None:
+        key, value = cache.update(key, value, attention.layer_idx)
+    attn_output = decode_attention(query, key, value, attention_mask, attention.scaling)  # [B, 1, A, D]
+    return attention.o_proj(attn_output.flatten(2)), None
+
+
+def _is_plain_tree(module: nn.Module, origin: str, dtype: torch.dtype) -> bool:
+    """Whether the module and all below it are of ours, linear or an activation, unhooked, with weights of `dtype`.
+
+    `origin` is the name of the modeling file. This runs for every layer of every step, so it looks at each module once.
+    """
+    kind = type(module)
+    if kind is not nn.Linear and kind.__module__ not in (origin, *_ACTIVATION_MODULES):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False
+    for tensors in (module._parameters, module._buffers):
+        for x in tensors.values():
+            if x is not None and not (type(x) in _PLAIN_TENSORS and x.dtype == dtype and x.is_contiguous()):
+                return False
+    for child in module._modules.values():
+        if child is not None and not _is_plain_tree(child, origin, dtype):
+            return False
+    return True
+
+
+def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, cache) -> bool:
+    """Whether decode_layer.py computes this layer: few rows of one new token, no gradient, the published parts, plain.
+
+    The kernels pass over the forward of every module of the layer, so that each must be plain.
+    """
+    rows, _, hidden = hidden_states.shape
+    attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
+    if rows > MAX_ROWS or not _is_decode_step(attention, hidden_states, mask, cache):
+        return False
+    experts = getattr(mlp, "experts", None)
+    if experts is None or dynamics is None or not layer.config.use_dynamics:
+        return False
+    return (
+        mlp.shared_expert is None
+        and attention.value_embedding is None
+        and layer.config._experts_implementation == "cggr"
+        and not getattr(experts, "_is_expert_parallel", False)
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+        and experts.num_experts <= MAX_EXPERTS
+        and dynamics.controller_in.out_features <= MAX_CONTROLLER
+        and max(hidden, attention.q_proj.out_features, experts.down_proj.shape[2]) <= MAX_WIDTH
+        and all(_is_plain_tree(x, type(layer).__module__, hidden_states.dtype) for x in layer._modules.values())
+    )
+
+
+def plain_static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
+    """A layer of a static cache whose update is no more than writing keys and values in place, or None."""
+    if cache is None or type(cache) is not StaticCache or cache.offloading:
+        return None
+    layer = cache.layers[layer_idx]
+    return layer if type(layer) is StaticLayer and layer.is_initialized else None
+
+
+def _decode_cache_layer(
+    attention: nn.Module, cache: Cache | None, mask: Tensor | None, hidden_states: Tensor
+) -> StaticLayer | None:
+    """The static cache that the decode kernels write, if it and the mask fit the rows and the dtype of the step."""
+    layer = plain_static_layer(cache, attention.layer_idx)
+    if layer is None or mask is None:
+        return None
+    rows, length = layer.keys.shape[0], layer.keys.shape[2]
+    has_rows = rows == hidden_states.shape[0] and mask.shape[0] in (1, rows) and mask.shape[1:] == (1, 1, length)
+    return layer if has_rows and layer.keys.dtype == hidden_states.dtype else None
+
+
+def _decode_heads(
+    attention: nn.Module, qkv: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache, hidden_states: Tensor
+) -> Tensor:
+    """qkv [B, (A + 2K) D] of one new token per row -> attention's heads side by side [B, A D]."""
+    layer = _decode_cache_layer(attention, cache, mask, hidden_states)
+    if layer is not None:
+        stored = layer.keys, layer.values, layer.cumulative_length
+        return decode_attend(qkv, *_norm_weights(attention), cos, sin, *stored, mask, attention.scaling)
+    heads = _split_heads(attention, qkv[:, None], cos, sin)
+    query, key, value = (states.transpose(1, 2) for states in heads)  # [B, heads, 1, D]
+    if cache is not None:
+        key, value = cache.update(key, value, attention.layer_idx)
+    return decode_attention(query, key, value, mask, attention.scaling).flatten(1)
+
+
+def triton_layer(
+    plain: Callable,
+    layer: nn.Module,
+    hidden_states: Tensor,
+    velocity: Tensor,
+    guidance: Tensor | None,
+    highway: Tensor | None,
+    expert_ids=None,
+    **kwargs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward of a decoder layer; a step of one new token in each of few rows runs in a few fused kernels."""
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
+    if not _takes_decode_kernels(layer, hidden_states, mask, cache):
+        return plain(layer, hidden_states, velocity, guidance, highway, expert_ids, **kwargs)
+    attention, dynamics, experts, router = layer.self_attn, layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
+    B, _, H = hidden_states.shape  # one token in each row; a routing plan would not be worth following
+    flat = lambda x: None if x is None else x.reshape(B, -1).contiguous()  # noqa: E731
+    is_guided = layer.use_mu_guidance and guidance is not None
+    qkv = decode_qkv(
+        flat(hidden_states),
+        layer.input_layernorm.weight,
+        layer.input_layernorm.eps,
+        flat(guidance) if is_guided else None,
+        attention.q_proj.weight,
+        attention.k_proj.weight,
+        attention.v_proj.weight,
+        attention.mu_to_q.weight if is_guided else None,
+        attention.mu_to_k.weight if is_guided else None,
+        attention.mu_to_v.weight if is_guided else None,
+    )
+    cos, sin = kwargs["position_embeddings"]
+    heads = _decode_heads(attention, qkv, cos, sin, mask, cache, hidden_states)
+    states = decode_layer_tail(
+        heads,
+        flat(hidden_states),
+        flat(velocity),
+        flat(highway),
+        expert_ids.flatten(),
+        attention.o_proj.weight,
+        *_dynamics_weights(dynamics),
+        layer.post_attention_layernorm.weight,
+        layer.post_attention_layernorm.eps,
+        None if router is None else router.weight,
+        0.0 if router is None else router.base_logit,
+        experts.gate_up_proj,
+        experts.down_proj,
+        layer.config.hidden_act,
+    )
+    return tuple(x.view(B, 1, H) for x in states)
+
+
+def cggr_experts_forward(
+    experts: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    routing_plan: RoutingPlan | None = None,
+) -> Tensor:
+    """The experts by the Triton grouped GEMM; quantized experts, and those of other ranks, go to the plain forward.
+
+    hidden_states [T, H]; top_k_index and top_k_weights [T, 1], because every token has one expert. Returns [T, H].
+    """
+    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
+    is_split = getattr(experts, "_is_expert_parallel", False)
+    is_taken = _runs_on_triton(hidden_states, gate_up_proj) and takes_grouped_linear(gate_up_proj, down_proj)
+    if is_split or not is_taken:
+        plain = type(experts).forward.__wrapped__  # as it was before `use_experts_implementation`
+        plan = {"routing_plan": routing_plan} if routing_plan is not None else {}
+        return plain(experts, hidden_states, top_k_index, top_k_weights, **plan)
+    if routing_plan is None:
+        routing_plan = _cggr_plan(top_k_index.flatten(), experts.num_experts)
+    dtype = compute_dtype(gate_up_proj)
+    states, activation = hidden_states.to(dtype), experts.config.hidden_act
+    out = token_routed_mlp(states, gate_up_proj.to(dtype), down_proj.to(dtype), *routing_plan, activation)
+    # The routing weights are ones. They carry a gradient only for a router that learns.
+    return out * top_k_weights.to(dtype) if top_k_weights.requires_grad else out
+
+
+def _cggr_plan(expert_ids: Tensor, num_experts: int) -> RoutingPlan:
+    make_plan = triton_routing_plan if _runs_on_triton(expert_ids) else routing_plan_reference
+    return RoutingPlan(*make_plan(expert_ids, num_experts))
+
+
+if TRITON_DEVICES:
+    ACCELERATED["triton"] = {
+        "projections": triton_projections,
+        "attention": triton_attention,
+        "dynamics": triton_dynamics,
+        "layer": triton_layer,
+    }
+    ROUTING_PLANS["cggr"] = _cggr_plan
+    ALL_EXPERTS_FUNCTIONS.register("cggr", cggr_experts_forward)
