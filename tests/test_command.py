@@ -12,53 +12,138 @@ import time
 import pytest
 import yaml
 
+from complexity_deep.workflow.command import (
+    InputError,
+    check_output_folder,
+    needs,
+    run_script,
+    uninterrupted,
+    whole_files,
+    whole_folder,
+)
+from complexity_deep.workflow.main import list_of_commands, main
 from support import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from command_line import InputError, check_output_folder, run_script, uninterrupted  # noqa: E402
-
-COMMANDS = [path for path in sorted(SCRIPTS.glob("*.py")) if "__main__" in path.read_text()]
+COMMANDS = sorted(path.name for path in SCRIPTS.glob("*.py"))
+# What may import what: a folder uses itself and those before it.
+ORDER = ["data", "evaluation", "training", "analysis", "publishing", "benchmarks", "evidence"]
 
 
-def test_no_script_edits_the_path():
-    for path in SCRIPTS.glob("*.py"):
-        assert "sys.path" not in path.read_text(), path.name
+def imports(path) -> set[str]:
+    """The modules that a file of ours imports from workflow/ and scripts/."""
+    names = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {name for name in names if name and name.startswith(("complexity_deep.workflow", "complexity_deep.scripts"))}
 
 
-@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
-def test_every_command_ends_alike(path):
-    """By `run_script`, and its parser is one that prints a single sentence."""
-    main = path.read_text().split('if __name__ == "__main__":')[1]
-    assert "run_script(" in main and "try:" not in main
-    assert "argparse.ArgumentParser(" not in path.read_text() and "TrlParser(" not in path.read_text()
+def test_no_file_edits_the_path():
+    for folder in ("scripts", "workflow", "tests"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            text = path.read_text()
+            assert not re.search(r"sys\.path\.(insert|append|remove|pop)|sys\.path(\[.*\])? = ", text), path.name
 
 
-def test_modules_of_the_same_names_elsewhere_are_not_taken(tmp_path):
-    """Packages installed under the names of ours come after the folder of the script."""
-    own = {path.stem for path in SCRIPTS.glob("*.py")} - {"evaluate"}
-    for name in own:
-        (tmp_path / f"{name}.py").write_text("raise RuntimeError('a module of somebody else was imported')")
-    imported = {
-        alias.split(".")[0]
-        for path in SCRIPTS.glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        for alias in ([node.module] if isinstance(node, ast.ImportFrom) else [])
-        if alias
+def test_parts_import_one_way():
+    for path in (REPOSITORY / "workflow").rglob("*.py"):
+        folder = path.parent.name
+        for name in imports(path):
+            assert name.startswith("complexity_deep.workflow."), f"{path} imports a command"
+            used = name.split(".")[2]
+            if used in ORDER:
+                assert folder in ORDER, f"{path} is used by all and imports {name}"
+                assert ORDER.index(used) <= ORDER.index(folder), f"{path} imports {name}"
+
+
+def test_files_of_a_folder_import_each_other_one_way():
+    """No two modules need each other, through whatever others."""
+    modules = {
+        "complexity_deep." + ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): imports(path)
+        for path in (REPOSITORY / "workflow").rglob("*.py")
     }
-    assert {"provenance", "model_flops"} <= imported & own and "benchmark" not in imported
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), *sys.path[1:]]))}
-    command = [sys.executable, str(SCRIPTS / "evaluate.py"), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert result.returncode == 0 and "--held-out-text" in result.stdout, result.stderr
+    while leaves := [name for name, used in modules.items() if not used & modules.keys()]:
+        for name in leaves:
+            del modules[name]
+    assert not modules
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_parses_calls_and_prints(name):
+    """It ends by `run_script`, its parser is one that prints a single sentence, and its parts lie elsewhere."""
+    text = (SCRIPTS / name).read_text()
+    last = text.split('if __name__ == "__main__":')[1]
+    assert "run_script(" in last and "try:" not in last
+    assert "argparse.ArgumentParser(" not in text and "TrlParser(" not in text
+    assert len(text.splitlines()) < 150
+    assert not re.search(r"^class ", text, flags=re.MULTILINE)
+    # What a missing package could stop is imported where that becomes a sentence.
+    early = set(re.findall(r"^from complexity_deep\.workflow\.([\w.]+) import", text, flags=re.MULTILINE))
+    assert early <= {"command", "provenance", "flops"}
+
+
+def test_commands_run_beside_modules_of_the_same_names(tmp_path):
+    """From a folder with modules named like ours and like libraries, every command shows its help, in both forms."""
+    for name in ("benchmark", "evaluate", "data", "kernels", "command", "training", "main", "generate", "workflow"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('a module of somebody else was imported')")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+    lists = [[sys.executable, str(SCRIPTS / name), "--help"] for name in COMMANDS]
+    entry = "import sys; from complexity_deep.workflow.main import main; sys.exit(main())"
+    lists += [[sys.executable, "-P", "-c", entry, "train-tokenizer", "--help"]]
+    for first in range(0, len(lists), 2):  # two at a time, for each start takes seconds
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running = [subprocess.Popen(c, cwd=tmp_path, env=environment, **options) for c in lists[first : first + 2]]
+        for process in running:
+            output, errors = process.communicate()
+            assert process.returncode == 0 and output.startswith("usage: "), (process.args, errors)
+
+
+def test_the_entry_point(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["complexity-deep"])
+    main()
+    assert capsys.readouterr().out.strip() == list_of_commands()
+    listed = re.findall(r"^  (\w+) +\S", list_of_commands(), flags=re.MULTILINE)
+    assert [f"{name}.py" for name in listed] == COMMANDS
+    monkeypatch.setattr(sys, "argv", ["complexity-deep", "compare-runs", "--no-such-option"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("complexity-deep compare_runs: error: ")
+    monkeypatch.setattr(sys, "argv", ["complexity-deep", "nothing"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "there is no command 'nothing'" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/sft.py"])
+    monkeypatch.setitem(sys.modules, "trl", None)
+    sentence = (
+        r"^sft\.py: error: a package is missing \(.*trl.*\): run `pip install '[\w-]+\[train\]'`, or .* in a clone\.$"
+    )
+    with pytest.raises(SystemExit, match=sentence), needs("train"):
+        import trl  # noqa: F401
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    for write, before in ((whole_folder, ["new"]), (whole_files, ["new", "old"])):
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        (folder / "old").write_text("old")
+        with pytest.raises(OSError), write(folder) as place:
+            (place / "old").write_text("new")
+            raise OSError("no space left on device")
+        assert [path.name for path in folder.iterdir()] == ["old"] and (folder / "old").read_text() == "old"
+        with write(folder) as place:
+            (place / "new").write_text("new")
+        assert sorted(path.name for path in folder.iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole_files", "whole_folder"]
 
 
 @pytest.mark.parametrize("name", ["generate.py", "compare_runs.py", "export_to_hub.py"])
 def test_a_wrong_option_is_one_sentence(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--no-such-option"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        runpy.run_module(f"complexity_deep.scripts.{name[:-3]}", run_name="__main__")
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and line.startswith(f"{name}: error: ")
 

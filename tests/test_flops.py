@@ -1,19 +1,12 @@
 """The one count of FLOPs, against products counted one by one, for models of several architectures."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
+from complexity_deep.workflow.flops import active_parameters, flops_per_token, keys_per_query
 from support import tiny_config
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from model_flops import active_parameters, flops_per_token, keys_per_query  # noqa: E402
 
 LENGTH = 32
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -1,8 +1,11 @@
 """FLOPs that a model needs for one token: the one count behind every MFU and every share of the matmul rate."""
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+# Dense bf16 FLOP/s of the SXM boards, from NVIDIA's data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
@@ -13,15 +16,20 @@ def first_of(config: PreTrainedConfig, names: tuple[str, ...]) -> int:
     return next((value for value in values if isinstance(value, int) and value > 0), 1)
 
 
+def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
+    """`total`, and where the model knows them `trained` (a gradient reaches them) and `active` (for one token)."""
+    return model.parameter_counts() if hasattr(model, "parameter_counts") else {"total": model.num_parameters()}
+
+
 def total_parameters(model: PreTrainedModel) -> int:
     """Parameters of the file, also those that the architecture never trains."""
-    return model.parameter_counts()["total"] if hasattr(model, "parameter_counts") else model.num_parameters()
+    return parameter_counts(model)["total"]
 
 
 def active_parameters(model: PreTrainedModel) -> int:
     """Parameters that one token passes through: of experts, only as many as a token is sent to."""
-    if hasattr(model, "parameter_counts"):
-        return model.parameter_counts()["active"]
+    if "active" in (known := parameter_counts(model)):
+        return known["active"]
     config = model.config.get_text_config()
     experts, chosen = first_of(config, EXPERT_COUNTS), first_of(config, EXPERTS_PER_TOKEN)
     in_experts = sum(
@@ -64,3 +72,9 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     products = active_parameters(model) - looked_up_parameters(model)
     return 6 * products + 12 * keys_per_query(config, sequence_length) * width
+
+
+def peak_flops() -> float | None:
+    """Peak of the current GPU where it is known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for board, peak in PEAK_FLOPS.items() if board in name), None)

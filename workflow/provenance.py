@@ -8,11 +8,22 @@ from pathlib import Path
 import torch
 import transformers
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[1]  # or the folder of the installed package
+
+
+def commit() -> str:
+    """The commit of this clone, with "-dirty" where files were changed; "none" where pip installed the package."""
+    if not (REPOSITORY / ".git").exists():
+        return "none"
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        return found.stdout.strip() or "none"
+    except OSError:
+        return "none"
 
 
 def provenance() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
     try:
         import triton
@@ -23,6 +34,6 @@ def provenance() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "triton": triton.__version__ if triton else "",
-        "commit": commit.stdout.strip() or "none",
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }

@@ -1,31 +1,33 @@
 """scripts/analyze.py: its verdict on models whose history is known, and its numbers against other ways to get them."""
 
 import base64
+import html
 import json
 import re
-import sys
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from matplotlib import pyplot
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaConfig
 
 from complexity_deep import ComplexityDeepForCausalLM
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import analysis_figures  # noqa: E402
-import analyze  # noqa: E402
-from architecture_monitors import read_monitors  # noqa: E402
-from packed_dataset import tokenize  # noqa: E402
-from text_sources import InputError, embedded_documents  # noqa: E402
-from train_tokenizer import train  # noqa: E402
-
-from support import tiny_config, tiny_model  # noqa: E402
+from complexity_deep.scripts import analyze
+from complexity_deep.workflow.analysis import figures as analysis_figures
+from complexity_deep.workflow.analysis import model_analysis
+from complexity_deep.workflow.analysis.activations import read_activations
+from complexity_deep.workflow.analysis.analysed_text import load_rows, token_class
+from complexity_deep.workflow.analysis.interventions import loss_on, random_experts, read_losses
+from complexity_deep.workflow.analysis.model_analysis import analyse, load_model
+from complexity_deep.workflow.analysis.weights import NOISE_LIMIT, initial_norms, noise_excess, read_weights
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data.packed_rows import tokenize
+from complexity_deep.workflow.data.text_sources import embedded_documents
+from complexity_deep.workflow.data.tokenizer_training import train_bpe
+from complexity_deep.workflow.training.architecture_monitors import read_monitors
+from support import tiny_config, tiny_model
 
 ROW = 64
 
@@ -36,13 +38,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("analyze")
     texts = [text[:800] for text in islice(embedded_documents(), 60)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    train(iter(texts), vocab_size=300, model_max_length=ROW).save_pretrained(folder / "tokenizer")
+    train_bpe(iter(texts), vocab_size=300, model_max_length=ROW).save_pretrained(folder / "tokenizer")
     return folder
 
 
 @pytest.fixture(autouse=True)
 def few_points(monkeypatch):
-    monkeypatch.setattr(analyze, "TSNE_TOKENS", 40)
+    monkeypatch.setattr(model_analysis, "TSNE_TOKENS", 40)
 
 
 def train_model(folder: Path, freeze: str | None, **overrides) -> ComplexityDeepForCausalLM:
@@ -73,6 +75,17 @@ def settings(folder: Path, analysed: Path, **options) -> Namespace:
     return Namespace(**(defaults | given | {"device": "cpu"} | options))
 
 
+def analysed(folder: Path, model: Path) -> dict:
+    options = vars(settings(folder, model))
+    return analyse(options.pop("model"), **{name: value for name, value in options.items() if name != "output_dir"})[0]
+
+
+def rows_of(folder: Path, config, batch_size: int = 8, device: str = "cpu") -> list[dict]:
+    sources, tokenizer = [str(folder / "text.jsonl")], str(folder / "tokenizer")
+    options = {"text_column": "text", "max_tokens": 1024, "batch_size": batch_size, "device": device}
+    return load_rows(sources, tokenizer, config, **options)[0]
+
+
 @pytest.fixture(scope="module")
 def trained(folder):
     train_model(folder, freeze=None).save_pretrained(folder / "trained")
@@ -81,20 +94,20 @@ def trained(folder):
 
 @pytest.fixture
 def batches(folder, trained):
-    model = analyze.load_model(str(trained), "cpu")
-    return model, analyze.load_rows(settings(folder, trained), model.config)[0]
+    model = load_model(str(trained), "cpu")
+    return model, rows_of(folder, model.config)
 
 
 def analysis_of(folder: Path, model: ComplexityDeepForCausalLM, name: str) -> dict:
     model.save_pretrained(folder / name)
-    return analyze.analyse(settings(folder, folder / name))[0]
+    return analysed(folder, folder / name)
 
 
 # -- the verdict
 
 
 def test_trained_experts_are_found(folder, trained):
-    analysis = analyze.analyse(settings(folder, trained))[0]
+    analysis = analysed(folder, trained)
     losses = analysis["checkpoint"]["losses"]
     assert analysis["verdict"]["label"] == "TRAINED"
     assert "the model relies on them" in analysis["verdict"]["text"]
@@ -127,7 +140,7 @@ def test_frozen_experts_are_found(folder):
 
 def test_experts_without_a_gradient_path_are_found(folder, monkeypatch):
     """As on the published CUDA path: no gradient reaches the experts, nor passes through them."""
-    forward = analyze.ComplexityDeepForCausalLM.forward
+    forward = ComplexityDeepForCausalLM.forward
 
     def detached(model, *args, **kwargs):
         hooks = [
@@ -165,32 +178,31 @@ def test_noise_follows_its_law(shape):
         "bfloat16": lambda: (0.02 * torch.randn(shape, generator=generator)).bfloat16(),
     }
     for name, draw in draws.items():
-        found = torch.tensor([analyze.noise_excess(draw()) for _ in range(200)])
+        found = torch.tensor([noise_excess(draw()) for _ in range(200)])
         assert abs(found.mean()) < 0.5 and 0.7 < found.std() < 1.2, name
-        assert found.max() < analyze.NOISE_LIMIT, name
+        assert found.max() < NOISE_LIMIT, name
     # A direction twice as strong as the weakest that can be seen in noise at all.
     rows, columns = (torch.randn(size, generator=generator) for size in shape)
     spike = 2 * (shape[0] * shape[1]) ** 0.25 * torch.outer(rows / rows.norm(), columns / columns.norm())
-    assert analyze.noise_excess(draws["normal"]() + spike) > analyze.NOISE_LIMIT
+    assert noise_excess(draws["normal"]() + spike) > NOISE_LIMIT
 
 
 @pytest.mark.parametrize("of_experts, of_attention", [(5000.0, 50.0), (50.0, 5000.0)])
 def test_figure_of_noise_shows_every_point(of_experts, of_attention):
     untrained = {"expert_noise_excess": [0.1, 0.2], "attention_noise_excess": [0.2, -0.1]}
     checkpoint = {"expert_noise_excess": [of_experts, 40.0], "attention_noise_excess": [of_attention, 40.0]}
-    analysis = {"checkpoint": checkpoint, "untrained": untrained, "noise_limit": analyze.NOISE_LIMIT}
+    analysis = {"checkpoint": checkpoint, "untrained": untrained, "noise_limit": NOISE_LIMIT}
     figure, _, _ = analysis_figures.noise_excess(analysis, {})
     for axes in figure.axes:
         low, high = axes.get_ylim()
         assert all(low < value < high for line in axes.lines for value in line.get_ydata())
-    pyplot.close(figure)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_initial_norms_are_those_of_a_new_model(scaled):
     config = tiny_config(scaled_residual_init=scaled)
-    starts = analyze.initial_norms(config)
-    weights = analyze.read_weights(ComplexityDeepForCausalLM(config))
+    starts = initial_norms(config)
+    weights = read_weights(ComplexityDeepForCausalLM(config))
     for name, start in starts.items():
         scores = (torch.tensor(weights[f"{name}_norm"]) - start["norm"]) / start["sd"]
         assert scores.shape == (3, 4) and scores.abs().max() < 4.5 and 0.4 < scores.std() < 1.7
@@ -201,10 +213,10 @@ def test_initial_norms_are_those_of_a_new_model(scaled):
 
 def test_interventions_are_what_they_say(batches):
     model, rows = batches
-    with analyze.tqdm(disable=True) as progress:
-        losses = analyze.read_losses(model, rows, 0, progress)
+    with tqdm(disable=True) as progress:
+        losses = read_losses(model, rows, 0, progress)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with analyze.random_experts(model, 5):
+        with random_experts(model, 5):
             changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
             assert sorted(changed) == sorted(name for name in before if ".experts." in name)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -212,23 +224,23 @@ def test_interventions_are_what_they_say(batches):
         for layer in model.model.layers:  # every expert gets the weights of the next one
             for weight in layer.mlp.experts.parameters():
                 weight.data = weight.data.roll(-1, dims=0)
-        assert analyze.loss_on(model, rows, progress) == pytest.approx(losses["next_expert"], abs=1e-5)
+        assert loss_on(model, rows, progress) == pytest.approx(losses["next_expert"], abs=1e-5)
         for layer in model.model.layers:
             layer.mlp.experts.down_proj.data.zero_()
-        without = analyze.read_losses(model, rows, 0, progress)
+        without = read_losses(model, rows, 0, progress)
         assert without["intact"] == pytest.approx(losses["removed"], abs=1e-5)
         assert without["use_score"] < without["use_limit"]
-        assert analyze.noise_excess(model.model.layers[0].mlp.experts.down_proj.data[0]) == 0
+        assert noise_excess(model.model.layers[0].mlp.experts.down_proj.data[0]) == 0
 
 
 def test_loss_and_gradients_do_not_depend_on_the_batch_size(folder, trained):
-    model = analyze.load_model(str(trained), "cpu")
+    model = load_model(str(trained), "cpu")
     found = []
     for batch_size in (16, 5):
-        rows, _ = analyze.load_rows(settings(folder, trained, batch_size=batch_size), model.config)
-        with analyze.tqdm(disable=True) as progress:
-            loss = analyze.loss_on(model, rows, progress)
-            found.append((loss, analyze.read_activations(model, rows, torch.arange(9), progress)[0]))
+        rows = rows_of(folder, model.config, batch_size)
+        with tqdm(disable=True) as progress:
+            loss = loss_on(model, rows, progress)
+            found.append((loss, read_activations(model, rows, torch.arange(9), progress)[0]))
     (loss, measured), (other_loss, other) = found
     assert loss == pytest.approx(other_loss, abs=1e-5)
     for name in measured:
@@ -236,7 +248,7 @@ def test_loss_and_gradients_do_not_depend_on_the_batch_size(folder, trained):
             torch.testing.assert_close(torch.tensor(measured[name]), torch.tensor(other[name]), rtol=1e-4, atol=1e-5)
 
     # One batch holds all rows here, so its loss is the mean over all tokens and plain autograd gives the gradients.
-    rows, _ = analyze.load_rows(settings(folder, trained, batch_size=16), model.config)
+    rows = rows_of(folder, model.config, 16)
     model.requires_grad_(True)
     model(**rows[0]).loss.backward()
     gradient = model.model.layers[1].mlp.experts.down_proj.grad.flatten(1)
@@ -253,8 +265,8 @@ def test_routing_mu_and_velocity_are_those_of_the_training_monitors(folder):
     ids = torch.randint(3, 300, (4, ROW))
     batch = {"input_ids": ids, "position_ids": torch.arange(ROW).expand_as(ids), "labels": ids, "use_cache": False}
     sampled = torch.tensor([0, 3, 70, 200])
-    with analyze.tqdm(disable=True) as progress:
-        measured, samples = analyze.read_activations(
+    with tqdm(disable=True) as progress:
+        measured, samples = read_activations(
             model, [{k: v[a:b] if k != "use_cache" else v for k, v in batch.items()} for a, b in ((0, 3), (3, 4))],
             sampled, progress,
         )  # fmt: skip
@@ -277,8 +289,8 @@ def test_routing_mu_and_velocity_are_those_of_the_training_monitors(folder):
     assert torch.equal(experts, recorded[1].flatten()[sampled])
 
     model.model.layers[1].self_attn.mu_to_k.weight.data *= 2
-    with analyze.tqdm(disable=True) as progress:
-        doubled = analyze.read_activations(model, [batch], sampled, progress)[0]["mu_contribution"]
+    with tqdm(disable=True) as progress:
+        doubled = read_activations(model, [batch], sampled, progress)[0]["mu_contribution"]
     assert doubled["k"][1] == pytest.approx(2 * measured["mu_contribution"]["k"][1], rel=1e-4)
     assert doubled["q"][1] == pytest.approx(measured["mu_contribution"]["q"][1], rel=1e-4)
 
@@ -286,15 +298,15 @@ def test_routing_mu_and_velocity_are_those_of_the_training_monitors(folder):
 @pytest.mark.gpu
 def test_triton_kernels_give_the_same_numbers(folder, trained):
     """The hooks and the changed weights must reach the kernels that a GPU uses."""
-    model = analyze.load_model(str(trained), "cuda")
-    rows, _ = analyze.load_rows(settings(folder, trained, device="cuda"), model.config)
+    model = load_model(str(trained), "cuda")
+    rows = rows_of(folder, model.config, device="cuda")
     found = []
     for kernels, experts in (("eager", "eager"), ("triton", "cggr")):
         model.set_kernels_implementation(kernels)
         model.set_experts_implementation(experts)
-        with analyze.tqdm(disable=True) as progress:
-            losses = analyze.read_losses(model, rows, 0, progress)
-            found.append(analyze.read_activations(model, rows, torch.arange(9), progress)[0] | {"losses": losses})
+        with tqdm(disable=True) as progress:
+            losses = read_losses(model, rows, 0, progress)
+            found.append(read_activations(model, rows, torch.arange(9), progress)[0] | {"losses": losses})
     eager, triton = found
     for name in ("intact", "removed", "next_expert", "random"):
         assert triton["losses"][name] == pytest.approx(eager["losses"][name], abs=2e-3)  # TF32 products
@@ -309,15 +321,15 @@ def test_token_classes(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
 
     def classes(text):
-        return [analyze.token_class(tokenizer, token) for token in tokenizer(text)["input_ids"]]
+        return [token_class(tokenizer, token) for token in tokenizer(text)["input_ids"]]
 
     assert classes(" 7") == ["whitespace", "digits"] and classes("\n") == ["whitespace"]
     assert classes("(") == ["punctuation"] and classes("é")[0] == "punctuation"  # one byte of two: no letter yet
     start = next(token for token in tokenizer.get_vocab() if re.fullmatch("Ġ[a-z]+", token))
-    assert analyze.token_class(tokenizer, tokenizer.convert_tokens_to_ids(start)) == "word start"
+    assert token_class(tokenizer, tokenizer.convert_tokens_to_ids(start)) == "word start"
     assert classes("t") == ["continuation"]
-    assert analyze.token_class(tokenizer, tokenizer.eos_token_id) == "special"
-    assert analyze.token_class(tokenizer, len(tokenizer) + 3) == "special"  # padding of the vocabulary
+    assert token_class(tokenizer, tokenizer.eos_token_id) == "special"
+    assert token_class(tokenizer, len(tokenizer) + 3) == "special"  # padding of the vocabulary
 
 
 # -- the files
@@ -337,7 +349,7 @@ def test_page_stands_alone(folder, trained, capsys):
     assert len(sources) == len(figures)
     for source, file in zip(sources, figures):
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == (output / file).read_bytes()
-        assert analysis["figures"][file]["caption"] in page.replace("&#x27;", "'")
+        assert analysis["figures"][file]["caption"] in html.unescape(page)
     assert analysis["verdict"]["text"] in printed and printed.count("TRAINED") == 1
 
 
@@ -365,8 +377,8 @@ def test_parts_that_a_config_lacks_are_left_out(folder, overrides, absent):
 def test_published_layout_gives_the_same_numbers(folder, trained):
     model = ComplexityDeepForCausalLM.from_pretrained(trained)
     model.save_published_format(folder / "published")
-    native = analyze.analyse(settings(folder, trained))[0]
-    published = analyze.analyse(settings(folder, folder / "published"))[0]
+    native = analysed(folder, trained)
+    published = analysed(folder, folder / "published")
     assert published["checkpoint"] == native["checkpoint"]
 
 

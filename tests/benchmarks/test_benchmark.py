@@ -4,12 +4,10 @@ import sys
 
 import pytest
 
+from complexity_deep.scripts import benchmark
+from complexity_deep.workflow.benchmarks.results import FIELDS
+from complexity_deep.workflow.command import InputError
 from support import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-
-import benchmark
-from command_line import InputError
 
 
 def run(monkeypatch, *options: object) -> None:
@@ -38,4 +36,4 @@ def test_rows_are_added_with_the_count_of_flops(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         run(monkeypatch, *options, "--repeats", 1, "--only", "complexity-deep", "--output-dir", tmp_path)
     lines = (tmp_path / "results.csv").read_text().splitlines()
-    assert lines[0] == ",".join(benchmark.FIELDS) and len(lines) == 1 + 2 * 2
+    assert lines[0] == ",".join(FIELDS) and len(lines) == 1 + 2 * 2

@@ -11,12 +11,11 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import train_tokenizer  # noqa: E402
-from text_sources import InputError, embedded_documents, load_sources, read_documents  # noqa: E402
-from train_tokenizer import SPECIAL_TOKENS, fertility, save_atomically, train  # noqa: E402
+from complexity_deep.scripts import train_tokenizer
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data.text_sources import embedded_documents, load_sources, read_documents
+from complexity_deep.workflow.data.tokenizer_training import SPECIAL_TOKENS, fertility, save_whole, train_bpe
+from support import REPOSITORY
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -28,7 +27,7 @@ CHAT = [
 
 
 def run(*options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), *map(str, options)]
+    command = [sys.executable, str(REPOSITORY / "scripts" / "train_tokenizer.py"), *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -98,7 +97,7 @@ def test_chat_template_marks_exactly_what_the_assistant_says(tokenizer):
 def test_saving_over_a_tokenizer_replaces_it_whole(tmp_path):
     texts = list(islice(embedded_documents(), 10))
     for size in (300, 280):
-        save_atomically(train(iter(texts), size, 128), tmp_path / "tokenizer")
+        save_whole(train_bpe(iter(texts), size, 128), tmp_path / "tokenizer")
         assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == size
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
@@ -181,7 +180,7 @@ def test_the_output_folder_is_checked_first(tmp_path, no_training, place, senten
 
 
 def test_a_split_without_one_side_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_tokenizer, "train", lambda *options: pytest.fail("the work began"))
+    monkeypatch.setattr(train_tokenizer, "train_bpe", lambda *options: pytest.fail("the work began"))
     (tmp_path / "one.jsonl").write_text('{"text": "one"}\n')
     one = {**vars(options(tmp_path / "out")), "sources": [str(tmp_path / "one.jsonl")]}
     for fraction, sentence in ((1e-9, "held out to measure"), (1 - 1e-9, "left to train on"), (0, "between 0 and 1")):

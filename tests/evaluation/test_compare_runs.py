@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import compare_runs
-from text_sources import InputError
+from complexity_deep.scripts import compare_runs
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.evaluation.run_comparison import draw, read
 
 
 def write_run(folder: Path, loss: float, tokens: int = 1000) -> Path:
@@ -37,16 +36,13 @@ def test_table_and_picture(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "1.5b.png").stat().st_size > 1000
 
 
-def test_held_out_points_are_on_the_chart(tmp_path, monkeypatch):
+def test_held_out_points_are_on_the_chart(tmp_path):
     """The loss of the untrained model is left out, and every other point lies between the limits."""
     run = write_run(tmp_path / "run", 1.25)
     summary = json.loads((run / "training_summary.json").read_text())
     summary["held_out"] = [{"step": step, "loss": loss, "perplexity": 9.0} for step, loss in ((0, 10), (1, 5), (2, 3))]
     (run / "training_summary.json").write_text(json.dumps(summary))
-    figures = []
-    monkeypatch.setattr(compare_runs.pyplot, "close", figures.append)
-    compare(monkeypatch, tmp_path / "out", run)
-    axes = figures[0].axes[0]
+    axes = draw([read(run)]).axes[0]
     low, high = axes.get_ylim()
     held_out = next(line for line in axes.lines if line.get_marker() == "o")
     assert list(held_out.get_ydata()) == [5, 3] and low < 3 and 5 < high < 6

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import runpy
 import subprocess
 import sys
 from importlib.metadata import version
@@ -16,17 +15,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+from complexity_deep.scripts import evaluate as script
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data.tokenizer_training import train_bpe
+from complexity_deep.workflow.evaluation.contamination import contamination
+from complexity_deep.workflow.evaluation.harness import HarnessModel
+from complexity_deep.workflow.evaluation.perplexity import perplexity_metrics, perplexity_scores, token_nll
+from complexity_deep.workflow.evaluation.task_data import stage, task_manager
+from support import REPOSITORY
 
-from evaluation_data import stage, task_manager  # noqa: E402
-from perplexity_metric import perplexity_metrics, perplexity_scores, token_nll  # noqa: E402
-from text_sources import InputError  # noqa: E402
-from train_tokenizer import train  # noqa: E402
-
-SCRIPT = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "evaluate.py")))
 CONTEXT, VOCABULARY = 96, 300
 WORDS = ["stone", "river", "light", "wind", "glass", "metal", "seed", "cloud", "salt", "fire", "north", "paper"]
 SUBJECTS = [
@@ -149,7 +148,7 @@ def rows(data):
 
 def save_model(folder: Path, model) -> Path:
     model.save_pretrained(folder)
-    tokenizer = train(iter([" ".join(WORDS), "A B C D Question Answer : ? ."] * 20), VOCABULARY, CONTEXT)
+    tokenizer = train_bpe(iter([" ".join(WORDS), "A B C D Question Answer : ? ."] * 20), VOCABULARY, CONTEXT)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -180,7 +179,7 @@ def evaluate(model: Path, output: Path, *options) -> dict:
     """What the script writes, run in this process."""
     argv, sys.argv = sys.argv, ["evaluate.py", str(model), "--output-dir", str(output), *map(str, options)]
     try:
-        SCRIPT.main(SCRIPT.parse_args())
+        script.main(script.parse_args())
     finally:
         sys.argv = argv
     return json.loads((output / "evaluation.json").read_text())
@@ -357,7 +356,7 @@ def test_perplexity_of_windows(tmp_path, llama_folder, stride):
     report = evaluate(llama_folder, tmp_path / "out", "--tasks", "--held-out-text", tmp_path / "text.parquet",
                       "--stride", stride)  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(llama_folder).eval()
-    harness = SCRIPT.HarnessModel(model, SCRIPT.AutoTokenizer.from_pretrained(llama_folder), 1, None)
+    harness = HarnessModel(model, AutoTokenizer.from_pretrained(llama_folder), 1, None)
     ids = [harness.tok_encode(text) for text in texts]
     assert max(map(len, ids)) > CONTEXT
     nll = [windows_by_hand(model, document, harness.prefix_token_id, stride) for document in ids]
@@ -418,7 +417,7 @@ def test_contamination(tmp_path, our_folder, data, rows):
     notes = {row["task"]: row["note"] for row in report["tasks"]}
     assert "fine-tuned on allenai/ai2_arc ARC-Challenge (train, 1119 rows)" in notes["arc_challenge"]
     sources = [{**record, "source": record["name"]} for record in records]
-    assert "fine-tuned on cais/mmlu (train, 99842 rows)" in SCRIPT.contamination("mmlu", sources)
+    assert "fine-tuned on cais/mmlu (train, 99842 rows)" in contamination("mmlu", sources)
     for task in ("arc_easy", "hellaswag", "winogrande"):
         assert notes[task] == "only the first 2 documents of each task"
     page = (tmp_path / "out" / "evaluation.md").read_text()
@@ -512,7 +511,7 @@ def test_bad_options(capsys, llama_folder, option, value):
 
 
 def test_the_output_folder_is_checked_first(tmp_path, monkeypatch, llama_folder):
-    monkeypatch.setitem(SCRIPT.main.__globals__, "load_model", lambda *options: pytest.fail("the work began"))
+    monkeypatch.setattr(script, "load_harness", lambda *arguments, **options: pytest.fail("the work began"))
     (tmp_path / "file").touch()
     for output, sentence in ((tmp_path / "file", "is a file"), (Path("/proc/out"), "cannot be written")):
         with pytest.raises(InputError, match=sentence):
@@ -528,7 +527,7 @@ def test_failure_leaves_the_old_results(tmp_path, monkeypatch, llama_folder, dat
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("matplotlib.pyplot.close", full)  # when the picture is written and nothing else
+    monkeypatch.setattr("complexity_deep.workflow.evaluation.evaluation_report.render_markdown", full)
     with pytest.raises(OSError, match="no space"):
         evaluate(*options)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -536,7 +535,7 @@ def test_failure_leaves_the_old_results(tmp_path, monkeypatch, llama_folder, dat
 
 def test_command_line(llama_folder, data, rows):
     """The script as a person starts it, from another folder, where its own name must not hide the library."""
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(llama_folder)]
+    command = [sys.executable, str(REPOSITORY / "scripts" / "evaluate.py"), str(llama_folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     options = {"capture_output": True, "text": True, "cwd": data, "env": environment}
     run = subprocess.run([*command, "--data-dir", ".", "--tasks", "arc_easy", "wikitext"], **options)
@@ -548,21 +547,37 @@ def test_command_line(llama_folder, data, rows):
     assert (llama_folder / "evaluation" / "evaluation.png").stat().st_size > 5000
 
 
+# Runs when a command's process ends.
+LIBRARY_CHECK = """
+import atexit
+
+def check():
+    import sys
+    from complexity_deep.workflow.evaluation.perplexity import perplexity_scores
+    assert sys.path[0].endswith("scripts") and "evaluate" not in sys.modules
+    import evaluate
+    metric = evaluate.load(METRIC, keep_in_memory=True)
+    values = {"nll": [2.0, 4.0, 1.0], "tokens": [1, 1, 3], "total_bytes": 9}
+    assert metric.compute(**values) == perplexity_scores(**values)
+    print(metric.compute(nll=[2.0, 4.0], tokens=[1, 1])["nll_per_token"])
+
+atexit.register(check)
+"""
+
+
 def test_the_library_of_the_same_name_is_found_and_computes_the_same(tmp_path):
-    """No script imports it, and where somebody does, the folder of scripts/evaluate.py does not stand before it."""
-    code = (
-        "import perplexity_metric, sys; assert 'evaluate' not in sys.modules\n"
-        f"sys.path.remove({str(ROOT / 'scripts')!r}); import evaluate\n"
-        f"metric = evaluate.load({str(ROOT / 'metrics' / 'token_perplexity')!r}, keep_in_memory=True)\n"
-        "values = {'nll': [2.0, 4.0, 1.0], 'tokens': [1, 1, 3], 'total_bytes': 9}\n"
-        "assert metric.compute(**values) == perplexity_metric.perplexity_scores(**values)\n"
-        "print(metric.compute(nll=[2.0, 4.0], tokens=[1, 1])['nll_per_token'])"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "scripts"), *sys.path[1:]]))}
-    environment["HF_HOME"] = str(tmp_path)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-1] == "3.0"
+    """While scripts/evaluate.py runs, `import evaluate` is the library, although the script's folder is first."""
+    metric = str(REPOSITORY / "metrics" / "token_perplexity")
+    (tmp_path / "sitecustomize.py").write_text(f"METRIC = {metric!r}\n{LIBRARY_CHECK}")
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path[1:]]),
+    }
+    command = [sys.executable, str(REPOSITORY / "scripts" / "evaluate.py"), "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0 and "--held-out-text" in run.stdout, run.stderr
+    assert run.stdout.split()[-1] == "3.0", run.stderr
 
 
 def test_metric():

@@ -24,14 +24,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from complexity_deep import ComplexityDeepForCausalLM
+from complexity_deep.scripts import export_to_hub
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data.text_sources import embedded_documents
+from complexity_deep.workflow.data.tokenizer_training import train_bpe
+from complexity_deep.workflow.publishing.exported_folder import STRANGER, python_snippets
+from complexity_deep.workflow.publishing.model_card import TEMPLATE, write_card
+from complexity_deep.workflow.publishing.run_folder import load
+from complexity_deep.workflow.publishing.run_reports import Run, is_hub_id
 from support import GOLDEN, REPOSITORY
-
-sys.path.append(str(REPOSITORY / "scripts"))
-
-import export_to_hub
-from model_card import TEMPLATE, Run, is_hub_id, write_card
-from text_sources import InputError, embedded_documents
-from train_tokenizer import train
 
 TOKEN = "hf_" + "x" * 34
 EVALUATION = {
@@ -93,7 +94,7 @@ def pretrained(tmp_path_factory):
     documents = list(islice(embedded_documents(), 60))
     for index, text in enumerate(documents):
         (root / f"{index:02}.txt").write_text(text)
-    train(iter(documents), vocab_size=280, model_max_length=64).save_pretrained(root / "tokenizer")
+    train_bpe(iter(documents), vocab_size=280, model_max_length=64).save_pretrained(root / "tokenizer")
     shape = json.loads((REPOSITORY / "configs" / "tiny.json").read_text())
     (root / "shape.json").write_text(json.dumps({**shape, "vocab_size": None}))
     command = [sys.executable, REPOSITORY / "scripts" / "pretrain.py", "--model-config", root / "shape.json"]
@@ -121,7 +122,7 @@ def chat_run(pretrained, tmp_path):
 
 def card_of(run: Path, folder: Path, **options) -> str:
     """The card alone, without the checks in other processes."""
-    model, tokenizer = export_to_hub.load(run, None)
+    model, tokenizer = load(run, None)
     folder.mkdir()
     model.config.save_pretrained(folder)
     options = {"repo_id": "somebody/small-model", "revision": "v1", "license": "mit", "languages": ["en"], **options}
@@ -167,7 +168,7 @@ def test_the_folder_loads_and_the_snippets_run(exported, pretrained):
     weights, found = load_file(pretrained / "model.safetensors"), load_file(exported / "model.safetensors")
     assert weights.keys() == found.keys() and all(torch.equal(weights[name], found[name]) for name in weights)
     card = (exported / "README.md").read_text()
-    snippets = export_to_hub.python_snippets(card)  # that they ran is why the folder is there
+    snippets = python_snippets(card)  # that they ran is why the folder is there
     assert len(snippets) == 2 and "apply_chat_template" in snippets[0]
     for snippet in snippets:
         assert snippet.count("revision=revision, trust_remote_code=True") == 2
@@ -445,7 +446,7 @@ def test_wrong_options(chat_run, published_folder, tmp_path, monkeypatch):
 
 def test_a_snippet_that_fails(chat_run, tmp_path):
     (tmp_path / "package.py").write_text("import complexity_deep")
-    command = [sys.executable, "-P", "-c", export_to_hub.STRANGER, str(tmp_path / "package.py")]
+    command = [sys.executable, "-P", "-c", STRANGER, str(tmp_path / "package.py")]
     assert "import of complexity_deep halted" in subprocess.run(command, capture_output=True, text=True).stderr
     (chat_run / "chat_template.jinja").write_text("{{ raise_exception('no chat today') }}")
     message = refusal(chat_run)

@@ -1,7 +1,4 @@
-"""The chunked loss of scripts/chunked_loss.py beside the plain head: values, gradients, precision and memory."""
-
-import sys
-from pathlib import Path
+"""The chunked loss beside the plain head: values, gradients, precision and memory."""
 
 import pytest
 import torch
@@ -10,13 +7,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import complexity_deep  # noqa: F401  (registers the architecture)
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import chunked_loss  # noqa: E402
-from chunked_loss import use_chunked_loss  # noqa: E402
-from text_sources import InputError  # noqa: E402
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.training import chunked_loss
+from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
 
 VOCABULARY = 500
 

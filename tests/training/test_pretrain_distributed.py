@@ -15,14 +15,14 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from pretraining import ROOT, finish, start, write_recipe
 from safetensors.torch import load_file
-from tensor_parallel import requested_parallelism, shard
-from text_sources import InputError
 from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from support import tiny_model
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.training.tensor_parallel import requested_parallelism, shard
+from pretraining import finish, start, write_recipe
+from support import REPOSITORY, tiny_model
 
 STEPS = 6
 ONE_PROCESS = ["--dataloader-num-workers", 2, "--gradient-accumulation-steps", 4]
@@ -116,7 +116,7 @@ def launch(
     **environment: str,
 ) -> subprocess.CompletedProcess:
     """By accelerate and a shipped config, as on GPUs; see accelerated_on_cpu.py for the one thing that is not."""
-    path = str(ROOT / "recipes" / "accelerate" / f"{config}.yaml")
+    path = str(REPOSITORY / "recipes" / "accelerate" / f"{config}.yaml")
     environment = {**os.environ, **environment, "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
@@ -129,7 +129,13 @@ def launch(
         str(free_port()),
     ]
     command += [f"--parallelism_config_{name}_size={size}" for name, size in (sizes or {}).items()]
-    command += [str(ROOT / "tests" / "accelerated_on_cpu.py"), "--config", str(recipe), "--output-dir", str(folder)]
+    command += [
+        str(REPOSITORY / "tests" / "accelerated_on_cpu.py"),
+        "--config",
+        str(recipe),
+        "--output-dir",
+        str(folder),
+    ]
     command += ["--use-cpu", "false", *map(str, options)]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 

@@ -1,7 +1,6 @@
 """Monitors, balanced routing, token budgets and the shipped recipes of scripts/pretrain.py."""
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,20 +12,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from trl import TrlParser
 
 from complexity_deep.routing_complexity_deep import balanced_routing
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data.packed_rows import tokenize
+from complexity_deep.workflow.data.text_sources import is_held_out, load_sources
+from complexity_deep.workflow.training import routing_balance
+from complexity_deep.workflow.training.architecture_monitors import (
+    COMPONENTS,
+    component_of,
+    gradient_norms,
+    read_monitors,
+)
+from complexity_deep.workflow.training.new_model import load_tokenizer, new_model
+from complexity_deep.workflow.training.pretraining_arguments import PretrainingArguments
+from pretraining import ROW, run_here, small_texts, write_recipe
+from support import REPOSITORY, random_ids, tiny_model
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import routing_balance  # noqa: E402
-from architecture_monitors import COMPONENTS, component_of, gradient_norms, read_monitors  # noqa: E402
-from new_model import load_tokenizer, new_model  # noqa: E402
-from packed_dataset import tokenize  # noqa: E402
-from pretraining import ROW, run_here, small_texts, write_recipe  # noqa: E402
-from text_sources import InputError, is_held_out, load_sources  # noqa: E402
-
-from support import random_ids, tiny_model  # noqa: E402
-
-RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("sft_"))
+RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml") if not path.name.startswith("sft_"))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,9 @@ def test_residual_projections_start_smaller_in_any_architecture(folder):
 @pytest.mark.parametrize("name, count", [("total", 32_504_832), ("active", 21_888_000)])
 def test_dense_peers_of_the_30m_shape(name, count):
     """As many parameters as configs/30m.json has in total, or active, to a fifth of a percent."""
-    shapes = [json.loads((ROOT / "configs" / file).read_text()) for file in ("30m.json", f"30m_llama_{name}.json")]
+    shapes = [
+        json.loads((REPOSITORY / "configs" / file).read_text()) for file in ("30m.json", f"30m_llama_{name}.json")
+    ]
     same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     assert all(shapes[0][field] == shapes[1][field] for field in same)
     with torch.device("meta"):
@@ -247,20 +250,19 @@ def test_bad_input_gives_one_sentence(folder, options, sentence, monkeypatch):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_shipped_recipes_parse(recipe):
-    import pretrain as script
 
     # bf16 and compile reach into the environment of this process, and need a GPU.
     here = ["--use-cpu", "true", "--bf16", "false", "--torch-compile", "false", "--report-to", "none"]
     restarts = ["--lr-scheduler-type", "cosine_with_restarts", "--lr-scheduler-kwargs", '{"num_cycles": 4}']
-    parser = TrlParser((script.ScriptArguments, TrainingArguments))
+    parser = TrlParser((PretrainingArguments, TrainingArguments))
     for options in ([], ["--sources", "a/*.parquet", *restarts]):
         script_args, training_args = parser.parse_args_and_config(
-            ["--config", str(ROOT / "recipes" / recipe), *here, *options]
+            ["--config", str(REPOSITORY / "recipes" / recipe), *here, *options]
         )
     assert (training_args.max_steps > 0) != ((script_args.max_tokens or 0) > 0)
     assert script_args.sources == ["a/*.parquet"]
     assert training_args.lr_scheduler_kwargs == {"num_cycles": 4}
-    config = AutoConfig.for_model(**json.loads((ROOT / script_args.model_config).read_text()))
+    config = AutoConfig.for_model(**json.loads((REPOSITORY / script_args.model_config).read_text()))
     assert script_args.row_length <= config.max_position_embeddings
     if recipe == "1.5b_modern.yaml":
         assert config.scaled_residual_init and not config.use_mu_routing
@@ -268,11 +270,11 @@ def test_shipped_recipes_parse(recipe):
 
 @pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero2", "DEEPSPEED")])
 def test_accelerate_configs_load(name, kind):
-    path = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    path = REPOSITORY / "recipes" / "accelerate" / f"{name}.yaml"
     assert load_config_from_file(str(path)).distributed_type == kind
     words = path.read_text().splitlines()[0].split()
     assert words[:4] == ["#", "accelerate", "launch", "--config_file"]
-    assert all((ROOT / word).is_file() for word in words if word.endswith((".yaml", ".py")))
+    assert all((REPOSITORY / word).is_file() for word in words if word.endswith((".yaml", ".py")))
 
 
 def test_a_run_that_diverges_stops_with_one_sentence(folder):

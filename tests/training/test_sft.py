@@ -20,20 +20,23 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, SFTConfig
 
 import complexity_deep  # noqa: F401  (registers the architecture)
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import chat_data  # noqa: E402
-import sft as script  # noqa: E402
-from atomic_checkpoint import write_manifest  # noqa: E402
-from chat_data import ChatEncoder, load_conversations, mix  # noqa: E402
-from perplexity_metric import perplexity_scores  # noqa: E402
-from text_sources import InputError, embedded_documents  # noqa: E402
-from train_tokenizer import train  # noqa: E402
-from training_arguments import RENAMED  # noqa: E402
+from complexity_deep.scripts import sft as script
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data import conversations
+from complexity_deep.workflow.data.conversation_formats import FORMATS
+from complexity_deep.workflow.data.conversations import ChatEncoder, load_conversations
+from complexity_deep.workflow.data.sources import mix
+from complexity_deep.workflow.data.text_sources import embedded_documents
+from complexity_deep.workflow.data.tokenizer_training import train_bpe
+from complexity_deep.workflow.evaluation.perplexity import perplexity_scores
+from complexity_deep.workflow.training.atomic_checkpoint import write_manifest
+from complexity_deep.workflow.training.fine_tuning import ChatTrainer
+from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
+from complexity_deep.workflow.training.training_arguments import RENAMED, RecipeParser
+from support import REPOSITORY
 
 LENGTH = 96
 
@@ -51,7 +54,7 @@ def dataset_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer():
     texts = (text[:1000] for text in islice(embedded_documents(), 60))
-    return train(texts, vocab_size=500, model_max_length=LENGTH)
+    return train_bpe(texts, vocab_size=500, model_max_length=LENGTH)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
@@ -389,7 +392,7 @@ def test_weights_are_shares_and_every_conversation_is_in():
 
 
 def test_academic_recipe_asks_the_hub_for_the_papers_mixture(monkeypatch):
-    recipe = yaml.safe_load((ROOT / "recipes" / "sft_academic.yaml").read_text())
+    recipe = yaml.safe_load((REPOSITORY / "recipes" / "sft_academic.yaml").read_text())
     asked = []
 
     def load_dataset(path, split, name):
@@ -398,7 +401,7 @@ def test_academic_recipe_asks_the_hub_for_the_papers_mixture(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for source in recipe["sources"]:
-        chat_data.load_source(source)
+        conversations.load_source(source)
     assert dict(zip(asked, recipe["source_weights"])) == {
         ("cais/mmlu", "auxiliary_train", "train"): 40,
         ("allenai/sciq", None, "train"): 15,
@@ -407,7 +410,7 @@ def test_academic_recipe_asks_the_hub_for_the_papers_mixture(monkeypatch):
         ("allenai/winogrande", "winogrande_xl", "train"): 10,
         ("allenai/ai2_arc", "ARC-Easy", "train"): 8,
     }
-    chat_data.load_source("HuggingFaceH4/ultrachat_200k::train_sft")
+    conversations.load_source("HuggingFaceH4/ultrachat_200k::train_sft")
     assert asked[-1] == ("HuggingFaceH4/ultrachat_200k", None, "train_sft")
 
 
@@ -453,7 +456,7 @@ def options(folder: Path, recipe: str = "sft_chat", **changed: object) -> list[s
         "report-to": "none",
     }
     small |= {name.replace("_", "-"): value for name, value in changed.items()}
-    listed = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml")]
+    listed = ["--config", str(REPOSITORY / "recipes" / f"{recipe}.yaml")]
     for name, value in small.items():
         if value is not None:
             listed += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
@@ -464,7 +467,7 @@ def run_here(listed: list[str]) -> None:
     """The script in this process, which saves its imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sft.py", *listed])
-        runpy.run_path(str(ROOT / "scripts" / "sft.py"), run_name="__main__")
+        runpy.run_module("complexity_deep.scripts.sft", run_name="__main__")
 
 
 LORA = {"use_peft": "true", "lora_r": 4, "merge_adapter": "true"}
@@ -567,7 +570,7 @@ def test_resumed_run_ends_with_the_same_bytes(folder, finished, tmp_path, capsys
 def test_killed_run_ends_with_the_same_bytes(folder, finished, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     listed = options(folder, output_dir=tmp_path, **RUNS["full"])
-    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / "sft.py"), *listed], env=environment)
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / "scripts" / "sft.py"), *listed], env=environment)
     while process.poll() is None and not (tmp_path / "checkpoint-3").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -589,7 +592,7 @@ def trainer_on(folder: Path, model_type: str, **changed: object):
     arguments = parsed(*listed)
     with pytest.MonkeyPatch.context() as patch:
         built = []
-        patch.setattr(script.ChatTrainer, "train", lambda self, **kwargs: built.append(self) or sys.exit())
+        patch.setattr(ChatTrainer, "train", lambda self, **kwargs: built.append(self) or sys.exit())
         with pytest.raises(SystemExit):
             script.main(*arguments)
     return built[0]
@@ -671,7 +674,7 @@ def test_unusable_templates(folder, tokenizer, tmp_path, change, sentence):
 
 LONG = {"messages": chat("Count.", " ".join(map(str, range(200))))}
 BAD_ROWS = {
-    "no rows": ([], "is empty: it holds no rows"),
+    "no rows": ([], "is empty"),
     "no messages": ([{"text": "Hello"}], "has no column 'messages', nor 'prompt' and 'completion'"),
     "the assistant starts": ([*exchanges(2), {"messages": chat("a", "b")[1:]}], "Row 2 of "),
     "nobody answers": ([{"messages": chat("Hello")}], "the assistant says nothing"),
@@ -747,7 +750,7 @@ def test_the_folder_of_another_model_is_not_written_over(folder, tmp_path):
 def parsed(*listed: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sft.py", *listed])
-        return script.RecipeParser((script.ScriptArguments, script.SFTConfig, script.ModelConfig), "").parse()
+        return RecipeParser((FineTuningArguments, SFTConfig, ModelConfig), script.__doc__).parse()
 
 
 @pytest.mark.parametrize("nothing", [[], ["[]"]])
@@ -792,7 +795,7 @@ def test_the_router_of_another_model_is_left_its_loss(folder, tmp_path):
     trainer = trainer_on(folder, "llama", output_dir=tmp_path / "llama")
     assert not trainer.aux_loss_enabled
     ours = trainer_on(folder, "complexity-deep", output_dir=tmp_path / "ours")
-    assert not ours.aux_loss_enabled and not ours.model.config.output_router_logits
+    assert not ours.aux_loss_enabled and not getattr(ours.model.config, "output_router_logits", False)
 
 
 def test_another_run_is_refused_on_resume(folder, finished, tmp_path):
@@ -841,7 +844,7 @@ def test_help_says_which_columns_are_taken(capsys):
         parsed("--help")
     printed = capsys.readouterr().out
     assert stop.value.code == 0 and script.__doc__.splitlines()[-1] in printed
-    for columns, _ in chat_data.FORMATS.values():
+    for columns, _ in FORMATS.values():
         assert all(re.search(rf"\b{column.rstrip('23')}", printed) for column in columns), columns
 
 

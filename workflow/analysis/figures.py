@@ -1,4 +1,4 @@
-"""The figures of scripts/analyze.py: each draws one PNG from the numbers, and its caption says how to read it."""
+"""The figures of an analysis: each draws one PNG from the numbers, and its caption says how to read it."""
 
 import math
 import statistics
@@ -7,9 +7,13 @@ from pathlib import Path
 import matplotlib
 import torch
 
+from complexity_deep.workflow.charts import subplots, write_figure
+
 matplotlib.use("Agg")  # no display is needed to write a file
-from matplotlib import pyplot
+from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 CHECKPOINT, UNTRAINED, NULL = "#1f6fb4", "#777777", "black"
 CLASS_COLOURS = {
@@ -33,14 +37,13 @@ def draw_figures(analysis: dict, drawn: dict, folder: Path) -> dict[str, dict[st
             continue
         figure, title, caption = drawing
         file = f"{draw.__name__}.png"
-        figure.savefig(folder / file, dpi=150)
-        pyplot.close(figure)
+        write_figure(figure, folder / file)
         figures[file] = {"title": title, "caption": " ".join(caption.split())}
     return figures
 
 
 def two_panels(**options):
-    figure, axes = pyplot.subplots(1, 2, figsize=WIDE, layout="constrained", **options)
+    figure, axes = subplots(1, 2, figsize=WIDE, **options)
     for panel in axes:
         tidy(panel)
     return figure, axes
@@ -103,7 +106,6 @@ def noise_excess(analysis, drawn):
     figure, panels = two_panels(sharey=True)
     parts = {"expert_noise_excess": "experts", "attention_noise_excess": "attention projections"}
     if "expert_noise_excess" not in analysis["checkpoint"]:
-        pyplot.close(figure)
         return None
     limit = analysis["noise_limit"]
     found = [value for key in parts for which in ("checkpoint", "untrained") for value in analysis[which][key]]
@@ -204,7 +206,7 @@ def tokens_per_expert(analysis, drawn):
     loads = torch.tensor(loads, dtype=torch.float64)
     layers, experts = loads.shape
     relative = (loads / loads.mean(1, keepdim=True)).numpy()  # 1 is an even share
-    figure, axes = pyplot.subplots(figsize=(WIDE[0], min(8.0, 1.5 + 0.36 * layers)), layout="constrained")
+    figure, axes = subplots(figsize=(WIDE[0], min(8.0, 1.5 + 0.36 * layers)))
     norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2.0, float(relative.max())))
     image = axes.imshow(relative, cmap="PuOr_r", norm=norm, aspect="auto")
     if experts <= 16:
@@ -232,7 +234,7 @@ def tokens_per_expert(analysis, drawn):
 def rerouted_tokens(analysis, drawn):
     if "rerouted_share" not in analysis["checkpoint"]:
         return None
-    figure, axes = pyplot.subplots(figsize=(WIDE[0], 3.0), layout="constrained")
+    figure, axes = subplots(figsize=(WIDE[0], 3.0))
     tidy(axes)
     shares = {name: analysis[name]["rerouted_share"] for name in ("untrained", "checkpoint")}
     for name, colour, label in (("untrained", UNTRAINED, "untrained"), ("checkpoint", CHECKPOINT, "this checkpoint")):
@@ -251,7 +253,7 @@ def mu_contribution(analysis, drawn):
     found = analysis["checkpoint"].get("mu_contribution")
     if found is None or all(value is None for value in found["q"]):
         return None
-    figure, panels = pyplot.subplots(1, 3, figsize=(WIDE[0], 3.2), layout="constrained", sharey=True)
+    figure, panels = subplots(1, 3, figsize=(WIDE[0], 3.2), sharey=True)
     for axes, (letter, title) in zip(panels, (("q", "queries"), ("k", "keys"), ("v", "values"))):
         tidy(axes)
         for name, colour, label in (
@@ -326,8 +328,8 @@ def expert_tsne(analysis, drawn):
     if "checkpoint" not in drawn:
         return None
     layers, experts = list(drawn["checkpoint"]), analysis["config"]["num_experts"]
-    palette = pyplot.get_cmap("Dark2") if experts <= 8 else pyplot.get_cmap("turbo", experts)
-    figure = pyplot.figure(figsize=(12, 2.9 * len(layers) + 1.6), layout="constrained")
+    palette = colormaps["Dark2"] if experts <= 8 else colormaps["turbo"].resampled(experts)
+    figure = Figure(figsize=(12, 2.9 * len(layers) + 1.6), layout="constrained")
     halves = figure.subfigures(1, 2, wspace=0.03)
     for half, (name, title) in zip(halves, (("checkpoint", "this checkpoint"), ("untrained", "untrained"))):
         grid = half.subplots(len(layers), 2, squeeze=False)
@@ -346,7 +348,7 @@ def expert_tsne(analysis, drawn):
             row[0].set_ylabel(f"layer {layer}", fontsize=11)
 
     def dots(labels: dict) -> list:
-        return [pyplot.Line2D([], [], marker="o", ls="", color=colour, label=label) for label, colour in labels.items()]
+        return [Line2D([], [], marker="o", ls="", color=colour, label=label) for label, colour in labels.items()]
 
     present = {name: colour for name, colour in CLASS_COLOURS.items() if name in drawn["classes"]}
     style = {"fontsize": 9.5, "frameon": False, "title_fontsize": 9.5}

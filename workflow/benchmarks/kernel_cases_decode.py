@@ -6,15 +6,16 @@ whole decoder layer stands beside the same layer module by module, on the other 
 are those of the weights that one token reads.
 """
 
-from pathlib import Path
+import functools
 
 import torch
 import torch.nn.functional as F
-from kernel_cases_experts import normal, time_graph
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep.kernels.decode_attention import decode_attention
+from complexity_deep.workflow.benchmarks.kernel_timing import normal, time_graph
+from complexity_deep.workflow.provenance import REPOSITORY
 
 HEADS, KEY_HEADS, HEAD_DIM = 16, 8, 128
 
@@ -31,7 +32,7 @@ def decode_attention_rows(batch: int, length: int, sets: int = 3) -> list[dict]:
     inputs = [[*(normal(*shape) for shape in shapes), mask, HEAD_DIM**-0.5] for _ in range(sets)]
     rows = []
     for name, function in {"this": decode_attention, "repeat + sdpa": sdpa}.items():
-        times = time_graph(function, inputs)
+        times = time_graph([functools.partial(function, *one) for one in inputs])
         keys = {"op": f"decode attention, cache of {length}", "variant": name, "tokens": batch, "pass": "forward"}
         rows.append(keys | dict(zip(("ms", "low", "high"), times)))
     return rows
@@ -40,7 +41,7 @@ def decode_attention_rows(batch: int, length: int, sets: int = 3) -> list[dict]:
 @torch.no_grad()
 def decode_layer_rows(batch: int, length: int = 512, layers: int = 8) -> list[dict]:
     """Time of one layer: that of `layers` different ones, which do not fit the L2 together, over their number."""
-    path = Path(__file__).resolve().parents[1] / "configs/1.5b.json"
+    path = REPOSITORY / "configs/1.5b.json"
     config = AutoConfig.from_pretrained(path, num_hidden_layers=layers, vocab_size=1024)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -70,7 +71,7 @@ def decode_layer_rows(batch: int, length: int = 512, layers: int = 8) -> list[di
     ):
         model.set_kernels_implementation(kernels)
         accelerated.MAX_ROWS = most
-        times = [time / layers for time in time_graph(step, [[]])]
+        times = [time / layers for time in time_graph([step])]
         keys = {"op": "decode layer", "variant": name, "tokens": batch, "pass": "forward"}
         rows.append(keys | dict(zip(("ms", "low", "high"), times)) | {"gb_per_s": active / layers * 2 / times[0] / 1e6})
     accelerated.MAX_ROWS = max_rows

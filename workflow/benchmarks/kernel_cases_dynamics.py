@@ -10,28 +10,13 @@ import functools
 
 import torch
 import torch.nn.functional as F
-import triton
-from kernel_cases_experts import QUANTILES, normal
 
 from complexity_deep.kernels.fused_dynamics import inl_dynamics_block
 from complexity_deep.kernels.kernel_reference import inl_dynamics_block_reference, qk_norm_rope_reference
 from complexity_deep.kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
+from complexity_deep.workflow.benchmarks.kernel_timing import normal, time_graph
 
 HEADS, KEY_HEADS, HEAD_DIM, EPS = 16, 8, 128, 1e-6
-
-
-def time_graph(functions, loops=5):
-    """Quantiles of one call's GPU time: a graph runs all of `functions` (say, several weight sets) `loops` times."""
-    for function in functions:
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for _ in range(loops):
-            for function in functions:
-                function()
-    times = triton.testing.do_bench(graph.replay, warmup=30, rep=100, quantiles=QUANTILES)
-    return [ms / loops / len(functions) for ms in times]
 
 
 def saved_bytes(function, inputs, tokens):

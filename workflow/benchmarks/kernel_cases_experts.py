@@ -8,44 +8,25 @@ ids are Zipf(1.0) over 32000, expert = id mod E. Our routing plan is made once p
 it out, "cggr + plan" and the library's calls have it in.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
-import triton
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from complexity_deep.kernels.routing_plan import routing_plan
 from complexity_deep.kernels.token_routed_gemm import token_routed_mlp
+from complexity_deep.workflow.benchmarks.kernel_timing import normal, time_call, time_graph
 
-QUANTILES = [0.5, 0.2, 0.8]
 GRAPH_TOKENS = 16384
 BATCHED_TOKENS = 64  # batched_mm gathers one expert's weights per token: 1.1 GB at 64
-
-
-def normal(*shape, scale=1.0):
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * scale
 
 
 def zipf_expert_ids(tokens, experts, seed=0):
     weights = 1.0 / torch.arange(1, 32001, dtype=torch.float64)
     ids = torch.multinomial(weights, tokens, replacement=True, generator=torch.Generator().manual_seed(seed))
     return (ids % experts).cuda()
-
-
-def time_call(function, repeat=100):
-    return triton.testing.do_bench(function, warmup=25, rep=repeat, quantiles=QUANTILES)
-
-
-def time_graph(function, sets, loops=4):
-    """GPU time of one call: a graph runs the function on each of `sets` in turn, several times over."""
-    for arguments in [*sets, *sets]:
-        function(*arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for arguments in sets * loops:
-            function(*arguments)
-    return [ms / loops / len(sets) for ms in time_call(graph.replay, 40)]
 
 
 def experts_module(implementation, gate_up_proj, down_proj):
@@ -112,7 +93,11 @@ def cggr_rows(tokens, experts=4, hidden=2048, inter=1408, only=None, passes=("fo
             if what not in passes:
                 continue
             inputs = [[torch.nn.Parameter(tensor, what != "forward") for tensor in tensors] for tensors in sets]
-            times = time_graph(call, inputs) if graph else time_call(lambda: call(*inputs[0]))  # noqa: B023
+            times = (
+                time_graph([functools.partial(call, *one) for one in inputs])
+                if graph
+                else time_call(functools.partial(call, *inputs[0]))
+            )
             flops = (6 if what == "forward" else 18) * hidden * inter * tokens
             keys = {"op": f"MLP, {experts} experts", "variant": name, "tokens": tokens, "pass": what, "flops": flops}
             rows.append(keys | dict(zip(("ms", "low", "high"), times)))

@@ -1,6 +1,6 @@
 """Conversations to fine-tune on: where they come from, the formats they come in, and which of their tokens are learned.
 
-    python scripts/chat_data.py allenai/ai2_arc:ARC-Easy 'data/*.jsonl'
+    python scripts/show_data.py --conversations allenai/ai2_arc:ARC-Easy 'data/*.jsonl'
 
 prints the first conversation of each source. A source is one of
 
@@ -16,118 +16,28 @@ does not render is refused, for the model would learn from less than the convers
 """
 
 import copy
-import glob
-import hashlib
-import json
-import os
-import re
-import string
-from collections.abc import Callable
-from pathlib import Path
 
 import datasets
-from chat_messages import MESSAGE_KEYS, check_turns, from_json, looked_up, without_fill
-from command_line import ArgumentParser, InputError, run_script
 from jinja2 import TemplateError
-from text_sources import BUILDERS, is_held_out
 from trl.chat_template_utils import get_training_chat_template
 
-# What a row becomes: the turns given to the model, and those from which it learns what the assistant says.
-Turns = tuple[list[dict], list[dict]]
-
-
-def exchange(question: str, answer: str) -> list[dict]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def multiple_choice(question: str, choices: list[str], answer: int) -> Turns:
-    if not 0 <= answer < len(choices):
-        raise InputError(f"its answer is number {answer} of {len(choices)} choices; test splits have no answers")
-    lettered = [f"{letter}. {choice.strip()}" for letter, choice in zip(string.ascii_uppercase, choices)]
-    return [], exchange("\n".join([question.strip(), *lettered]), lettered[answer])
-
-
-def from_prompt(row: dict) -> Turns:
-    prompt, completion = row["prompt"], row["completion"]
-    return ([], exchange(prompt, completion)) if isinstance(prompt, str) else (prompt, completion)
-
-
-def from_instruction(instruction: str, context: str | None, answer: str) -> Turns:
-    return [], exchange(f"{instruction.strip()}\n\n{context or ''}".strip(), answer)
-
-
-def from_arc(row: dict) -> Turns:
-    labels = row["choices"]["label"]  # letters, or the digits from 1 on
-    return multiple_choice(row["question"], row["choices"]["text"], labels.index(row["answerKey"]))
-
-
-def from_sciq(row: dict) -> Turns:
-    choices = [row["correct_answer"], row["distractor1"], row["distractor2"], row["distractor3"]]
-    # An order that depends on the texts alone, because the right one has a column of its own.
-    choices.sort(key=lambda choice: hashlib.blake2b(f"{row['question']}|{choice}".encode()).digest())
-    return multiple_choice(row["question"], choices, choices.index(row["correct_answer"]))
-
-
-def from_hellaswag(row: dict) -> Turns:
-    def clean(text: str) -> str:  # texts from WikiHow have marks such as [title] left in them
-        return " ".join(re.sub(r"\[\w+\]", " ", text).split())
-
-    question = f"How does this text continue?\n{clean(row['ctx'])}"
-    return multiple_choice(question, [clean(ending) for ending in row["endings"]], int(row["label"] or -1))
-
-
-def from_winogrande(row: dict) -> Turns:
-    question = f"Which choice belongs in the blank?\n{row['sentence']}"
-    return multiple_choice(question, [row["option1"], row["option2"]], int(row["answer"] or 0) - 1)
-
-
-CHAT_FORMATS = ("chat", "prompt and completion")  # whose messages, and tools, are for the template
-# Columns that belong to a conversation, unlike ids, sources and scores of it.
-ROW_KEYS = ("tools", "documents", "functions", "chat_template_kwargs")
-# Name -> the columns by which a format is known, and what makes turns of a row; the first that fits is taken.
-FORMATS: dict[str, tuple[set[str], Callable[[dict], Turns]]] = {
-    "chat": ({"messages"}, lambda row: ([], row["messages"])),
-    "prompt and completion": ({"prompt", "completion"}, from_prompt),
-    "Dolly": (
-        {"instruction", "context", "response"},
-        lambda row: from_instruction(row["instruction"], row["context"], row["response"]),
-    ),
-    "Alpaca": (
-        {"instruction", "input", "output"},
-        lambda row: from_instruction(row["instruction"], row["input"], row["output"]),
-    ),
-    "instruction and output": (
-        {"instruction", "output"},
-        lambda row: from_instruction(row["instruction"], None, row["output"]),
-    ),
-    "instruction and response": (
-        {"instruction", "response"},
-        lambda row: from_instruction(row["instruction"], None, row["response"]),
-    ),
-    "MMLU": (
-        {"question", "choices", "answer"},
-        lambda row: multiple_choice(row["question"], row["choices"], row["answer"]),
-    ),
-    "ARC": ({"question", "choices", "answerKey"}, from_arc),
-    "SciQ": ({"question", "correct_answer", "distractor1", "distractor2", "distractor3"}, from_sciq),
-    "HellaSwag": ({"ctx", "endings", "label"}, from_hellaswag),
-    "WinoGrande": ({"sentence", "option1", "option2", "answer"}, from_winogrande),
-}
+from complexity_deep.workflow.command import InputError, first_line
+from complexity_deep.workflow.data.chat_messages import MESSAGE_KEYS, check_turns, from_json, looked_up, without_fill
+from complexity_deep.workflow.data.conversation_formats import CHAT_FORMATS, ROW_KEYS, exchange, format_of, turns_of
+from complexity_deep.workflow.data.sources import builder_of, files_of_pattern, is_hub_name, mix
+from complexity_deep.workflow.data.text_sources import is_held_out
 
 
 def load_source(source: str) -> tuple[datasets.Dataset, dict]:
     """The rows of a source, and its name, configuration and split for the record."""
-    suffix = Path(source.removesuffix(".gz")).suffix
     configuration, split = "", "train"
-    if suffix in BUILDERS and suffix != ".txt":
-        name, files = source, sorted(glob.glob(os.path.expanduser(source), recursive=True))
-        if not files:
-            raise InputError(f"No file matches the source '{source}'.")
-        path, options = BUILDERS[suffix], {"data_files": files}
+    path = builder_of(source)
+    if path and path != "text":
+        name, options = source, {"data_files": files_of_pattern(source)}
     else:
         name, configuration, split, *rest = [*source.split(":"), "", ""]
         path, split, options = name, split or "train", {"name": configuration or None}
-        if name.count("/") != 1 or os.path.exists(name) or any(rest):
+        if not is_hub_name(name) or any(rest):
             raise InputError(
                 f"Unknown source '{source}': it is not a file or pattern ending in .parquet, .jsonl or .json, and not "
                 "a Hub dataset written owner/name, owner/name:configuration or owner/name:configuration:split."
@@ -137,34 +47,10 @@ def load_source(source: str) -> tuple[datasets.Dataset, dict]:
     except Exception as error:  # the Hub client, the network and each file format raise classes of their own
         if isinstance(error.__cause__ or error, StopIteration) or "corresponds to no data" in str(error):
             raise InputError(f"The source '{source}' is empty: it holds no rows.") from error
-        cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"The source '{source}' cannot be read: {cause[0]}") from error
+        raise InputError(f"The source '{source}' cannot be read: {first_line(error.__cause__ or error)}") from error
     if rows.column_names == ["train"]:  # how the Hub has MMLU's auxiliary_train
         rows = rows.flatten().rename_columns({f"train.{column}": column for column in rows.features["train"]})
     return rows, {"name": name, "configuration": configuration or None, "split": split}
-
-
-def format_of(rows: datasets.Dataset, source: str) -> str:
-    for name, (columns, _) in FORMATS.items():
-        if columns <= set(rows.column_names):
-            return name
-    raise InputError(
-        f"The source '{source}' has no column 'messages', nor 'prompt' and 'completion', nor those of another known "
-        f"format ({', '.join(list(FORMATS)[2:])}); its columns are: {', '.join(rows.column_names)}."
-    )
-
-
-def turns_of(row: dict, format_name: str) -> tuple[list[dict], list[dict]]:
-    """`FORMATS[format_name]` on a row, with ValueError for values that are missing or of another type."""
-    columns, make_turns = FORMATS[format_name]
-    try:
-        return make_turns(row)
-    except InputError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"a value of {', '.join(sorted(columns))} is missing, or not what this format has there"
-        ) from error
 
 
 class ChatEncoder:
@@ -303,37 +189,6 @@ def split_held_out(rows: datasets.Dataset, fraction: float) -> tuple[datasets.Da
     return rows.select(kept), rows.select(held_out)
 
 
-def mix(parts: list[datasets.Dataset], weights: list[float] | None, seed: int) -> datasets.Dataset:
-    """One shuffled dataset of the parts.
-
-    With weights, conversation by conversation from part i with probability weights[i], until every part was read to
-    its end; shorter ones start again meanwhile. Without weights, each conversation once.
-    """
-    if weights is None:
-        mixture = datasets.concatenate_datasets(parts)
-    else:
-        if len(weights) != len(parts) or min(weights) <= 0:
-            raise InputError(f"{len(parts)} sources need as many positive weights, but the weights are {weights}.")
-        probabilities = [weight / sum(weights) for weight in weights]
-        mixture = datasets.interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="all_exhausted")
-    return mixture.shuffle(seed=seed)
-
-
-def main(sources: list[str]) -> None:
-    for source in sources:
-        rows, record = load_source(source)
-        name = format_of(rows, source)
-        print(f"# {source}: {len(rows):,} rows of {record['split']}, {name} format")
-        try:
-            messages = check_turns(*turns_of(rows[0], name))
-        except ValueError as error:
-            raise InputError(f"Row 0 of '{source}' is no conversation ({name} format): {error}.") from error
-        for message in messages:
-            calls = "".join(f" {json.dumps(call)}" for call in message.get("tool_calls", []))
-            print(f"{message['role']}: {message['content']}{calls}")
-
-
-if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("sources", nargs="+", help="one or more sources, as above")
-    run_script(main, parser.parse_args().sources)
+def shuffled_mix(parts: list[datasets.Dataset], weights: list[float] | None, seed: int) -> datasets.Dataset:
+    """The parts mixed (`sources.mix`) and shuffled. Without weights, each conversation is in it once."""
+    return mix(parts, weights, seed).shuffle(seed=seed)

@@ -23,10 +23,11 @@ import fsspec.asyn
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from command_line import InputError
 from datasets.distributed import split_dataset_by_node
-from text_sources import is_held_out, read_blocks
 from tqdm.auto import tqdm
+
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data.text_sources import is_held_out, read_blocks
 
 # Enough documents for the tokenizer's threads, few enough that a resumed run soon has its first row.
 TOKENIZED_TOGETHER = 64

@@ -1,34 +1,27 @@
-"""Where text comes from: the sources that train_tokenizer.py and pretrain.py share.
-
-    python scripts/text_sources.py --sources embedded
-
-prints the number of documents and bytes and the first document. A source is one of
+"""Where text comes from. A source is one of
 
     embedded                                  English text that every Python installation carries (about 2 MB)
     HuggingFaceFW/fineweb-edu:sample-10BT     a Hub dataset and its configuration, streamed from its train split
     "data/edu/train-*.parquet"                local files: .parquet, .jsonl or .txt (one document per .txt file)
 
 and several sources make a mixture, weighted by document. Every source comes out as a streamed
-`datasets.IterableDataset` with the single column "text".
+`datasets.IterableDataset` with the single column "text". scripts/show_data.py shows what is in one.
 """
 
-import argparse
 import ast
 import functools
-import glob
 import hashlib
 import importlib
 import itertools
-import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-from command_line import ArgumentParser, InputError, run_script
 
-# File suffix -> the `datasets` builder that reads it; each may also be gzipped.
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+from complexity_deep.workflow.command import InputError, first_line
+from complexity_deep.workflow.data.sources import BUILDERS, builder_of, files_of_pattern, is_hub_name, mix
+
 # Parts of the standard library folder that are third-party code, or tests whose docstrings are fixtures and not prose.
 NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
 SHORTEST_EMBEDDED_DOCUMENT = 200  # characters; below this a module says little more than its own name
@@ -77,20 +70,11 @@ def is_held_out(text: str, fraction: float) -> bool:
 def load_sources(
     sources: list[str], weights: list[float] | None = None, text_column: str = "text", seed: int = 0
 ) -> datasets.IterableDataset:
-    """Open every source and mix them.
-
-    With weights, each document is drawn from source i with probability weights[i]; a pass ends when every source was
-    read to its end, and shorter ones start again meanwhile. Without weights the sources follow each other.
-    """
+    """Open every source and `mix` them."""
     if not sources:
         raise InputError("No text source is given: name at least one, for example 'embedded'.")
     streams = [_load_source(source, text_column) for source in sources]
-    if weights is None:
-        return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
-    if len(weights) != len(sources) or min(weights) <= 0:
-        raise InputError(f"{len(sources)} sources need as many positive weights, but the weights are {weights}.")
-    probabilities = [weight / sum(weights) for weight in weights]
-    return datasets.interleave_datasets(streams, probabilities, seed=seed, stopping_strategy="all_exhausted")
+    return mix(streams, weights, seed)
 
 
 def _load_source(source: str, text_column: str) -> datasets.IterableDataset:
@@ -98,22 +82,14 @@ def _load_source(source: str, text_column: str) -> datasets.IterableDataset:
         documents = datasets.Dataset.from_dict({"text": list(embedded_documents())})
         return documents.to_iterable_dataset()
 
-    suffix = Path(source.removesuffix(".gz")).suffix
-    if suffix in BUILDERS:
-        files = sorted(glob.glob(os.path.expanduser(source), recursive=True))
-        if not files:
-            raise InputError(f"No file matches the source '{source}'.")
-        for file in files:
-            if os.path.getsize(file) == 0:
-                raise InputError(f"The file '{file}' is empty.")
-        options = {"data_files": files}
-        if BUILDERS[suffix] == "text":
+    if path := builder_of(source):
+        options = {"data_files": files_of_pattern(source)}
+        if path == "text":
             options["sample_by"] = "document"
             text_column = "text"
-        path = BUILDERS[suffix]
     else:
         path, _, configuration = source.partition(":")
-        if path.count("/") != 1 or os.path.exists(path):
+        if not is_hub_name(path):
             raise InputError(
                 f"Unknown source '{source}': it is not 'embedded', not a file or pattern ending in "
                 f"{', '.join(BUILDERS)}, and not a Hub dataset written owner/name or owner/name:configuration."
@@ -126,7 +102,7 @@ def _load_source(source: str, text_column: str) -> datasets.IterableDataset:
     except UnicodeDecodeError as error:
         raise InputError(f"The source '{source}' is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except Exception as error:  # the Hub client, the network and each file format raise classes of their own
-        raise InputError(f"The source '{source}' cannot be read: {_first_line(error)}") from error
+        raise InputError(f"The source '{source}' cannot be read: {_kind_and_line(error)}") from error
     if first is None:
         raise InputError(f"The source '{source}' holds no document.")
     if text_column not in first:
@@ -158,7 +134,7 @@ def read_blocks(stream: datasets.IterableDataset, documents: int) -> Iterator[li
     except UnicodeDecodeError as error:
         raise InputError(f"A source is not UTF-8 text all through: {error.reason} in {error.object[:40]!r}.") from error
     except datasets.exceptions.DatasetGenerationError as error:
-        raise InputError(f"A source cannot be read to its end: {_first_line(error.__cause__ or error)}") from error
+        raise InputError(f"A source cannot be read to its end: {_kind_and_line(error.__cause__ or error)}") from error
 
 
 def read_documents(stream: datasets.IterableDataset) -> Iterator[str]:
@@ -167,18 +143,5 @@ def read_documents(stream: datasets.IterableDataset) -> Iterator[str]:
         yield from block
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-
-
-def main(args: argparse.Namespace) -> None:
-    documents = list(read_documents(load_sources(args.sources, text_column=args.text_column)))
-    print(documents[0])
-    print(f"{len(documents):,} documents, {sum(len(text.encode()) for text in documents):,} bytes")
-
-
-if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--sources", nargs="+", default=["embedded"], help="one or more sources, as above")
-    parser.add_argument("--text-column", default="text", help="column that holds the text, except in .txt files")
-    run_script(main, parser.parse_args())
+def _kind_and_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"

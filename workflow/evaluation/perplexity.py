@@ -6,9 +6,7 @@ It is that of the plain cross-entropy, whatever loss the model trains on: smooth
 are not in it.
 """
 
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,22 +15,34 @@ from transformers import EvalPrediction
 IGNORED = -100  # the label of tokens that are not counted
 
 
-def _load_scores():
-    """The function of metrics/token_perplexity, without the `evaluate` library around it."""
-    path = Path(__file__).resolve().parents[1] / "metrics" / "token_perplexity" / "perplexity_scores.py"
-    spec = importlib.util.spec_from_file_location("perplexity_scores", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.perplexity_scores
+def perplexity_scores(nll, tokens, total_bytes: int | None = None) -> dict[str, float | None]:
+    """Scores of documents, or of rows of packed documents, from each one's sum over its tokens.
 
-
-perplexity_scores = _load_scores()
+    Args:
+        nll: [N] summed negative log-likelihood, in nats.
+        tokens: [N] number of tokens that each sum is over.
+        total_bytes: UTF-8 bytes of all documents together.
+    Returns:
+        `nll_per_token` in nats with its standard error `stderr` (None for a single document), `perplexity` =
+        exp(nll_per_token), and with `total_bytes` also `bits_per_byte`.
+    """
+    nll, tokens = np.asarray(nll, dtype=np.float64), np.asarray(tokens, dtype=np.int64)
+    mean = float(nll.sum() / tokens.sum())
+    # Tokens of one document are not independent, documents are: this is the error of a ratio of sums over documents.
+    documents, residuals = len(nll), nll - mean * tokens
+    stderr = None
+    if documents > 1:
+        stderr = math.sqrt(documents / (documents - 1) * float(residuals @ residuals)) / int(tokens.sum())
+    scores = {"nll_per_token": mean, "stderr": stderr, "perplexity": float(np.exp(mean))}
+    if total_bytes is not None:
+        scores["bits_per_byte"] = float(nll.sum()) / math.log(2) / total_bytes
+    return scores
 
 
 def token_nll(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood (B, T) of each label, from logits (B, T, V); 0 where nothing is counted.
 
-    A model of chunked_loss.py gives its token losses (B, T - 1) in place of logits.
+    A model with the chunked loss gives its token losses (B, T - 1) in place of logits.
     """
     if isinstance(logits, tuple):  # a router's loss may come first
         logits = next(output for output in logits if isinstance(output, torch.Tensor) and output.ndim > 1)

@@ -10,7 +10,7 @@ folder laid out like the Hub dataset that the task reads. Files are found by nam
     wikitext*/test.txt, wikitext*/test.txt.gz            the file as distributed, cut at its article headings
 
 Few-shot examples come from mmlu_dev*.parquet, and from files with `train` in place of `test` or `val`. Held-out text is
-any source of text_sources.py; every source is a task of its own.
+any source of data/text_sources.py; every source is a task of its own.
 """
 
 import gzip
@@ -23,10 +23,11 @@ import lm_eval
 import pyarrow.compute
 import pyarrow.parquet
 import yaml
-from command_line import InputError
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
-from text_sources import is_held_out, load_sources, read_documents
+
+from complexity_deep.workflow.command import InputError, first_line
+from complexity_deep.workflow.data.text_sources import is_held_out, load_sources, read_documents
 
 # Task -> the columns that it needs.
 COLUMNS = {
@@ -112,7 +113,7 @@ def read_table(path: Path, task: str) -> tuple[pyarrow.Table, str]:
         try:
             table = pyarrow.parquet.read_table(path)
         except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"'{path}' is not a readable parquet file: {str(error).splitlines()[0]}") from error
+            raise InputError(f"'{path}' is not a readable parquet file: {first_line(error)}") from error
     if not table.num_rows:
         raise InputError(f"'{path}' is empty: it holds no rows.")
     note = ""
@@ -224,7 +225,9 @@ def stage(
             staged.left_out.append(task)
             continue
         else:
-            raise InputError(f"There is no file for {task} below '{data_dir}'; evaluation_data.py has the names.")
+            raise InputError(
+                f"There is no file for {task} below '{data_dir}'; workflow/evaluation/task_data.py has the names."
+            )
         staged.benchmarks.append(task)
         staged.hub_datasets[task] = index["mmlu_anatomy" if task == "mmlu" else task].cfg["dataset_path"]
     members += [stage_text(folder, staged, source, fraction) for source in texts]
@@ -235,11 +238,13 @@ def stage(
     if not names:
         if data_dir is None:
             raise InputError("There is nothing to evaluate: name a benchmark after --tasks, or give --held-out-text.")
-        raise InputError(f"There is no file of any benchmark below '{data_dir}'; evaluation_data.py has the names.")
+        raise InputError(
+            f"There is no file of any benchmark below '{data_dir}'; workflow/evaluation/task_data.py has the names."
+        )
     try:
         staged.loaded = task_manager(folder).load(names)
     except Exception as error:  # the Hub client, the network and each file format raise classes of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         hint = "; local files are taken with --data-dir" if data_dir is None else ""
         raise InputError(f"The data of {', '.join(staged.benchmarks)} cannot be read: {reason}{hint}") from error
     for task in staged.loaded["tasks"].values():

@@ -12,11 +12,12 @@ import shutil
 import zlib
 from pathlib import Path
 
-from command_line import InputError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
+
+from complexity_deep.workflow.command import InputError, first_line
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
@@ -112,7 +113,7 @@ class AtomicCheckpointMixin:
             shutil.rmtree(unfinished, ignore_errors=True)
             last = last_good_checkpoint(root, set_aside=False)
             raise InputError(
-                f"{name} could not be written to {root} ({str(error).splitlines()[0]}); "
+                f"{name} could not be written to {root} ({first_line(error)}); "
                 f"{f'{last.name} is intact' if last else 'there is no earlier one'}. "
                 "Make room and give the same command again."
             ) from error

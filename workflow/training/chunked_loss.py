@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from types import MethodType
 
 import torch
-from command_line import InputError
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+
+from complexity_deep.workflow.command import InputError
 
 CHUNK_ELEMENTS = 2**27  # tokens x vocabulary of one chunk: 4,096 tokens at 32k, 256 MiB of logits in bf16
 # Config fields of architectures that do more to the logits than a matrix product.

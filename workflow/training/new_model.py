@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import torch
-from command_line import InputError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from complexity_deep.workflow.command import InputError
 
 # A vocabulary is often padded to a multiple of at most this, for the sake of the matmul; more than that is a mix-up.
 LARGEST_VOCABULARY_PADDING = 128

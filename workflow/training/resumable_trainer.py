@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from atomic_checkpoint import AtomicCheckpointMixin
-from run_identity import argument_settings, check_same_run, model_settings
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from training_report import TrainingProgress
 from transformers import PrinterCallback, ProgressCallback
+
+from complexity_deep.workflow.training.atomic_checkpoint import AtomicCheckpointMixin
+from complexity_deep.workflow.training.run_identity import argument_settings, check_same_run, model_settings
+from complexity_deep.workflow.training.training_progress import TrainingProgress
 
 
 @torch.no_grad()  # with gradients, `to_local` is an operation of autograd

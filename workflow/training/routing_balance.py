@@ -2,13 +2,14 @@
 
 import torch
 from accelerate.utils import broadcast
-from command_line import InputError
 from datasets import IterableDataset
-from packed_dataset import TOKENIZED_TOGETHER, tokenize
-from text_sources import is_held_out, read_blocks
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
+
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data.packed_rows import TOKENIZED_TOGETHER, tokenize
+from complexity_deep.workflow.data.text_sources import is_held_out, read_blocks
 
 
 def count_tokens(

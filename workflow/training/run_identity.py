@@ -10,9 +10,10 @@ import math
 import os
 from pathlib import Path
 
-from command_line import InputError
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+
+from complexity_deep.workflow.command import InputError
 
 # Fields of a config that change nothing of what is computed, or that the tokenizer and Trainer set.
 NOT_COMPUTATION = {

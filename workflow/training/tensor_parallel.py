@@ -13,12 +13,13 @@ import torch
 import transformers
 from accelerate import ParallelismConfig
 from accelerate.utils import str_to_bool
-from command_line import InputError
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig, load_optimizer_distributed, save_optimizer_distributed
 from transformers.trainer import SCHEDULER_NAME
+
+from complexity_deep.workflow.command import InputError
 
 OPTIMIZER_FOLDER = "optimizer"
 

@@ -5,11 +5,12 @@ from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import fields
 from pathlib import Path
 
-from command_line import InputError, OneSentence, check_output_folder, one_line
 from huggingface_hub import HfApi
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import TrlParser
+
+from complexity_deep.workflow.command import InputError, OneSentence, check_output_folder, one_line
 
 # Transformers 5.24 renamed gradient_checkpointing, and warns where the old name is given.
 RENAMED = "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}

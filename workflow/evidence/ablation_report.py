@@ -5,12 +5,12 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
 import yaml
+from matplotlib import colormaps
 from scipy import stats
 
-matplotlib.use("Agg")  # no display is needed to write a file
-from matplotlib import pyplot
+from complexity_deep.workflow.charts import subplots, write_figure
+from complexity_deep.workflow.markdown_table import table
 
 CONFIDENCE = 0.95
 EQUAL_TOKENS, EQUAL_SECONDS = ("headline", "ablations"), ("equal_seconds",)
@@ -18,7 +18,7 @@ TEXTS = {"held_out_edu": "educational text", "held_out_books": "books"}
 # The goal: mean difference to the reference, and the bound that the upper end of its interval must not exceed.
 GOALS = {"equal tokens": -0.15, "equal seconds": -0.10}
 UPPER_BOUND = -0.05
-COLOURS = pyplot.get_cmap("tab10").colors
+COLOURS = colormaps["tab10"].colors
 
 
 def group(rows: list[dict], plans: tuple[str, ...]) -> dict[str, list[dict]]:
@@ -64,13 +64,19 @@ def as_mean(values: list[float]) -> str:
     return f"{mean:.4f} ± {error:.4f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
 
 
-def comparison_table(runs: dict[str, list[dict]], reference: list[dict], speeds: dict[str, float]) -> list[str]:
+def variant_table(runs: dict[str, list[dict]], reference: list[dict], speeds: dict[str, float]) -> list[str]:
     """One line for each variant, best first."""
-    lines = [
-        "| variant | parameters, M (total / active) | rate | seeds | tokens, M | held-out edu | held-out books | edu, "
-        "difference | books, difference | shifted experts | norm | tokens/s alone |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    header = [
+        "variant",
+        "parameters, M (total / active)",
+        "rate",
+        "seeds",
+        "tokens, M",
+        "held-out edu",
+        "held-out books",
     ]
+    header += ["edu, difference", "books, difference", "shifted experts", "norm", "tokens/s alone"]
+    lines = []
     for variant, rows in sorted(runs.items(), key=lambda item: statistics.mean(column(item[1], "held_out_edu"))):
         first = rows[0]
         cells = [variant, f"{first['parameters'] / 1e6:.1f} / {first['active_parameters'] / 1e6:.1f}"]
@@ -83,8 +89,8 @@ def comparison_table(runs: dict[str, list[dict]], reference: list[dict], speeds:
             known = [row[name] for row in rows if row[name] is not None]
             cells.append(f"{statistics.mean(known):.{digits}f}" if known else "")
         cells.append(f"{speeds[variant]:,.0f}" if variant in speeds else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return table(header, lines)
 
 
 def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates: list[str]) -> list[str]:
@@ -116,7 +122,7 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
 
 def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
     """Held-out educational loss against tokens, the mean of the seeds, from a quarter of the run on."""
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = subplots(figsize=(8, 5))
     for index, (variant, rows) in enumerate(sorted(runs.items())):
         curves = [row["curve"] for row in rows]
         points = [statistics.mean(losses) for losses in zip(*([point[1] for point in curve] for curve in curves))]
@@ -128,8 +134,7 @@ def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
     axes.set_title("Held-out educational text, mean over seeds (number of seeds)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    write_figure(figure, path)
 
 
 def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[dict]) -> None:
@@ -137,7 +142,7 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
     name = reference[0]["variant"]
     mean_of = {variant: statistics.mean(column(rows, "held_out_edu")) for variant, rows in runs.items()}
     variants = sorted((variant for variant in runs if variant != name), key=mean_of.get, reverse=True)
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.35 * len(variants)), layout="constrained")
+    figure, axes = subplots(figsize=(8, 1.2 + 0.35 * len(variants)))
     for offset, (text, title) in enumerate(TEXTS.items()):
         for height, variant in enumerate(variants):
             mean, bounds = difference(column(runs[variant], text), column(reference, text))
@@ -150,8 +155,7 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
     axes.set(xlabel=f"difference in held-out loss to {name}, nats per token (left is better), 95 % interval")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    write_figure(figure, path)
 
 
 def sweep_table(rows: list[dict]) -> list[str]:
@@ -159,17 +163,17 @@ def sweep_table(rows: list[dict]) -> list[str]:
     swept = [row for row in rows if row["plan"] == "learning_rates"]
     rates = sorted({row["learning_rate"] for row in swept})
     cells = {(row["variant"], row["learning_rate"]): row for row in swept}
-    lines = ["| variant | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---:|" * len(rates)]
+    lines = []
     for variant in dict.fromkeys(row["variant"] for row in swept):
         found = [cells.get((variant, rate)) for rate in rates]
         shown = ["" if r is None else f"{r['held_out_edu']:.4f}" if r["status"] == "ok" else r["status"] for r in found]
-        lines.append(f"| {variant} | " + " | ".join(shown) + " |")
-    return lines
+        lines.append([variant, *shown])
+    return table(["variant", *(f"{rate:g}" for rate in rates)], lines)
 
 
 def stability_table(rows: list[dict]) -> list[str]:
-    lines = ["| variant | rate | runs | diverged | spikes a run | largest gradient norm | held-out edu |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    header = ["variant", "rate", "runs", "diverged", "spikes a run", "largest gradient norm", "held-out edu"]
+    lines = []
     grouped = {}
     for row in rows:
         if row["plan"] == "stability" and row["status"] != "failed":
@@ -178,11 +182,11 @@ def stability_table(rows: list[dict]) -> list[str]:
         ended = [row["held_out_edu"] for row in found if row["status"] == "ok"]
         cells = [variant, f"{rate:g}", str(len(found)), str(len(found) - len(ended))]
         cells += [f"{statistics.mean(column(found, 'spikes')):.1f}", f"{max(column(found, 'max_grad_norm')):.1f}"]
-        lines.append("| " + " | ".join([*cells, as_mean(ended) if ended else ""]) + " |")
-    return lines
+        lines.append([*cells, as_mean(ended) if ended else ""])
+    return table(header, lines)
 
 
-def report(output: Path, rows: list[dict], recipes: str) -> str:
+def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     """Write the figures into `output` and the page beside it; returns what was written."""
     base = yaml.safe_load(Path(recipes, "30m.yaml").read_text())
     rows = [row for row in rows if row["size"] == base["size"]]
@@ -200,10 +204,10 @@ def report(output: Path, rows: list[dict], recipes: str) -> str:
     ]
     lines += ["experts' norms (1 where they were not trained).", ""]
     if equal_tokens:
-        lines += ["## At equal tokens", "", *comparison_table(equal_tokens, reference, speeds), ""]
+        lines += ["## At equal tokens", "", *variant_table(equal_tokens, reference, speeds), ""]
     if equal_seconds:
         lines += [f"## At the seconds of {base['reference']}", ""]
-        lines += [*comparison_table(equal_seconds, reference, speeds), ""]
+        lines += [*variant_table(equal_seconds, reference, speeds), ""]
     if headline:
         draw_curves(output / "curves.png", headline)
         lines += [f"![held-out loss against tokens]({output.name}/curves.png)", ""]

@@ -2,16 +2,12 @@
 
 import csv
 import shutil
-import sys
 
 import pytest
 from PIL import Image
 
+from complexity_deep.workflow.benchmarks import charts as benchmark_charts
 from support import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-
-import benchmark_charts
 
 RUN = {"device": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "commit": "abc", "date": "2026-11-26"}
 STEP = "1.5b batch 1 decode step"

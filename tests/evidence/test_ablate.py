@@ -4,9 +4,7 @@ import itertools
 import json
 import math
 import os
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +13,12 @@ import yaml
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-
-import ablate  # noqa: E402
-import ablation_data  # noqa: E402
-import ablation_report  # noqa: E402
-import ablation_run  # noqa: E402
-from ablate import PlanError, Results, Runner, expand, finish, identity, read_rows  # noqa: E402
-from command_line import InputError  # noqa: E402
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.evidence import ablation_data, ablation_report, ablation_run
+from complexity_deep.workflow.evidence.ablation_plan import PlanError, expand, finish, identity, missing_of
+from complexity_deep.workflow.evidence.ablation_results import FIELDS, Results, read_rows
+from complexity_deep.workflow.evidence.ablation_runner import Runner
+from support import REPOSITORY
 
 PLANS = REPOSITORY / "recipes" / "evidence"
 DATA = {"id": "4e12", "eos_token_id": 0}  # an id that could be taken for a number
@@ -146,7 +141,7 @@ def test_every_outcome_is_recorded_and_a_finished_run_is_not_made_again(tmp_path
     assert rows[0]["curve"] == [[1, 3.0, 4.0]] and rows[0]["commit"] == "1e5" and rows[0]["data"] == DATA["id"]
     assert rows[0]["seconds"] == 1.0 and rows[0]["tokens"] == runs[0]["tokens"] and "torch 2.11" in rows[0]["versions"]
     assert "CUDA graphs" in rows[4]["versions"] and "CUDA graphs" not in rows[0]["versions"]
-    assert ablate.missing_of(runs, read_rows(tmp_path / "runs.csv")) == [runs[2], runs[3]]
+    assert missing_of(runs, read_rows(tmp_path / "runs.csv")) == [runs[2], runs[3]]
     assert "edu 3.0000" in capsys.readouterr().out
 
 
@@ -218,7 +213,7 @@ class PretendedGraph:
 def test_a_recorded_step_that_gives_something_else_is_refused(monkeypatch):
     from contextlib import nullcontext
 
-    from recorded_step import RecordedStep
+    from complexity_deep.workflow.evidence.recorded_step import RecordedStep
 
     for wrong, message in ((0.0, None), (1.0, "The recorded step has a loss of")):
         weight = torch.nn.Parameter(torch.ones(3))
@@ -364,7 +359,7 @@ def test_weighted_experts_are_those_of_the_library():
 
 
 def finished(variant, seed, edu, plan="headline", **changes):
-    row = {name: None for name in ablate.FIELDS}
+    row = {name: None for name in FIELDS}
     row |= {"variant": variant, "seed": seed, "size": "30m", "status": "ok", "plan": plan, "learning_rate": 1e-3}
     row |= {"held_out_edu": edu, "held_out_books": edu + 1, "parameters": 2e6, "active_parameters": 1e6, "tokens": 1e8}
     row |= {"curve": [[t, edu + 1 / t, edu + 1] for t in range(1, 9)], "device": "H100", "versions": "torch"}
@@ -376,7 +371,7 @@ def page(tmp_path):
     (tmp_path / "evidence").mkdir()
 
     def make(rows):
-        ablation_report.report(tmp_path / "evidence", rows, str(PLANS))
+        ablation_report.write_study(tmp_path / "evidence", rows, str(PLANS))
         return " ".join((tmp_path / "evidence.md").read_text().split())
 
     return make

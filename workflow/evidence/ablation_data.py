@@ -10,19 +10,20 @@ A row is `row_length` tokens from a multiple of it on. Nothing else is stored: w
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from command_line import InputError
-from new_model import load_tokenizer
-from packed_dataset import TOKENIZED_TOGETHER, tokenize
-from text_sources import load_sources, read_blocks
 from torch import Tensor
 from tqdm.auto import tqdm
-from train_tokenizer import save_atomically
+
+from complexity_deep.workflow.command import InputError, whole_files
+from complexity_deep.workflow.data.packed_rows import TOKENIZED_TOGETHER, tokenize
+from complexity_deep.workflow.data.sources import check_weights
+from complexity_deep.workflow.data.text_sources import load_sources, read_blocks
+from complexity_deep.workflow.data.tokenizer_training import save_whole
+from complexity_deep.workflow.training.new_model import load_tokenizer
 
 SHUFFLE_SEED = 0
 LARGEST_VOCABULARY = 2**16  # what two bytes hold
@@ -54,13 +55,11 @@ def prepare(
 
     Raises `InputError` for a source with fewer tokens than its share of `tokens`, and for what cannot be read.
     """
-    if len(weights) != len(sources) or min(weights) <= 0:
-        raise InputError(f"{len(sources)} sources need as many positive weights, but the weights are {weights}.")
+    check_weights(sources, weights)
     tokenizer = load_tokenizer(tokenizer_path)
     if len(tokenizer) > LARGEST_VOCABULARY:
         raise InputError(f"The tokenizer has {len(tokenizer):,} tokens, and a token file holds ids below 65,536.")
     output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     shares = [tokens * weight / sum(weights) for weight in weights]
     parts = {name: read_tokens(source, tokenizer, float("inf")) for name, source in held_out.items()}
     documents = [ids for source, share in zip(sources, shares) for ids in read_tokens(source, tokenizer, share)]
@@ -68,20 +67,18 @@ def prepare(
     files = {"train": [documents[index] for index in order]}
     files.update({f"held_out_{name}": part for name, part in parts.items()})
     facts = {"sources": [Path(source).name for source in sources], "weights": weights, "files": {}}
-    for name, part in files.items():
-        data = np.concatenate(part).tobytes()
-        with tempfile.NamedTemporaryFile(dir=output, delete=False) as file:
-            file.write(data)
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(output / f"{name}.bin")
-        digest = hashlib.sha256(data).hexdigest()
-        facts["files"][name] = {"tokens": len(data) // 2, "documents": len(part), "sha256": digest}
-    facts["eos_token_id"] = tokenizer.eos_token_id
-    facts["vocab_size"] = len(tokenizer)
-    facts["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    facts["id"] = data_id(facts)
-    save_atomically(tokenizer, output / "tokenizer")
-    (output / "data.json").write_text(json.dumps(facts, indent=1) + "\n")
+    save_whole(tokenizer, output / "tokenizer")
+    with whole_files(output) as folder:
+        for name, part in files.items():
+            data = np.concatenate(part).tobytes()
+            (folder / f"{name}.bin").write_bytes(data)
+            digest = hashlib.sha256(data).hexdigest()
+            facts["files"][name] = {"tokens": len(data) // 2, "documents": len(part), "sha256": digest}
+        facts["eos_token_id"] = tokenizer.eos_token_id
+        facts["vocab_size"] = len(tokenizer)
+        facts["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        facts["id"] = data_id(facts)
+        (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n")
     return facts
 
 

@@ -4,6 +4,8 @@ import os
 import sys
 import traceback
 
+from complexity_deep.workflow.command import first_line
+
 
 def train_in_child(run: dict, gpu: str, threads: int, log: str, connection, **options) -> None:
     """Send the result of `ablation_run.train`, or why there is none, to the parent; what is printed goes to `log`."""
@@ -13,16 +15,16 @@ def train_in_child(run: dict, gpu: str, threads: int, log: str, connection, **op
         os.dup2(file.fileno(), 2)
         try:
             import torch
-            from ablation_run import train
-            from provenance import provenance
+
+            from complexity_deep.workflow.evidence.ablation_run import train
+            from complexity_deep.workflow.provenance import provenance
 
             torch.set_num_threads(threads)
             result = train(run, **options)
             result |= {name: provenance()[name] for name in ("device", "torch", "transformers", "triton")}
         except Exception as error:
             traceback.print_exc()
-            lines = str(error).strip().splitlines() or [""]
-            result = {"status": "failed", "reason": f"{type(error).__name__}: {lines[0]}"}
+            result = {"status": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
         connection.send(result)
         connection.close()
         sys.stdout.flush()

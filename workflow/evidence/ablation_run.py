@@ -10,17 +10,17 @@ import tempfile
 import time
 
 import torch
-from ablation_data import TrainingBatches, batch_of, token_counts, token_rows
-from chunked_loss import use_chunked_loss
-from model_flops import active_parameters, total_parameters
-from new_model import load_tokenizer, model_of_shape
-from recorded_step import RecordedStep
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter, load_balancing_loss_func
 
 from complexity_deep.accelerated_complexity_deep import cggr_experts_forward
+from complexity_deep.workflow.evidence.ablation_data import TrainingBatches, batch_of, token_counts, token_rows
+from complexity_deep.workflow.evidence.recorded_step import RecordedStep
+from complexity_deep.workflow.flops import active_parameters, total_parameters
+from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
+from complexity_deep.workflow.training.new_model import load_tokenizer, model_of_shape
 
 WARM_UP_STEPS = 10  # compiled and not timed; their time is taken to be that of the others
 CURVE_POINTS = 16
