@@ -14,8 +14,10 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from command_line import ArgumentParser, InputError, one_line, run_script
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from complexity_deep.workflow.command import ArgumentParser, InputError, one_line, run_script
+from complexity_deep.workflow.flops import total_parameters
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,8 +56,6 @@ def prompts() -> Iterator[str]:
 def load(args: argparse.Namespace):
     """Model and tokenizer."""
     try:
-        if "auto_map" not in PreTrainedConfig.get_config_dict(args.model)[0]:
-            import complexity_deep  # noqa: F401 (a published folder brings no code of its own)
         model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{args.model} cannot be loaded: {one_line(error)}") from error
@@ -63,8 +63,7 @@ def load(args: argparse.Namespace):
         model.to(args.device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"The device '{args.device}' cannot be used: {one_line(error)}") from error
-    count = model.parameter_counts()["total"] if hasattr(model, "parameter_counts") else model.num_parameters()
-    print(f"{args.model}: {count:,} parameters, code from {type(model).__module__}", file=sys.stderr)
+    print(f"{args.model}: {total_parameters(model):,} parameters, code from {type(model).__module__}", file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=True)
     except (OSError, ValueError) as error:

@@ -9,15 +9,11 @@ How often FSDP2 gathered weights is printed at the end.
 
 import atexit
 import runpy
-import sys
-from pathlib import Path
 
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp
 import transformers.training_args
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 PartialState._prepare_backend = lambda self, *arguments: ("gloo", DistributedType.MULTI_GPU)
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True
@@ -32,5 +28,4 @@ def count(*arguments, **options):
 gather, gathers = fsdp.foreach_all_gather, 0
 fsdp.foreach_all_gather = count
 atexit.register(lambda: print(f"weights gathered {gathers} times", flush=True))
-sys.path.insert(0, str(SCRIPTS))
-runpy.run_path(str(SCRIPTS / "pretrain.py"), run_name="__main__")
+runpy.run_module("complexity_deep.scripts.pretrain", run_name="__main__")

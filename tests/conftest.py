@@ -33,11 +33,13 @@ def published_folder(tmp_path):
 
 @pytest.fixture
 def nan_filled_memory(monkeypatch):
-    """Fill fresh memory with NaN, so that an element no kernel wrote fails."""
+    """Fill fresh memory with NaN, and indices with one far outside, so that an element no kernel wrote fails."""
 
     def nan(x):
         if x.is_floating_point():
             x.detach().fill_(float("nan"))
+        elif x.dtype in (torch.int32, torch.int64):
+            x.fill_(-(2**30))
         return x
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):

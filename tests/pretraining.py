@@ -14,11 +14,9 @@ import pytest
 import torch
 import transformers
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from text_sources import embedded_documents  # noqa: E402
-from train_tokenizer import train  # noqa: E402
+from complexity_deep.workflow.data.text_sources import embedded_documents
+from complexity_deep.workflow.data.tokenizer_training import train_bpe
+from support import REPOSITORY
 
 ROW = 48
 
@@ -26,6 +24,11 @@ ROW = 48
 def small_texts() -> list[str]:
     """60 texts of the standard library, of at most 600 characters."""
     return [text[:600] for text in islice(embedded_documents(), 60)]
+
+
+def small_tokenizer():
+    """A tokenizer of 300 tokens for `small_texts`."""
+    return train_bpe(iter(small_texts()), vocab_size=300, model_max_length=ROW)
 
 
 def write_corpus(folder: Path, texts: list[str]) -> None:
@@ -40,8 +43,8 @@ def write_recipe(folder: Path, shape: dict, **options) -> Path:
     """A recipe of a few seconds for a tiny model and all that it names, in `folder`; returns its path."""
     texts = small_texts()
     write_corpus(folder / "text", texts)
-    train(iter(texts), vocab_size=300, model_max_length=ROW).save_pretrained(folder / "tokenizer")
-    tiny = json.loads((ROOT / "configs" / "tiny.json").read_text())
+    small_tokenizer().save_pretrained(folder / "tokenizer")
+    tiny = json.loads((REPOSITORY / "configs" / "tiny.json").read_text())
     (folder / "model.json").write_text(json.dumps({**tiny, "vocab_size": None, "num_hidden_layers": 2, **shape}))
     recipe = {
         "model_config": str(folder / "model.json"),
@@ -67,7 +70,7 @@ def run_here(*options: object) -> None:
     """The script in this process, which saves its imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pretrain.py", *map(str, options)])
-        runpy.run_path(str(ROOT / "scripts" / "pretrain.py"), run_name="__main__")
+        runpy.run_module("complexity_deep.scripts.pretrain", run_name="__main__")
 
 
 def start(log: Path, *options: object, file_limit: int | None = None, environment: dict[str, str] | None = None):
@@ -77,7 +80,7 @@ def start(log: Path, *options: object, file_limit: int | None = None, environmen
     `file_limit` bytes is the most that it may write into one file.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pretraining", "pretrain"])
+    context.set_forkserver_preload(["pretraining", "complexity_deep.scripts.pretrain"])
     process = context.Process(target=_run, args=(log, options, file_limit, environment or {}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the imports of the first start
@@ -110,3 +113,10 @@ def finish(process, log: Path, exitcode: int = 0) -> str:
     process.join(500)
     assert process.exitcode == exitcode, log.read_text()
     return log.read_text()
+
+
+def documents_in(rows: list[dict], eos: int) -> list[tuple]:
+    """The whole documents of consecutive rows."""
+    flat = [token for row in rows for token in row["input_ids"]]
+    ends = [index + 1 for index, token in enumerate(flat) if token == eos]
+    return [tuple(flat[start:end]) for start, end in zip([0, *ends], ends)]

@@ -21,8 +21,10 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from pretraining import run_here, write_recipe
 
+from complexity_deep.workflow.data.conversation_formats import FORMATS
+from complexity_deep.workflow.main import list_of_commands
+from pretraining import run_here, write_recipe
 from support import GOLDEN, REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -48,16 +50,6 @@ def clone(tmp_path_factory):
     shutil.copytree(folder / "runs/demo/model", folder / "runs/30m")
     shutil.copytree(GOLDEN / "v0.13-tiny", folder / "path/to/published")
     return folder
-
-
-def run_snippet(code: str, name: str, names: dict) -> None:
-    """As in the reader's own process, which does not see scripts/: its evaluate.py would stand before the library."""
-    scripts = str(REPOSITORY / "scripts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [path for path in sys.path if path != scripts])
-        if str(getattr(sys.modules.get("evaluate"), "__file__", "")).startswith(scripts):
-            patch.delitem(sys.modules, "evaluate")
-        exec(compile(code, name, "exec"), names)
 
 
 def run_script(path: str, arguments: list[str]) -> None:
@@ -89,7 +81,12 @@ def parse_command(words: list[str]) -> None:
         launch = launch_command_parser().parse_args(words[2:])
         assert Path(launch.config_file).is_file(), launch.config_file
         words = ["python", launch.training_script, *launch.training_script_args]
-    if words[0] == "python" and SCRIPT.match(words[1]):
+    if words == ["complexity-deep"]:
+        assert all(
+            (REPOSITORY / "scripts" / f"{name}.py").is_file()
+            for name in re.findall(r"^  (\w+) ", list_of_commands(), re.MULTILINE)
+        )
+    elif words[0] == "python" and SCRIPT.match(words[1]):
         parse_script(words[1], words[2:])
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all(Path(word).exists() for word in words[3:] if not word.startswith("-"))
@@ -111,7 +108,7 @@ def test_page_runs_from_top_to_bottom(page, clone, monkeypatch):
         if "torchao" in code and importlib.util.find_spec("torchao") is None:
             continue  # `make test-quantization` runs this page where it is installed
         if language == "python":
-            run_snippet(code, f"{page.name}: {code.splitlines()[0]}", names)
+            exec(compile(code, f"{page.name}: {code.splitlines()[0]}", "exec"), names)
         for line in code.replace("\\\n", " ").splitlines() if language == "bash" else ():
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
@@ -143,8 +140,6 @@ def test_readme_is_a_landing_page():
 
 
 def test_formats_of_fine_tuning_are_documented():
-    from chat_data import FORMATS  # importing `pretraining` made the scripts' parts importable
-
     rows = [
         line.split("|")[1:3] for line in (REPOSITORY / "docs" / "training.md").read_text().splitlines() if "|" in line
     ]

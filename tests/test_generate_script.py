@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from support import REPOSITORY, tiny_model
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-
-import generate as script
-from command_line import InputError
-from text_sources import embedded_documents
-from train_tokenizer import train
+from complexity_deep.scripts import generate as script
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data.text_sources import embedded_documents
+from complexity_deep.workflow.data.tokenizer_training import train_bpe
+from support import tiny_model
 
 CONTEXT = 64
 
@@ -22,7 +20,7 @@ CONTEXT = 64
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
-    tokenizer = train((text[:500] for text in islice(embedded_documents(), 20)), 300, CONTEXT)
+    tokenizer = train_bpe((text[:500] for text in islice(embedded_documents(), 20)), 300, CONTEXT)
     tokenizer.save_pretrained(folder)
     tiny_model(vocab_size=300, max_position_embeddings=CONTEXT).save_pretrained(folder)
     return folder
@@ -38,7 +36,7 @@ def chat(monkeypatch, folder: Path, lines: list[str], reply: str, *options: str)
         end = torch.tensor([[tokenizer.convert_tokens_to_ids("<|im_end|>")]])
         return torch.cat([input_ids, tokens, end], dim=1)
 
-    tokenizer = script.AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     typed = iter(lines)
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed, ""))
     monkeypatch.setattr("transformers.generation.GenerationMixin.generate", answer)
@@ -62,7 +60,7 @@ def test_interactive_keeps_the_conversation(monkeypatch, folder):
 def test_the_oldest_turns_make_room(monkeypatch, folder, capsys):
     """Of a context of 64 tokens, 4 are left for the answer."""
     prompts = chat(monkeypatch, folder, [f"line {number}" for number in range(8)], "yes", "--max_tokens", "4")
-    tokenizer = script.AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert all(len(tokenizer(prompt)["input_ids"]) <= CONTEXT - 4 for prompt in prompts)
     assert "line 7" in prompts[-1] and "line 6" in prompts[-1] and "line 0" not in prompts[-1]
     assert prompts[-1].startswith("<|im_start|>user") and "oldest turn" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 import yaml
 
 from complexity_deep.configuration_complexity_deep import SHIPPED_FILES
@@ -48,10 +49,25 @@ def test_base_dependencies_are_what_the_package_imports():
     assert imported(files) - OPTIONAL == declared()
 
 
-def test_extras_have_what_the_scripts_import():
-    scripts = imported(sorted((REPOSITORY / "scripts").glob("*.py")))
-    allowed = declared() | declared("train", "eval") | OPTIONAL
-    assert scripts <= allowed, f"not declared: {scripts - allowed}"
+def with_parts(command: Path) -> set[Path]:
+    """The file of a command and those of ours that it imports, and these import."""
+    found, new = set(), {command}
+    while new:
+        found |= new
+        nodes = [node for path in new for node in ast.walk(ast.parse(path.read_text()))]
+        names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        paths = {REPOSITORY / f"{name.removeprefix('complexity_deep.').replace('.', '/')}.py" for name in names}
+        new = {path for path in paths if path.is_file()} - found
+    return found
+
+
+@pytest.mark.parametrize("command", sorted((REPOSITORY / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_the_extra_that_a_command_names_has_what_it_imports(command):
+    extras = set(re.findall(r'needs\("(\w+)"\)', command.read_text()))
+    assert len(extras) <= 1
+    allowed = declared() | OPTIONAL | (declared(*extras) if extras else set())
+    missing = imported(sorted(with_parts(command))) - allowed
+    assert not missing, f"{command.name} says {extras or 'nothing'} and needs {missing}"
 
 
 def test_the_workflow_runs_what_our_ci_runs():

@@ -453,7 +453,8 @@ def test_the_wheel_is_complete_and_imports_silently_without_triton(tmp_path):
     pytest.importorskip("setuptools", reason="building the wheel needs setuptools in this environment")
     for name in ("source", "elsewhere"):
         (tmp_path / name).mkdir()
-    shutil.copytree(REPOSITORY / "kernels", tmp_path / "source" / "kernels")
+    for name in ("configs", "hub_card", "kernels", "recipes", "scripts", "workflow"):
+        shutil.copytree(REPOSITORY / name, tmp_path / "source" / name)
     for pattern in ("*.py", "*.toml", "*.md", "LICENSE"):
         for path in REPOSITORY.glob(pattern):
             shutil.copyfile(path, tmp_path / "source" / path.name)
@@ -463,6 +464,15 @@ def test_the_wheel_is_complete_and_imports_silently_without_triton(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     for name in SHIPPED_FILES:
         assert (tmp_path / "installed" / "complexity_deep" / name).read_bytes() == (REPOSITORY / name).read_bytes()
+    package = tmp_path / "installed" / "complexity_deep"
+    for folder in ("kernels", "scripts", "workflow"):  # and what the commands read
+        for file in (REPOSITORY / folder).rglob("*.*"):
+            assert file.suffix == ".pyc" or (package / file.relative_to(REPOSITORY)).is_file(), file
+    for name in ("LICENSE", "configs/30m.json", "hub_card/model_card.md", "hub_card/not_supported.yaml"):
+        assert (package / name).is_file(), name
+    assert (package / "recipes" / "demo.yaml").is_file() and (package / "recipes" / "accelerate" / "ddp.yaml").is_file()
+    (entry_points,) = (tmp_path / "installed").glob("*.dist-info/entry_points.txt")
+    assert "complexity-deep = complexity_deep.workflow.main:main" in entry_points.read_text()
     path = os.pathsep.join(filter(None, [str(tmp_path / "installed"), os.environ.get("PYTHONPATH")]))
     report, stderr = run_alone(
         package_without_triton,

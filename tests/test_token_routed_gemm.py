@@ -64,20 +64,7 @@ def rms_ratio(value, truth):
     return ((value.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch):
-    """`torch.empty` and its kin return NaN: what a kernel leaves unwritten cannot pass."""
-
-    def poison(function):
-        def filled(*args, **kwargs):
-            out = function(*args, **kwargs)
-            return out.fill_(float("nan") if out.is_floating_point() else -(2**30))
-
-        return filled
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
 @pytest.mark.parametrize("tokens, hidden, inter, experts, dtype, routing", CASES)

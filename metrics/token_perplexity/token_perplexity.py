@@ -10,7 +10,7 @@ One entry is one document, or one row of packed documents.
 import datasets
 import evaluate
 
-from .perplexity_scores import perplexity_scores
+from complexity_deep.workflow.evaluation.perplexity import perplexity_scores
 
 DESCRIPTION = "Negative log-likelihood per token with its standard error, perplexity, and bits per byte."
 INPUTS = """

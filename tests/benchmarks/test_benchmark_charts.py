@@ -1,0 +1,47 @@
+"""Charts of benchmarks/results.csv."""
+
+import csv
+import shutil
+
+import pytest
+from PIL import Image
+
+from complexity_deep.workflow.benchmarks import charts as benchmark_charts
+from support import REPOSITORY
+
+RUN = {"device": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "commit": "abc", "date": "2026-11-26"}
+STEP = "1.5b batch 1 decode step"
+
+
+def row(variant: str, tokens_per_s: float, **run) -> dict:
+    return {"case": STEP, "variant": variant, "tokens_per_s": tokens_per_s, **RUN, **run}
+
+
+def test_every_chart_is_drawn_at_page_width(tmp_path):
+    shutil.copy(REPOSITORY / "benchmarks" / "results.csv", tmp_path)
+    written = benchmark_charts.draw(tmp_path)
+    assert [path.stem for path in written] == list(benchmark_charts.CHARTS)
+    for path in written:
+        width, height = Image.open(path).size
+        assert width == 1200 and height < width
+
+
+def test_what_was_not_measured_is_left_out(tmp_path):
+    results = list(csv.DictReader((REPOSITORY / "benchmarks" / "results.csv").open(newline="")))
+    kept = [entry for entry in results if entry["benchmark"] == "kernels" and "MLP" in entry["case"]]
+    with (tmp_path / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(results[0]))
+        writer.writeheader()
+        writer.writerows(kept)
+    assert [path.stem for path in benchmark_charts.draw(tmp_path)] == ["near_dense", "experts"]
+
+
+def test_only_rows_of_one_measurement_are_compared():
+    needed = [(STEP, "ours"), (STEP, "peer")]
+    together = [row("ours", 1.0), row("peer", 2.0)]
+    alone = [row("ours", 9.0)]  # measured again on an idle machine, without the peer
+    assert benchmark_charts.newest(together + alone, needed)[needed[0]]["tokens_per_s"] == 1.0
+    newer = [row("ours", 3.0, date="2026-11-27"), row("peer", 4.0, date="2026-11-27")]
+    assert benchmark_charts.newest(together + alone + newer, needed)[needed[0]]["tokens_per_s"] == 3.0
+    with pytest.raises(benchmark_charts.NotMeasuredError):
+        benchmark_charts.newest([*alone, row("peer", 4.0, commit="other")], needed)

@@ -1,0 +1,82 @@
+"""Runs side by side, from files as pretrain.py leaves them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from complexity_deep.scripts import compare_runs
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.evaluation.run_comparison import draw, read
+
+
+def write_run(folder: Path, loss: float, tokens: int = 1000) -> Path:
+    folder.mkdir()
+    held_out = [{"step": step, "loss": loss + 2 - step, "perplexity": 9.0} for step in (0, 1, 2)]
+    summary = {"model_type": "llama", "parameters": 12345, "active_parameters": 6789, "tokens": tokens}
+    summary |= {"tokens_per_second": 10.0, "device": "a CPU", "held_out": held_out, "options": {"seed": 7}}
+    (folder / "training_summary.json").write_text(json.dumps(summary))
+    history = [{"step": 1, "loss": loss + 1}, {"step": 1, "eval_loss": loss + 1}, {"step": 2, "loss": loss}]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return folder
+
+
+def compare(monkeypatch, output, *runs):
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, runs), "--output", str(output)])
+    compare_runs.main(compare_runs.parse_args())
+
+
+def test_table_and_picture(tmp_path, monkeypatch):
+    runs = [write_run(tmp_path / "ours", 1.25), write_run(tmp_path / "dense", 1.5)]
+    compare(monkeypatch, tmp_path / "out" / "1.5b", *runs)
+    text = (tmp_path / "out" / "1.5b.md").read_text()
+    assert "| held-out loss, nats per token | 1.2500 | 1.5000 |" in text and "| parameters | 12,345 | 12,345 |" in text
+    assert "tokens 1000; device a CPU" in text and "differs" not in text and "None" not in text
+    assert (tmp_path / "out" / "1.5b.png").stat().st_size > 1000
+
+
+def test_held_out_points_are_on_the_chart(tmp_path):
+    """The loss of the untrained model is left out, and every other point lies between the limits."""
+    run = write_run(tmp_path / "run", 1.25)
+    summary = json.loads((run / "training_summary.json").read_text())
+    summary["held_out"] = [{"step": step, "loss": loss, "perplexity": 9.0} for step, loss in ((0, 10), (1, 5), (2, 3))]
+    (run / "training_summary.json").write_text(json.dumps(summary))
+    axes = draw([read(run)]).axes[0]
+    low, high = axes.get_ylim()
+    held_out = next(line for line in axes.lines if line.get_marker() == "o")
+    assert list(held_out.get_ydata()) == [5, 3] and low < 3 and 5 < high < 6
+
+
+def test_what_differs_is_said(tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path / "out", write_run(tmp_path / "a", 1.0), write_run(tmp_path / "b", 1.0, tokens=2000))
+    assert "| **differs: tokens** | 1000 | 2000 |" in (tmp_path / "out.md").read_text()
+
+
+def test_standard_errors_are_shown_where_the_runs_have_them(tmp_path, monkeypatch):
+    runs = [write_run(tmp_path / "old", 1.25), write_run(tmp_path / "new", 1.5)]
+    summary = json.loads((runs[1] / "training_summary.json").read_text())
+    summary["held_out"][-1] |= {"loss_stderr": 0.0123, "perplexity_stderr": 0.11}
+    (runs[1] / "training_summary.json").write_text(json.dumps(summary))
+    compare(monkeypatch, tmp_path / "out", *runs)
+    text = (tmp_path / "out.md").read_text()
+    assert "| held-out loss, nats per token | 1.2500 | 1.5000 ± 0.0123 |" in text
+    assert "| held-out perplexity | 9.00 | 9.00 ± 0.11 |" in text
+
+
+def test_the_output_is_checked_before_the_runs_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken.png").mkdir()
+    for output, sentence in (("file/out", "is a file"), ("taken", "is a folder"), ("/proc/out", "cannot be written")):
+        with pytest.raises(InputError, match=sentence):
+            compare(monkeypatch, tmp_path / output, tmp_path / "absent")
+
+
+def test_unusable_runs_are_refused(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", 1.0)
+    with pytest.raises(InputError, match="is not the output folder of a finished run"):
+        compare(monkeypatch, tmp_path / "out", run, tmp_path / "absent")
+    (run / "training_summary.json").write_text("{}")
+    with pytest.raises(InputError, match="is not the output folder of a finished run"):
+        compare(monkeypatch, tmp_path / "out", run)
+    assert not (tmp_path / "out.md").exists()

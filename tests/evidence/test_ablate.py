@@ -1,0 +1,403 @@
+"""ablate.py: which runs a plan makes, that each is made once and recorded whatever comes of it, and the report."""
+
+import itertools
+import json
+import math
+import os
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.evidence import ablation_data, ablation_report, ablation_run
+from complexity_deep.workflow.evidence.ablation_plan import PlanError, expand, finish, identity, missing_of
+from complexity_deep.workflow.evidence.ablation_results import FIELDS, Results, read_rows
+from complexity_deep.workflow.evidence.ablation_runner import Runner
+from support import REPOSITORY
+
+PLANS = REPOSITORY / "recipes" / "evidence"
+DATA = {"id": "4e12", "eos_token_id": 0}  # an id that could be taken for a number
+
+
+def swept(variant, rate, loss, plan="learning_rates", speed=1000, status="ok"):
+    return {
+        "variant": variant,
+        "size": "30m",
+        "data": DATA["id"],
+        "status": status,
+        "plan": plan,
+        "learning_rate": rate,
+        "held_out_edu": loss,
+        "tokens_per_second": speed,
+    }
+
+
+def all_swept():
+    """A finished sweep of every family, in which 2e-3 is best."""
+    variants = yaml.safe_load((PLANS / "30m.yaml").read_text())["variants"]
+    return [swept(name, rate, 3.0 + abs(rate - 2e-3)) for name in variants for rate in (1e-3, 2e-3, 4e-3)]
+
+
+@pytest.mark.parametrize("plan", sorted(path.name for path in PLANS.glob("*.yaml") if path.name != "30m.yaml"))
+def test_every_plan_expands_seed_by_seed(plan):
+    fields = yaml.safe_load((PLANS / plan).read_text())
+    speeds = [swept(name, 1e-3, 3.0, "speed") for name in fields["variants"]] + [swept("dense_active", 1, 3, "speed")]
+    runs = [finish(run, smoke=False) for run in expand(PLANS / plan, all_swept() + speeds, DATA)]
+    rates = 1 if fields["learning_rates"] == "swept" else len(fields["learning_rates"])
+    rates *= len(fields.get("learning_rate_factors", [1]))
+    assert len(runs) == len(fields["seeds"]) * len(fields["variants"]) * rates
+    assert [run["seed"] for run in runs] == sorted(run["seed"] for run in runs)
+    assert len({identity(run) for run in runs}) == len(runs)
+
+
+def test_controls_have_the_active_size_of_what_they_control():
+    data = {"vocab_size": 16384}
+    variants = yaml.safe_load((PLANS / "30m.yaml").read_text())
+    counts = {}
+    for name in ("v0", "dense_active", "shared_64", "experts_16", "learned_16", "dense_total", "dense_total_64"):
+        shape = {**variants["shape"], **variants["variants"][name]["config"], **data}
+        with torch.device("meta"):
+            config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+            model = AutoModelForCausalLM.from_config(config)
+        counts[name] = ablation_run.total_parameters(model), ablation_run.active_parameters(model)
+    for name in ("dense_active", "shared_64", "experts_16", "learned_16"):
+        assert counts[name][1] == pytest.approx(counts["v0"][1], rel=0.005)
+    assert counts["dense_total"][0] == pytest.approx(counts["v0"][0], rel=0.005)
+    assert counts["dense_total_64"][0] == pytest.approx(counts["shared_64"][0], rel=0.005)
+
+
+def test_a_family_takes_the_best_rate_of_its_sweep():
+    rows = [
+        *all_swept(),
+        swept("dense_active", 8e-3, 2.0, status="diverged"),
+        swept("dense_active", 8e-3, 1.0, "other"),
+    ]
+    runs = expand(PLANS / "headline.yaml", rows, DATA)
+    assert {run["learning_rate"] for run in runs} == {2e-3}
+    stability = expand(PLANS / "stability.yaml", rows, DATA)
+    assert sorted({run["learning_rate"] for run in stability}) == [4e-3, 8e-3, 16e-3]
+    with pytest.raises(PlanError, match="has no swept learning rate yet: run learning_rates"):
+        expand(PLANS / "headline.yaml", [], DATA)
+
+
+def test_equal_seconds_gives_the_slower_model_fewer_tokens():
+    speeds = [swept("dense_active", 1e-3, 3.0, "speed", 1000), swept("shared_64", 1e-3, 3.0, "speed", 700)]
+    with pytest.raises(PlanError, match="The speed of 'shared_64_layers_values' is not measured yet"):
+        expand(PLANS / "equal_seconds.yaml", all_swept() + speeds, DATA)
+    others = [swept(name, 1e-3, 3.0, "speed", 500) for name in ("shared_64_layers_values", "shared_64_values", "v0")]
+    others.append(swept("shared_64_layers", 1e-3, 3.0, "speed", 500))
+    speeds.insert(0, swept("shared_64", 1e-3, 3.0, "speed", 100))  # measured again since
+    runs = expand(PLANS / "equal_seconds.yaml", all_swept() + speeds + others, DATA)
+    assert next(run for run in runs if run["variant"] == "shared_64")["tokens"] == pytest.approx(0.7e8)
+
+
+def test_settings_tell_runs_apart():
+    run = expand(PLANS / "learning_rates.yaml", [], DATA)[0]
+    same, other = finish(dict(run), False), finish({**run, "config": {**run["config"], "num_experts": 8}}, False)
+    assert same["settings"] == finish({**run, "plan": "another"}, False)["settings"] != other["settings"]
+    assert same["tokens"] % (1024 * 32) == 0 and 2.5e7 - same["tokens"] < 1024 * 32
+
+
+def test_unknown_variants_are_refused(tmp_path):
+    (tmp_path / "30m.yaml").write_text((PLANS / "30m.yaml").read_text())
+    (tmp_path / "plan.yaml").write_text("{base: 30m.yaml, variants: [v9], tokens: 1, learning_rates: [1], seeds: [0]}")
+    with pytest.raises(PlanError, match=r"plan\.yaml names v9, which 30m\.yaml does not have"):
+        expand(tmp_path / "plan.yaml", [], DATA)
+
+
+def pretend(run, gpu, threads, log, connection, **options):
+    """A child that trains nothing: what becomes of a run depends on its seed."""
+    if run["seed"] == 3:
+        os._exit(9)
+    outcomes = {1: {"status": "diverged"}, 2: {"status": "failed", "reason": "OutOfMemoryError: too big, by far"}}
+    measured = {"held_out_edu": 3.0, "held_out_books": 4.0, "seconds": 1.0, "wall_seconds": 2.0, "steps": 5}
+    measured |= {"curve": [[1, 3.0, 4.0]], "tokens_per_second": 10, "torch": "2.11", "recorded": run["seed"] == 4}
+    if run["seed"] == 5:
+        measured["curve"].append([2, 9.7, 9.7])
+    connection.send(outcomes.get(run["seed"], {"status": "ok", **measured}))
+
+
+def work(folder, runs):
+    arguments = Namespace(start_method="fork", log_dir=folder / "logs", runs_per_gpu=2, minutes=math.inf, commit="1e5")
+    runner = Runner(arguments, Results(folder / "runs.csv"), pretend, {})
+    runner.work(runs, ["0", "1"])
+    return runner
+
+
+def test_every_outcome_is_recorded_and_a_finished_run_is_not_made_again(tmp_path, capsys):
+    run = expand(PLANS / "learning_rates.yaml", [], DATA)[0]
+    runs = [finish({**run, "seed": seed}, False) for seed in range(6)]
+    assert work(tmp_path, runs).failed == 2
+    rows = {row["seed"]: row for row in read_rows(tmp_path / "runs.csv")}
+    assert {seed: row["status"] for seed, row in rows.items()} == {
+        0: "ok", 1: "diverged", 2: "failed", 3: "failed", 4: "ok", 5: "diverged"
+    }  # fmt: skip
+    assert rows[2]["reason"] == "OutOfMemoryError: too big, by far" and "exit code 9" in rows[3]["reason"]
+    assert rows[0]["curve"] == [[1, 3.0, 4.0]] and rows[0]["commit"] == "1e5" and rows[0]["data"] == DATA["id"]
+    assert rows[0]["seconds"] == 1.0 and rows[0]["tokens"] == runs[0]["tokens"] and "torch 2.11" in rows[0]["versions"]
+    assert "CUDA graphs" in rows[4]["versions"] and "CUDA graphs" not in rows[0]["versions"]
+    assert missing_of(runs, read_rows(tmp_path / "runs.csv")) == [runs[2], runs[3]]
+    assert "edu 3.0000" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Token files of a made-up language in which the next id is mostly the last plus one."""
+    folder = tmp_path_factory.mktemp("data")
+    words = {word: index for index, word in enumerate(["<eos>", "<pad>", "<bos>", *(f"w{i}" for i in range(61))])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),
+        eos_token="<eos>",
+        pad_token="<pad>",
+        bos_token="<bos>",
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    generator = np.random.default_rng(0)
+
+    def write(name, tokens):
+        ids = 3 + (np.arange(tokens) + generator.integers(0, 2, tokens)) % 61
+        ids[generator.random(tokens) < 0.02] = 0
+        ids.astype(np.uint16).tofile(folder / f"{name}.bin")
+
+    write("train", 20_000), write("held_out_edu", 64 * 5 + 3), write("held_out_books", 64 * 2)
+    return str(folder)
+
+
+def toy_run(**changes):
+    shape = {"model_type": "complexity-deep", "vocab_size": None, "hidden_size": 32, "intermediate_size": 64}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4}
+    training = yaml.safe_load((PLANS / "30m.yaml").read_text())["training"] | {"row_length": 64, "rows_per_step": 4}
+    run = {"variant": "toy", "seed": 0, "tokens": 64 * 4 * 40, "learning_rate": 1e-2, "init": "default", **training}
+    config = {**shape, "max_position_embeddings": 64, "scaled_residual_init": True, **changes.pop("config", {})}
+    return {**run, "freeze_mlp": False, "balance_loss": 0.0, "config": config, **changes}
+
+
+def test_a_run_learns_and_measures_itself(data):
+    result = ablation_run.train(toy_run(), data, eos_token_id=0, compiled=False)
+    assert result["status"] == "ok" and result["steps"] == 40
+    tokens, edu, books = zip(*result["curve"])
+    assert len(tokens) == 4 and tokens[-1] == 64 * 4 * 40 and edu[-1] == result["held_out_edu"]
+    assert edu[-1] < edu[0] < math.log(64) and edu[-1] < 2 and books[-1] < 2
+    assert 0 < result["seconds"] < result["wall_seconds"] and result["expert_norm_ratio"] > 1
+    again = ablation_run.train(toy_run(), data, eos_token_id=0, compiled=False)
+    assert again["curve"] == result["curve"]
+    assert ablation_run.train(toy_run(seed=1), data, eos_token_id=0, compiled=False)["curve"] != result["curve"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "config", [{}, {"value_embedding_layers": [1], "routing": "random", "routing_per_layer": True}]
+)
+def test_recorded_steps_give_the_same_run(data, config):
+    config = {**config, "use_mu_routing": False, "hidden_size": 64}
+    plain, recorded = (
+        ablation_run.train(toy_run(config=config), data, 0, True, recorded) for recorded in (False, True)
+    )
+    assert recorded["recorded"] and not plain["recorded"]
+    assert recorded["held_out_edu"] == pytest.approx(plain["held_out_edu"], abs=0.02)
+    assert recorded["max_grad_norm"] == pytest.approx(plain["max_grad_norm"], rel=0.05)
+
+
+class PretendedGraph:
+    """Stands for a CUDA graph on the CPU: a replay runs the step on the recorded tensors and writes in place."""
+
+    def __init__(self, replayed):
+        self.replay = replayed
+
+
+def test_a_recorded_step_that_gives_something_else_is_refused(monkeypatch):
+    from contextlib import nullcontext
+
+    from complexity_deep.workflow.evidence.recorded_step import RecordedStep
+
+    for wrong, message in ((0.0, None), (1.0, "The recorded step has a loss of")):
+        weight = torch.nn.Parameter(torch.ones(3))
+        module = torch.nn.ParameterList([weight])
+
+        def step(x, weight=weight):
+            loss = (weight * x).sum()
+            loss.backward()
+            return loss.detach()
+
+        recording = RecordedStep(step, module, warm_up=1)
+
+        def replay(recording=recording, wrong=wrong, weight=weight):
+            recording.loss.copy_((weight.detach() * recording.inputs["x"]).sum() + wrong)
+            weight.grad.copy_(recording.inputs["x"])
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda replay=replay: PretendedGraph(replay))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: Namespace(wait_stream=lambda other: None))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Namespace(wait_stream=lambda other: None))
+        assert recording(x=torch.arange(3.0)).item() == 3.0 and recording.graph is None
+        weight.grad = None
+        if message:
+            with pytest.raises(RuntimeError, match=message):
+                recording(x=torch.arange(3.0) + 1)
+            continue
+        for shift in (1.0, 2.0):
+            weight.grad = None  # as the optimizer's zero_grad leaves it
+            assert recording(x=torch.arange(3.0) + shift).item() == 3.0 + 3 * shift
+            assert weight.grad.tolist() == [shift, 1 + shift, 2 + shift]
+
+
+def test_a_run_that_diverges_says_so(data):
+    result = ablation_run.train(toy_run(learning_rate=1e30), data, eos_token_id=0, compiled=False)
+    assert result["status"] == "diverged" and "held_out_edu" not in result
+
+
+def test_frozen_experts_do_not_move_and_a_learned_router_trains(data):
+    frozen = ablation_run.train(toy_run(freeze_mlp=True), data, eos_token_id=0, compiled=False)
+    assert frozen["expert_norm_ratio"] == 1.0
+    moe = {"model_type": "qwen3_moe", "head_dim": 16, "num_experts_per_tok": 1, "norm_topk_prob": False}
+    moe |= {"moe_intermediate_size": 16, "scaled_residual_init": True}
+    learned = ablation_run.train(toy_run(config=moe, balance_loss=0.01), data, eos_token_id=0, compiled=False)
+    assert learned["status"] == "ok" and learned["held_out_edu"] < 3.5 and "shifted_edu" not in learned
+
+
+def test_frozen_mlps_get_and_pass_no_gradient(data):
+    model = ablation_run.build(toy_run(freeze_mlp=True), data)
+    ids = torch.arange(3, 23)[None]
+    model(ids, labels=ids).loss.backward()
+    for layer in model.model.layers:
+        assert layer.post_attention_layernorm.weight.grad is None
+        assert all(parameter.grad is None for parameter in layer.mlp.parameters())
+    # With the branch detached, what layer 0 gets is what it would get if the branch were a constant.
+    expected = model.model.layers[0].self_attn.o_proj.weight.grad.clone()
+    outputs = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, inputs, out: (out[0].detach(), out[1]))
+        outputs.append(layer)
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    assert torch.equal(model.model.layers[0].self_attn.o_proj.weight.grad, expected)
+
+
+def test_published_init(data):
+    model = ablation_run.build(toy_run(init="published", config={"hidden_size": 128}), data)
+    dynamics = model.model.layers[1].dynamics
+    for weight in (
+        dynamics.mu_proj.weight,
+        dynamics.controller_out.weight,
+        model.model.layers[1].self_attn.o_proj.weight,
+    ):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not dynamics.controller_out.bias.any() and (model.model.norm.weight == 1).all()
+
+
+def test_held_out_loss_is_that_of_the_rows_one_by_one(data):
+    model = ablation_run.build(toy_run(), data)
+    rows = ablation_data.token_rows(data, "held_out_edu", 64, "cpu")
+    assert len(rows) == 5
+    total = count = 0
+    for row in rows:  # documents apart, so that no mask is needed
+        starts = [0, *(1 + torch.where(row[:-1] == 0)[0]).tolist(), 64]
+        for start, end in itertools.pairwise(starts):
+            ids = row[start:end].long()[None]
+            if end - start > 1:
+                logits = model(ids).logits[0, :-1]
+                total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+                count += end - start - 1
+    ablation_run.use_chunked_loss(model)
+    held_out = ablation_run.HeldOut(model, data, 64, 4, 0)
+    assert held_out(["edu"])["edu"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_order_of_rows_depends_on_the_seed_alone():
+    rows = torch.arange(40, dtype=torch.int32).view(10, 4)
+    first, same, other = (
+        [batch["input_ids"] for batch in ablation_data.TrainingBatches(rows, 2, 4, seed, 0)] for seed in (0, 0, 1)
+    )
+    assert len(first) == 4 and all(torch.equal(a, b) for a, b in zip(first, same))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other))
+    assert len({int(row[0]) for batch in first for row in batch}) == 8  # no row twice
+    with pytest.raises(InputError, match="6 steps of 2 rows are more than the 10 rows"):
+        ablation_data.TrainingBatches(rows, 2, 6, 0, 0)
+
+
+def test_a_batch_keeps_documents_apart():
+    batch = ablation_data.batch_of(torch.tensor([[5, 6, 0, 7, 0, 0, 8]], dtype=torch.int32), eos_token_id=0)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 0, -100, 0, -100, -100]]
+    assert batch["input_ids"].dtype == torch.int64
+
+
+def test_prepare_takes_whole_documents_up_to_each_share(data, tmp_path):
+    for name, word, number in (("a", "w1", 30), ("b", "w2", 30), ("held", "w3", 2)):
+        lines = [json.dumps({"text": word}) for _ in range(number)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    held_out = {"edu": str(tmp_path / "held.jsonl"), "books": str(tmp_path / "held.jsonl")}
+    facts = ablation_data.prepare(str(tmp_path / "out"), f"{data}/tokenizer", sources, [1, 3], 40, held_out)
+    tokens = np.fromfile(tmp_path / "out" / "train.bin", dtype=np.uint16)
+    ids = {4: 5, 5: 15, 0: 20}  # w1, w2 and an EOS after each: documents of two tokens, 10 and 30 tokens
+    assert dict(zip(*(part.tolist() for part in np.unique(tokens, return_counts=True)))) == ids
+    assert facts["files"]["train"]["documents"] == 20 and facts["files"]["held_out_edu"]["tokens"] == 4
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["id"] == facts["id"]
+    with pytest.raises(InputError, match="holds 60 tokens, but its share is 75"):
+        ablation_data.prepare(str(tmp_path / "out"), f"{data}/tokenizer", sources, [1, 3], 100, held_out)
+
+
+def test_weighted_experts_are_those_of_the_library():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+    shape |= {"num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape, norm_topk_prob=False, initializer_range=0.3))
+    experts = model.model.layers[0].mlp.experts
+    hidden, chosen, weights = torch.randn(9, 32), torch.randint(0, 4, (9, 1)), torch.rand(9, 1)
+    model.set_experts_implementation("eager")
+    expected = experts(hidden, chosen, weights)
+    model.set_experts_implementation("cggr_weighted")
+    with torch.no_grad():  # the weights count without a gradient too
+        assert torch.allclose(experts(hidden, chosen, weights), expected, atol=1e-5)
+
+
+def finished(variant, seed, edu, plan="headline", **changes):
+    row = {name: None for name in FIELDS}
+    row |= {"variant": variant, "seed": seed, "size": "30m", "status": "ok", "plan": plan, "learning_rate": 1e-3}
+    row |= {"held_out_edu": edu, "held_out_books": edu + 1, "parameters": 2e6, "active_parameters": 1e6, "tokens": 1e8}
+    row |= {"curve": [[t, edu + 1 / t, edu + 1] for t in range(1, 9)], "device": "H100", "versions": "torch"}
+    return row | {"spikes": 0, "max_grad_norm": 1.0} | changes
+
+
+@pytest.fixture
+def page(tmp_path):
+    (tmp_path / "evidence").mkdir()
+
+    def make(rows):
+        ablation_report.write_study(tmp_path / "evidence", rows, str(PLANS))
+        return " ".join((tmp_path / "evidence.md").read_text().split())
+
+    return make
+
+
+def test_report_of_known_runs(page, tmp_path):
+    dense = [finished("dense_active", seed, 3.2 + 0.01 * (seed - 1)) for seed in range(3)]
+    shared = [finished("shared_64", seed, 3.0 + 0.01 * (seed - 1), expert_norm_ratio=1.5) for seed in range(3)]
+    seconds = [finished("shared_64", seed, 3.05 + 0.01 * (seed - 1), "equal_seconds") for seed in range(3)]
+    other = [finished("learning", 0, 9.9, size="30m smoke"), finished("dense_active", 2, 8.0, status="failed")]
+    text = page([*dense, *shared, *seconds, *other])
+    # Welch with equal spreads of 0.01 and 3 seeds each: 4 degrees of freedom, 2.776 x 0.01 x sqrt(2 / 3) = 0.0227.
+    assert "**The goal is reached.**" in text
+    assert "`shared_64`: -0.200 (95 %: -0.223 to -0.177) at equal tokens on educational text" in text
+    assert "-0.150 (95 %: -0.173 to -0.127) at equal seconds on books" in text
+    # Student's: 4.303 x 0.01 / sqrt(3) = 0.0248.
+    assert "| 3 | 100.0 | 3.0000 ± 0.0058 [2.975, 3.025] |" in text and "| 1.50 |" in text
+    assert "10 runs: 1 failed, 9 ok" in text and "9.9" not in text
+    for name in ("curves.png", "differences.png"):
+        assert (tmp_path / "evidence" / name).stat().st_size > 10_000
+
+
+def test_report_says_first_when_the_goal_is_not_reached_or_not_decided(page):
+    dense = [finished("dense_active", seed, 3.2 + 0.01 * seed) for seed in range(3)]
+    close = [finished("shared_64", seed, 3.1 + 0.01 * seed) for seed in range(3)]
+    seconds = [finished("shared_64", seed, 3.1 + 0.01 * seed, "equal_seconds") for seed in range(3)]
+    assert page([*dense, *close, *seconds]).startswith("# Evidence **The goal is not reached.**")
+    assert "**The goal is not decided yet.**" in page([*dense, *close])
+    assert "**The goal is not decided yet**: the headline has no finished runs." in page([])

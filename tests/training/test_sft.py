@@ -1,0 +1,858 @@
+"""Conversations, their masks and their packing; full and LoRA runs of the script, resumed, merged and refused."""
+
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, SFTConfig
+
+import complexity_deep  # noqa: F401  (registers the architecture)
+from complexity_deep.scripts import sft as script
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data import conversations
+from complexity_deep.workflow.data.conversation_formats import FORMATS
+from complexity_deep.workflow.data.conversations import ChatEncoder, load_conversations
+from complexity_deep.workflow.data.sources import mix
+from complexity_deep.workflow.data.text_sources import embedded_documents
+from complexity_deep.workflow.data.tokenizer_training import train_bpe
+from complexity_deep.workflow.evaluation.perplexity import perplexity_scores
+from complexity_deep.workflow.training.atomic_checkpoint import write_manifest
+from complexity_deep.workflow.training.fine_tuning import ChatTrainer
+from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
+from complexity_deep.workflow.training.training_arguments import RENAMED, RecipeParser
+from support import REPOSITORY
+
+LENGTH = 96
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dataset_cache(tmp_path_factory):
+    """What `datasets` keeps of the files of these tests goes where the files are."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setenv("HF_DATASETS_CACHE", cache)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = (text[:1000] for text in islice(embedded_documents(), 60))
+    return train_bpe(texts, vocab_size=500, model_max_length=LENGTH)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def chat(*texts: str, system: str | None = None) -> list[dict]:
+    """Turns of user and assistant."""
+    messages = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant")
+    return messages + [{"role": roles[index % 2], "content": text} for index, text in enumerate(texts)]
+
+
+def expected_tokens(tokenizer, messages: list[dict], learned_from: int = 0) -> tuple[list[int], list[int]]:
+    """Token ids and mask of ChatML, put together piece by piece, without the template."""
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    ids, mask = [], []
+    for index, message in enumerate(messages):
+        header = [start, *tokenizer(message["role"] + "\n")["input_ids"]]
+        content = [*tokenizer(message["content"].strip())["input_ids"], end]
+        newline = tokenizer("\n")["input_ids"]
+        learned = message["role"] == "assistant" and index >= learned_from
+        ids += header + content + newline
+        mask += [0] * len(header) + [int(learned)] * len(content) + [0] * len(newline)
+    return ids, mask
+
+
+CONVERSATIONS = {
+    "one turn": chat("What is 12 + 30?", "It is 42."),
+    "several turns": chat("Hello", "Good morning.", "And now?", "Good night.", "Bye", "Bye"),
+    "system message": chat("Hello", "Yes?", system="Be brief."),
+    "user last": chat("Hello", "Yes?", "Thanks"),
+    "white space at the edges": chat("  Hello\n\n", "\n\n  def f():\n    return 1\n\n\n", " ", "\tdone "),
+    "bytes": chat("🙂 naïve?", "🙂🙃 Ünïcödé — 日本語", "日", "語"),
+    "empty answer": chat("Say nothing.", ""),
+    "looks like the template": chat("assistant\nuser\n", "user\nassistant\n"),
+    "two answers in a row": [*chat("Hello", "One."), {"role": "assistant", "content": "Two."}],
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_mask_is_what_the_assistant_says(tokenizer, name):
+    encoded = ChatEncoder(tokenizer)({"messages": CONVERSATIONS[name]}, 0, "here", "chat")
+    ids, mask = expected_tokens(tokenizer, CONVERSATIONS[name])
+    assert (encoded["input_ids"], encoded["assistant_masks"]) == (ids, mask)
+    said = [token for token, kept in zip(ids, mask) if kept]
+    answers = [m["content"].strip() + "<|im_end|>" for m in CONVERSATIONS[name] if m["role"] == "assistant"]
+    assert tokenizer.decode(said) == "".join(answers)
+
+
+def test_mask_on_random_conversations(tokenizer):
+    letters = random.Random(0)
+    encoder = ChatEncoder(tokenizer)
+    for _ in range(300):
+        texts = ["".join(letters.choices("ab .,\n\t0é🙂日'", k=letters.randint(0, 12))) for _ in range(6)]
+        messages = chat(*texts[: letters.choice((2, 4, 6))])
+        encoded = encoder({"messages": messages}, 0, "here", "chat")
+        assert (encoded["input_ids"], encoded["assistant_masks"]) == expected_tokens(tokenizer, messages)
+
+
+def test_only_the_completion_is_learned(tokenizer):
+    encoder = ChatEncoder(tokenizer)
+    turns = chat("Hello", "Good morning.", "And now?", "Good night.")
+    encoded = encoder({"prompt": turns[:3], "completion": turns[3:]}, 0, "here", "prompt and completion")
+    assert (encoded["input_ids"], encoded["assistant_masks"]) == expected_tokens(tokenizer, turns, learned_from=3)
+    encoded = encoder({"prompt": "Hello", "completion": "Yes?"}, 0, "here", "prompt and completion")
+    assert (encoded["input_ids"], encoded["assistant_masks"]) == expected_tokens(tokenizer, chat("Hello", "Yes?"))
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city, in °C",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def call(identity: str, **arguments) -> dict:
+    return {"id": identity, "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+USE = [
+    {"role": "user", "content": "Rome and Oslo?"},
+    {"role": "assistant", "content": None, "tool_calls": [call("a", city="Rome"), call("b", city="Oslo", days=2)]},
+    {"role": "tool", "tool_call_id": "a", "content": "22"},
+    {"role": "tool", "tool_call_id": "b", "name": "weather", "content": "5"},
+    {"role": "assistant", "content": "Once more.", "tool_calls": [call("c", place={"lat": 1, "far": None})]},
+    {"role": "tool", "tool_call_id": "c", "content": "9"},
+    {"role": "assistant", "reasoning_content": "Which one?", "content": "Rome."},
+]
+SAID = [
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call><|im_end|>',
+    'Once more.\n<tool_call>\n{"name": "weather", "arguments": {"place": {"lat": 1, "far": null}}}\n</tool_call>'
+    "<|im_end|>",
+    "<think>\nWhich one?\n</think>\n\nRome.<|im_end|>",
+]
+
+
+def encode(tokenizer, source: Path) -> list[dict]:
+    return load_conversations(str(source), ChatEncoder(tokenizer), 9999, False)[0].to_list()
+
+
+def said(tokenizer, encoded: dict) -> str:
+    return tokenizer.decode([token for token, kept in zip(encoded["input_ids"], encoded["assistant_masks"]) if kept])
+
+
+@pytest.mark.parametrize("form", ["objects", "strings"])
+def test_tool_use_is_rendered_and_learned(tokenizer, tmp_path, form):
+    """Schemas, calls and results reach the model, as objects and as the strings that datasets of the Hub often have."""
+    use, tools = json.loads(json.dumps(USE)), [TOOL]
+    if form == "strings":
+        tools = json.dumps(tools)
+        for message in use:
+            if "tool_calls" in message:
+                message["tool_calls"] = json.dumps(message["tool_calls"])
+    rows = [{"messages": use, "tools": tools}, {"messages": chat("Hello", "Yes?"), "tools": None}]
+    encoded = encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows))
+    text = tokenizer.decode(encoded[0]["input_ids"])
+    assert said(tokenizer, encoded[0]) == "".join(SAID)
+    assert (
+        text.startswith("<|im_start|>system\n") and f"<tools>\n{json.dumps(TOOL, ensure_ascii=False)}\n</tools>" in text
+    )
+    for result in ("22", "5", "9"):
+        assert f"<|im_start|>tool name=weather\n<tool_response>\n{result}\n</tool_response><|im_end|>\n" in text
+    assert (encoded[1]["input_ids"], encoded[1]["assistant_masks"]) == expected_tokens(tokenizer, chat("Hello", "Yes?"))
+
+
+def test_arrow_adds_no_arguments(tokenizer, tmp_path):
+    """Arrow gives every struct of a column the keys of all, filled with nulls."""
+    calls = [{"name": "weather", "arguments": arguments} for arguments in ({"city": "Rome"}, {"days": 2})]
+    rows = [{"messages": [*chat("?"), {"role": "assistant", "content": "", "tool_calls": [c]}]} for c in calls]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    stored = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"))[0]["messages"][1]["tool_calls"][0]
+    assert stored["arguments"] == {"city": "Rome", "days": None}
+    encoded = encode(tokenizer, tmp_path / "rows.parquet")
+    assert '"arguments": {"city": "Rome"}}' in said(tokenizer, encoded[0])
+    assert '"arguments": {"days": 2}}' in said(tokenizer, encoded[1])
+
+
+def test_tools_of_a_prompt_are_not_learned(tokenizer, tmp_path):
+    rows = [{"prompt": USE[:4], "completion": USE[4:], "tools": [TOOL]}]
+    (encoded,) = encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert said(tokenizer, encoded) == "".join(SAID[1:])
+    assert "</tools>" in tokenizer.decode(encoded["input_ids"]) and SAID[0] in tokenizer.decode(encoded["input_ids"])
+
+
+# Today's template before it knew tools: conversations without them must come out the same.
+PLAIN = """{%- for message in messages -%}
+    {%- if message["role"] == "assistant" -%}
+        {{- "<|im_start|>assistant\\n" -}}
+        {%- generation -%}{{- message["content"] + "<|im_end|>" -}}{%- endgeneration -%}
+        {{- "\\n" -}}
+    {%- else -%}
+        {{- "<|im_start|>" + message["role"] + "\\n" + message["content"] + "<|im_end|>\\n" -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|im_start|>assistant\\n" -}}{%- endif -%}"""
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_conversations_without_tools_are_rendered_as_before(tokenizer, name, prompt):
+    both = [
+        tokenizer.apply_chat_template(
+            CONVERSATIONS[name], chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+        for template in (tokenizer.chat_template, PLAIN)
+    ]
+    assert both[0] == both[1]
+
+
+def refusal(tokenizer, tmp_path, row: dict, template: str | None = None) -> str:
+    other = type(tokenizer)(tokenizer_object=tokenizer._tokenizer)
+    other.chat_template = template or tokenizer.chat_template
+    with pytest.raises(InputError) as refused:
+        encode(other, write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat("a", "b")}, row]))
+    assert "\n" not in str(refused.value) and "object has no attribute" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "name", "tool_call_id", "mood"])
+def test_keys_that_the_template_leaves_out_are_refused(tokenizer, tmp_path, key):
+    value = [call("a", city="Rome")] if key == "tool_calls" else "a"
+    messages = [*chat("Hello"), {"role": "assistant", "content": "Yes?", key: value}]
+    assert f"does not render the {key} of its message 1" in refusal(tokenizer, tmp_path, {"messages": messages}, PLAIN)
+    if key == "mood":  # ours does not know it either, and one that does is given it
+        assert "does not render the mood" in refusal(tokenizer, tmp_path, {"messages": messages})
+        tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer)
+        mooded = '{{- message["content"] + (message.mood or "") + "<|im_end|>" -}}'
+        tokenizer.chat_template = PLAIN.replace('{{- message["content"] + "<|im_end|>" -}}', mooded)
+        (encoded,) = encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}]))
+        assert said(tokenizer, encoded) == "Yes?a<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        ({"messages": chat("a", "b"), "tools": [TOOL]}, "the chat template does not render its tools"),
+        ({"messages": chat("a", "b"), "documents": [{"text": "c"}]}, "does not render its documents"),
+        ({"messages": chat("a", "b"), "chat_template_kwargs": {"mood": "good"}}, "does not render its mood"),
+        ({"messages": chat("a", "b"), "tools": "{"}, "its tools is neither a list nor one written as JSON"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "its message 1 has no content"),
+    ],
+)
+def test_rows_that_cannot_be_rendered_whole(tokenizer, tmp_path, row, sentence):
+    assert sentence in refusal(tokenizer, tmp_path, row, PLAIN)
+
+
+def test_columns_about_a_conversation_are_no_part_of_it(tokenizer, tmp_path):
+    """As HuggingFaceH4/ultrachat_200k has them."""
+    row = {"prompt": "Hello", "prompt_id": "f00", "messages": chat("Hello", "Yes?"), "score": 0.5}
+    (encoded,) = encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert (encoded["input_ids"], encoded["assistant_masks"]) == expected_tokens(tokenizer, chat("Hello", "Yes?"))
+
+
+# Rows as the Hub has them, with what they become.
+QUESTION = "What do plants take from the air?"
+ACADEMIC = {
+    "MMLU": (
+        {"question": QUESTION, "subject": "", "choices": ["Iron", "Carbon dioxide", "Salt", "Sand"], "answer": 1},
+        f"{QUESTION}\nA. Iron\nB. Carbon dioxide\nC. Salt\nD. Sand",
+        "B. Carbon dioxide",
+    ),
+    "ARC": (
+        {
+            "id": "MCAS_2000_4_6",
+            "question": QUESTION,
+            "choices": {"text": ["Iron", "Salt", "Carbon dioxide"], "label": ["1", "2", "3"]},
+            "answerKey": "3",
+        },
+        f"{QUESTION}\nA. Iron\nB. Salt\nC. Carbon dioxide",
+        "C. Carbon dioxide",
+    ),
+    "HellaSwag": (
+        {
+            "ind": 4,
+            "activity_label": "Gardening",
+            "ctx_a": "[header] How to plant a tree [title] Dig.",
+            "ctx_b": "a man",
+            "ctx": "[header] How to plant a tree [title] Dig. A man",
+            "endings": ["digs a hole. [substeps] Slowly.", "sings.", "swims.", "sleeps."],
+            "source_id": "wikihow~1",
+            "split": "train",
+            "split_type": "indomain",
+            "label": "0",
+        },
+        "How does this text continue?\nHow to plant a tree Dig. A man\n"
+        "A. digs a hole. Slowly.\nB. sings.\nC. swims.\nD. sleeps.",
+        "A. digs a hole. Slowly.",
+    ),
+    "WinoGrande": (
+        {"sentence": "Ann gave Bea a tree because _ liked trees.", "option1": "Ann", "option2": "Bea", "answer": "2"},
+        "Which choice belongs in the blank?\nAnn gave Bea a tree because _ liked trees.\nA. Ann\nB. Bea",
+        "B. Bea",
+    ),
+    "Dolly": (
+        {"instruction": "Which colour?", "context": "Leaves are green.", "response": "Green.", "category": "closed_qa"},
+        "Which colour?\n\nLeaves are green.",
+        "Green.",
+    ),
+    "Alpaca": (
+        {"instruction": "Name a tree.", "input": "", "output": "Oak.", "text": "Below is an instruction ..."},
+        "Name a tree.",
+        "Oak.",
+    ),
+    "instruction and output": ({"instruction": "Name a tree.", "output": "Oak."}, "Name a tree.", "Oak."),
+    "instruction and response": ({"instruction": "Name a tree.", "response": "Oak."}, "Name a tree.", "Oak."),
+}
+SCIQ = {
+    "question": QUESTION,
+    "distractor3": "Iron",
+    "distractor1": "Salt",
+    "distractor2": "Sand",
+    "correct_answer": "Carbon dioxide",
+    "support": "",
+}
+
+
+@pytest.mark.parametrize("name", ACADEMIC)
+def test_rows_of_the_hub_become_exchanges(tokenizer, tmp_path, name):
+    row, question, answer = ACADEMIC[name]
+    rows, record = load_conversations(
+        str(write_jsonl(tmp_path / "rows.jsonl", [row])), ChatEncoder(tokenizer), 999, False
+    )
+    assert record["format"] == name
+    assert rows[0]["messages"] == chat(question, answer)
+    assert (rows[0]["input_ids"], rows[0]["assistant_masks"]) == expected_tokens(tokenizer, chat(question, answer))
+
+
+def test_right_answers_of_sciq_are_spread_over_the_letters(tokenizer, tmp_path):
+    source = str(write_jsonl(tmp_path / "rows.jsonl", [{**SCIQ, "question": f"{n}? {QUESTION}"} for n in range(80)]))
+    rows, record = load_conversations(source, ChatEncoder(tokenizer), 999, False)
+    assert record["format"] == "SciQ"
+    letters = []
+    for row in rows:
+        question, *choices = row["messages"][0]["content"].splitlines()
+        answer = row["messages"][1]["content"]
+        assert question.endswith(QUESTION) and answer in choices and answer.endswith(". Carbon dioxide")
+        assert sorted(choice[3:] for choice in choices) == ["Carbon dioxide", "Iron", "Salt", "Sand"]
+        assert [choice[:3] for choice in choices] == ["A. ", "B. ", "C. ", "D. "]
+        letters.append(answer[0])
+    assert all(letters.count(letter) > 8 for letter in "ABCD")
+
+
+def test_nested_column_of_the_auxiliary_mmlu(tokenizer, tmp_path):
+    row, question, answer = ACADEMIC["MMLU"]
+    classes = datasets.ClassLabel(names=list("ABCD"))
+    features = {"question": datasets.Value("string"), "subject": datasets.Value("string"), "answer": classes}
+    features["choices"] = datasets.List(datasets.Value("string"))
+    nested = datasets.Dataset.from_list([{"train": row}], features=datasets.Features({"train": features}))
+    nested.to_parquet(tmp_path / "rows.parquet")
+    rows, record = load_conversations(str(tmp_path / "rows.parquet"), ChatEncoder(tokenizer), 999, False)
+    assert record["format"] == "MMLU" and rows[0]["messages"] == chat(question, answer)
+
+
+@pytest.mark.parametrize("name, column", [("HellaSwag", "label"), ("WinoGrande", "answer")])
+def test_test_splits_without_answers_are_refused(tokenizer, tmp_path, name, column):
+    source = str(write_jsonl(tmp_path / "rows.jsonl", [{**ACADEMIC[name][0], column: ""}]))
+    with pytest.raises(InputError, match=r"Row 0 of .*test splits have no answers"):
+        load_conversations(source, ChatEncoder(tokenizer), 999, False)
+
+
+def test_weights_are_shares_and_every_conversation_is_in():
+    parts = [
+        datasets.Dataset.from_dict({"id": [part * 1000 + n for n in range(size)]}) for part, size in ((0, 300), (1, 40))
+    ]
+    mixed = mix(parts, [3.0, 1.0], seed=0)["id"][:]
+    assert set(mixed) == set(parts[0]["id"]) | set(parts[1]["id"])
+    assert 0.7 < sum(number < 1000 for number in mixed) / len(mixed) < 0.8
+    assert sorted(mix(parts, None, seed=0)["id"]) == sorted([*parts[0]["id"], *parts[1]["id"]])
+
+
+def test_academic_recipe_asks_the_hub_for_the_papers_mixture(monkeypatch):
+    recipe = yaml.safe_load((REPOSITORY / "recipes" / "sft_academic.yaml").read_text())
+    asked = []
+
+    def load_dataset(path, split, name):
+        asked.append((path, name, split))
+        return datasets.Dataset.from_dict({"messages": []})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in recipe["sources"]:
+        conversations.load_source(source)
+    assert dict(zip(asked, recipe["source_weights"])) == {
+        ("cais/mmlu", "auxiliary_train", "train"): 40,
+        ("allenai/sciq", None, "train"): 15,
+        ("Rowan/hellaswag", None, "train"): 15,
+        ("allenai/ai2_arc", "ARC-Challenge", "train"): 12,
+        ("allenai/winogrande", "winogrande_xl", "train"): 10,
+        ("allenai/ai2_arc", "ARC-Easy", "train"): 8,
+    }
+    conversations.load_source("HuggingFaceH4/ultrachat_200k::train_sft")
+    assert asked[-1] == ("HuggingFaceH4/ultrachat_200k", None, "train_sft")
+
+
+def exchanges(count: int) -> list[dict]:
+    """Conversations with a rule that a tiny model can learn: the answer repeats the number."""
+    return [{"messages": chat(f"Say {n % 7} and {n}.", f"It is {n % 7} {n % 7} {n % 7}.")} for n in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """Conversations, a tiny model with its tokenizer, and the options of runs that take seconds."""
+    folder = tmp_path_factory.mktemp("sft")
+    write_jsonl(folder / "chat.jsonl", exchanges(60))
+    write_jsonl(folder / "validation.jsonl", exchanges(90)[60:])
+    for model_type in ("complexity-deep", "llama"):
+        torch.manual_seed(0)
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        shape |= {"intermediate_size": 64, "vocab_size": len(tokenizer), "max_position_embeddings": 2 * LENGTH}
+        # Dropout, so that the random state matters when a run resumes.
+        config = AutoConfig.for_model(model_type, **shape, attention_dropout=0.1, eos_token_id=0, pad_token_id=1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / model_type)
+        tokenizer.save_pretrained(folder / model_type)
+    return folder
+
+
+def options(folder: Path, recipe: str = "sft_chat", **changed: object) -> list[str]:
+    """A recipe, made small; an option that is None is left to it."""
+    small = {
+        "model-name-or-path": folder / "complexity-deep",
+        "sources": folder / "chat.jsonl",
+        "validation-sources": folder / "validation.jsonl",
+        "max-length": LENGTH,
+        "max-steps": 12,
+        "per-device-train-batch-size": 2,
+        "gradient-accumulation-steps": 2,
+        "learning-rate": 0.02,
+        "logging-steps": 3,
+        "eval-strategy": "no",
+        "save-steps": 3,
+        "save-total-limit": 9,
+        "bf16": "false",
+        "use-cpu": "true",
+        "report-to": "none",
+    }
+    small |= {name.replace("_", "-"): value for name, value in changed.items()}
+    listed = ["--config", str(REPOSITORY / "recipes" / f"{recipe}.yaml")]
+    for name, value in small.items():
+        if value is not None:
+            listed += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return listed
+
+
+def run_here(listed: list[str]) -> None:
+    """The script in this process, which saves its imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sft.py", *listed])
+        runpy.run_module("complexity_deep.scripts.sft", run_name="__main__")
+
+
+LORA = {"use_peft": "true", "lora_r": 4, "merge_adapter": "true"}
+RUNS = {"full": {}, "lora": LORA, "full, unpacked": {"packing": "false"}}
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """The output folder of a run of RUNS, made once."""
+
+    def output(name: str) -> Path:
+        place = folder / f"finished {name}"
+        if not place.exists():
+            run_here(options(folder, output_dir=place, **RUNS[name]))
+        return place
+
+    return output
+
+
+def logits_of(model) -> torch.Tensor:
+    ids = torch.arange(16, 64).view(2, 24)
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def test_the_result_is_ready_for_the_hub(finished, tokenizer, capsys):
+    output = finished("full")
+    model, loaded = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.generation_config.eos_token_id == [end_of_turn, tokenizer.eos_token_id]
+    assert loaded.chat_template == tokenizer.chat_template
+    assert {"modeling_complexity_deep.py", "loss_curve.png", "training_summary.md"} <= {
+        p.name for p in output.iterdir()
+    }
+    assert json.loads((output / "sft_data.json").read_text())[0]["rows"] == 60
+    held_out = [
+        e["eval_loss"]
+        for e in json.loads((output / "trainer_state.json").read_text())["log_history"]
+        if "eval_loss" in e
+    ]
+    assert held_out[-1] < 0.6 * held_out[0]
+    prompt = loaded.apply_chat_template(
+        chat("Say 3 and 66."), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+    def end_turn_after_three(ids, scores):
+        if ids.shape[1] == prompt["input_ids"].shape[1] + 3:
+            scores[:, end_of_turn] = 1e9
+        return scores
+
+    reply = model.generate(**prompt, max_new_tokens=20, min_new_tokens=3, logits_processor=[end_turn_after_three])
+    assert reply.shape[1] == prompt["input_ids"].shape[1] + 4 and reply[0, -1] == end_of_turn
+
+
+def test_adapter_loads_and_merges(folder, finished):
+    output = finished("lora")
+    base = AutoModelForCausalLM.from_pretrained(folder / "complexity-deep")
+    plain = logits_of(base)
+    adapted = PeftModel.from_pretrained(base, output)
+    expected = logits_of(adapted)
+    assert (expected - plain).abs().max() > 0.1
+    merged = AutoModelForCausalLM.from_pretrained(output / "merged")
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(adapted.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(output)), expected, rtol=1e-5, atol=1e-5)
+    names = {path.name for path in (output / "merged").iterdir()}
+    assert names >= {"modeling_complexity_deep.py", "chat_template.jinja", "sft_data.json", "training_summary.json"}
+    assert "adapter_config.json" not in names and not list(output.glob(".merged-*"))
+    assert merged.generation_config.eos_token_id == [4, 0]
+
+
+def test_experts_learn_through_lora(finished):
+    """B starts at zero, so that it is not zero where a gradient came."""
+    weights = load_file(finished("lora") / "adapter_model.safetensors")
+    assert sum("mlp.experts" in name and "lora_B" in name for name in weights) == 2 * 2  # weights x layers
+    for name, weight in weights.items():
+        if "mlp.experts" in name and "lora_B" in name:  # [out, experts x rank]: every expert has its own part
+            assert (weight.abs().amax(dim=0) > 0).all(), name
+
+
+def assert_same_weights(output: Path, expected: Path) -> None:
+    name = "adapter_model.safetensors" if (expected / "adapter_model.safetensors").exists() else "model.safetensors"
+    weights, reference = load_file(output / name), load_file(expected / name)
+    assert weights.keys() == reference.keys()
+    assert all(torch.equal(weights[name], reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize("step", [3, 9])  # 9 is in a later pass over the conversations
+@pytest.mark.parametrize("name", RUNS)
+def test_resumed_run_ends_with_the_same_bytes(folder, finished, tmp_path, capsys, name, step):
+    shutil.copytree(finished(name) / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    run_here(options(folder, output_dir=tmp_path, **RUNS[name]))
+    assert f"Resuming from {tmp_path / f'checkpoint-{step}'}" in capsys.readouterr().out
+    assert_same_weights(tmp_path, finished(name))
+    states = [json.loads((run / "checkpoint-12/trainer_state.json").read_text()) for run in (tmp_path, finished(name))]
+    tokens = [[entry["num_tokens"] for entry in state["log_history"] if "loss" in entry] for state in states]
+    assert tokens[0] == tokens[1]
+
+
+def test_killed_run_ends_with_the_same_bytes(folder, finished, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    listed = options(folder, output_dir=tmp_path, **RUNS["full"])
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / "scripts" / "sft.py"), *listed], env=environment)
+    while process.poll() is None and not (tmp_path / "checkpoint-3").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    run_here(listed)
+    assert_same_weights(tmp_path, finished("full"))
+
+
+def test_finished_run_given_again_changes_nothing(folder, finished):
+    before = (finished("full") / "model.safetensors").read_bytes()
+    run_here(options(folder, output_dir=finished("full")))
+    assert (finished("full") / "model.safetensors").read_bytes() == before
+    assert json.loads((finished("full") / "trainer_state.json").read_text())["global_step"] == 12
+
+
+def trainer_on(folder: Path, model_type: str, **changed: object):
+    """The trainer that the script builds for some options, without its run."""
+    listed = options(folder, model_name_or_path=folder / model_type, **changed)
+    arguments = parsed(*listed)
+    with pytest.MonkeyPatch.context() as patch:
+        built = []
+        patch.setattr(ChatTrainer, "train", lambda self, **kwargs: built.append(self) or sys.exit())
+        with pytest.raises(SystemExit):
+            script.main(*arguments)
+    return built[0]
+
+
+@pytest.mark.parametrize("model_type", ["complexity-deep", "llama"])
+def test_packed_conversations_do_not_see_each_other(folder, tokenizer, tmp_path, model_type):
+    trainer = trainer_on(folder, model_type, output_dir=tmp_path / "out")
+    expected = [expected_tokens(tokenizer, row["messages"]) for row in exchanges(60)]
+    model = trainer.model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.3)  # large enough for attention to matter
+    found = []
+    for batch in trainer.get_train_dataloader():
+        ids, labels = batch["input_ids"], batch["labels"]
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        assert ids.shape[0] == 1 and len(starts) > 2
+        apart = torch.zeros(ids.shape[1] - 1)  # log-probability of every token that is learned
+        for start, end in zip(starts, [*starts[1:], ids.shape[1]]):
+            learned = labels[0, start:end] != -100
+            assert torch.equal(labels[0, start:end][learned], ids[0, start:end][learned])
+            found.append((ids[0, start:end].tolist(), learned.int().tolist()))
+            with torch.no_grad():
+                log_probs = model(input_ids=ids[:, start:end]).logits[0, :-1].log_softmax(dim=-1)
+            log_probs = log_probs.gather(1, ids[0, start + 1 : end, None])[:, 0]
+            apart[start : end - 1] = log_probs.where(learned[1:], 0)
+        with torch.no_grad():
+            packed = model(**batch, fused_lm_head=True).log_probs[0]
+            loss = trainer.compute_loss(model, dict(batch))
+            del batch["position_ids"]
+            leaking = model(**batch, fused_lm_head=True).log_probs[0]
+        torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loss, -apart.sum() / (labels != -100).sum(), rtol=1e-5, atol=1e-5)
+        assert (leaking - apart).abs().max() > 0.1, "a leak would be seen"
+    assert sorted(found) == sorted(expected)
+
+
+def test_academic_recipe_on_another_architecture(folder, tmp_path):
+    rows = {name: row for name, (row, _, _) in ACADEMIC.items()} | {"SciQ": SCIQ}
+    names = ["MMLU", "SciQ", "HellaSwag", "ARC", "WinoGrande", "ARC"]  # in the order of the recipe
+    sources = [write_jsonl(tmp_path / f"{i}.jsonl", [rows[name]] * (i + 3)) for i, name in enumerate(names)]
+    changed = {"sources": sources, "max_steps": 2, "max_length": 2 * LENGTH, "model_name_or_path": folder / "llama"}
+    run_here(options(folder, "sft_academic", **changed, output_dir=tmp_path / "out"))
+    recorded = json.loads((tmp_path / "out" / "sft_data.json").read_text())
+    assert [(r["name"], r["format"], r["weight"], r["rows"]) for r in recorded] == [
+        (str(source), name, weight, index + 3)
+        for index, (source, name, weight) in enumerate(zip(sources, names, [40, 15, 15, 12, 10, 8]))
+    ]
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
+
+
+def without_marks(template: str) -> str:
+    return template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+
+
+def marks_before_the_end(template: str) -> str:
+    said = '{{- "<|im_end|>" -}}\n        {%- endgeneration -%}'
+    assert said in template
+    return template.replace(said, '{%- endgeneration -%}{{- "<|im_end|>" -}}')
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (without_marks, "no {% generation %} marks"),
+        (marks_before_the_end, "never learn to stop"),
+        (lambda template: template + "{% if %}", "cannot be rendered"),
+    ],
+)
+def test_unusable_templates(folder, tokenizer, tmp_path, change, sentence):
+    (tmp_path / "template.jinja").write_text(change(tokenizer.chat_template))
+    with pytest.raises(SystemExit) as stop:
+        run_here(options(folder, output_dir=tmp_path / "out", chat_template_path=tmp_path / "template.jinja"))
+    assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+LONG = {"messages": chat("Count.", " ".join(map(str, range(200))))}
+BAD_ROWS = {
+    "no rows": ([], "is empty"),
+    "no messages": ([{"text": "Hello"}], "has no column 'messages', nor 'prompt' and 'completion'"),
+    "the assistant starts": ([*exchanges(2), {"messages": chat("a", "b")[1:]}], "Row 2 of "),
+    "nobody answers": ([{"messages": chat("Hello")}], "the assistant says nothing"),
+    "no turns": ([*exchanges(1), {"messages": []}], "it has no messages"),
+    "no text": ([*exchanges(1), {"messages": [{"role": "user", "content": None}]}], "Row 1 of "),
+    "another shape": ([{"messages": "Hello"}], "its messages are not a list"),
+    "no such answer": (
+        [{**ACADEMIC["ARC"][0], "answerKey": "Z"}],
+        "a value of answerKey, choices, question is missing",
+    ),
+    "a number": ([{"instruction": 3, "output": "b"}], "a value of instruction, output is missing, or not what this"),
+    "parts": ([{"messages": [{"role": "user", "content": [{"type": "text"}]}]}], "message 0 is not text, but a list"),
+    "too long": ([*exchanges(2), LONG], "1 of 3 conversations"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_unusable_conversations(folder, tmp_path, name):
+    rows, sentence = BAD_ROWS[name]
+    changed = {"sources": write_jsonl(tmp_path / "rows.jsonl", rows), "output_dir": tmp_path / "out"}
+    with pytest.raises(SystemExit) as stop:
+        run_here(options(folder, **changed, drop_long_conversations="false"))
+    assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_conversations_are_left_out_whole(tokenizer, tmp_path):
+    source = str(write_jsonl(tmp_path / "rows.jsonl", [*exchanges(2), LONG, *exchanges(5)[2:]]))
+    rows, record = load_conversations(source, ChatEncoder(tokenizer), LENGTH, drop_long=True)
+    assert rows["messages"][:] == [row["messages"] for row in exchanges(5)] and record["too_long"] == 1
+
+
+BAD_OPTIONS = {
+    "no file": ({"sources": "nowhere/*.jsonl"}, "No file matches the source 'nowhere/*.jsonl'."),
+    "no source": ({"sources": "nowhere"}, "Unknown source 'nowhere'"),
+    "every row held out": ({"validation_sources": None, "held_out_fraction": 1}, "is left to train on"),
+    "no row held out": ({"validation_sources": None, "held_out_fraction": 0}, "No conversation is held out"),
+    "every row too long": ({"max_length": 8}, "holds no conversation of at most 8 tokens"),
+    "more weights than sources": ({"source_weights": [1, 2]}, "1 sources need as many"),
+    "longer than the model": ({"max_length": 4096}, f"more than the model's {2 * LENGTH} positions"),
+    "packing that leaks": ({"packing_strategy": "wrapped"}, "lets them see each other"),
+    "no model": ({"model_name_or_path": "nowhere"}, "'nowhere'"),
+    "no tokenizer": ({"tokenizer": "nowhere"}, "There is no tokenizer at 'nowhere'"),
+    "dropout on the experts": ({**LORA, "lora_dropout": 0.1}, "--lora-dropout 0"),
+    "no such layer": ({**LORA, "lora_target_modules": "out_proj"}, "no 'out_proj' for LoRA"),
+    "no such weights": ({**LORA, "lora_target_parameters": ["experts.down_proj", "w1"]}, "no 'w1' for LoRA"),
+    "a router's loss": ({"router_aux_loss_coef": 0.01}, "a token-routed model has none"),
+    "no rows in a step": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+    "no length": ({"max_length": 0}, "max_length must be at least 1, but is 0."),
+    "no such logger": ({"report_to": "abacus"}, "--report-to abacus cannot be used"),
+    "no network": ({"push_to_hub": "true"}, "--push-to-hub does not reach the Hub"),
+    "a read-only folder": ({"output_dir": "/proc/run"}, "--output-dir '/proc/run' cannot be written"),
+    "nothing to merge": ({"merge_adapter": "true"}, "--merge-adapter is for LoRA"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_unusable_options(folder, tmp_path, monkeypatch, name):
+    changed, sentence = BAD_OPTIONS[name]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_here(options(folder, **{"output_dir": tmp_path / "out", **changed}))
+    assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_another_model_is_not_written_over(folder, tmp_path):
+    shutil.copytree(folder / "llama", tmp_path / "model")
+    with pytest.raises(SystemExit, match=r"holds 'config\.json', which no run of this script wrote"):
+        run_here(options(folder, output_dir=tmp_path / "model"))
+
+
+def parsed(*listed: str):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sft.py", *listed])
+        return RecipeParser((FineTuningArguments, SFTConfig, ModelConfig), script.__doc__).parse()
+
+
+@pytest.mark.parametrize("nothing", [[], ["[]"]])
+def test_an_empty_list_on_the_command_line(folder, nothing):
+    """For LoRA on a dense model, as the recipes say."""
+    *_, model_args = parsed(*options(folder, **LORA), "--lora-target-parameters", *nothing, "--use-cpu", "true")
+    assert model_args.lora_target_parameters == []
+
+
+@pytest.mark.parametrize("recipe", ["sft_chat", "sft_academic"])
+def test_recipes_warn_of_nothing_and_recompute_nothing(folder, recipe, recwarn):
+    _, training_args, _ = parsed(*options(folder, recipe))
+    assert training_args.gradient_checkpointing is False
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+    name = "activation-checkpointing" if RENAMED else "gradient-checkpointing"
+    assert parsed(*options(folder, recipe), f"--{name}", "true")[1].gradient_checkpointing is True
+
+
+def test_perplexity_is_that_of_the_plain_cross_entropy(folder, tmp_path, capsys):
+    """Though the training loss has smoothed labels, and conversations are packed."""
+    changed = {"max_steps": 2, "label_smoothing_factor": 0.1, "output_dir": tmp_path / "out"}
+    run_here(options(folder, **changed))
+    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    sums, counts = [], []
+    for row in exchanges(90)[60:]:
+        ids, mask = (torch.tensor([part]) for part in expected_tokens(tokenizer, row["messages"]))
+        with torch.no_grad():
+            log_probs = model.eval()(ids).logits[0, :-1].log_softmax(dim=-1)
+        nll = -log_probs.gather(1, ids[0, 1:, None])[:, 0] * mask[0, 1:]
+        sums.append(nll.sum().item())
+        counts.append(mask.sum().item())
+    expected = perplexity_scores(sums, counts)
+    last = json.loads((tmp_path / "out" / "training_summary.json").read_text())["held_out"][-1]
+    assert last["loss"] == pytest.approx(expected["nll_per_token"], rel=1e-4)
+    assert last["loss_stderr"] == pytest.approx(expected["stderr"], rel=1e-3)
+    shown = f"held-out perplexity {last['perplexity']:,.2f} ± {last['perplexity_stderr']:,.2f}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'out'}: {shown}"
+
+
+def test_the_router_of_another_model_is_left_its_loss(folder, tmp_path):
+    """TRL weighs it; only a model whose experts are looked up has none."""
+    trainer = trainer_on(folder, "llama", output_dir=tmp_path / "llama")
+    assert not trainer.aux_loss_enabled
+    ours = trainer_on(folder, "complexity-deep", output_dir=tmp_path / "ours")
+    assert not ours.aux_loss_enabled and not getattr(ours.model.config, "output_router_logits", False)
+
+
+def test_another_run_is_refused_on_resume(folder, finished, tmp_path):
+    checkpoint = tmp_path / "checkpoint-9"
+    shutil.copytree(finished("full") / "checkpoint-9", checkpoint)
+    for changed, sentence in (
+        ({"max_steps": 20}, "max_steps = 12, but it is now 20, and the learning-rate schedule spans all steps"),
+        ({"learning_rate": 0.1}, "learning_rate = 0.02, but it is now 0.1"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type = cosine, but it is now linear"),
+        ({"model_name_or_path": folder / "llama"}, "model_type = complexity-deep, but it is now llama"),
+        ({"per_device_train_batch_size": 4}, "rows per step = 4, but it is now 8"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            run_here(options(folder, output_dir=tmp_path, **changed))
+    changed_model = tmp_path / "changed"
+    shutil.copytree(folder / "complexity-deep", changed_model)
+    config = json.loads((changed_model / "config.json").read_text())
+    (changed_model / "config.json").write_text(json.dumps({**config, "dynamics_dt": 0.3}))
+    with pytest.raises(SystemExit, match=r"dynamics_dt = 0.1, but it is now 0.3"):
+        run_here(options(folder, output_dir=tmp_path, model_name_or_path=changed_model))
+    state = json.loads((checkpoint / "sft_state.json").read_text())  # as before these were compared
+    kept = ("model", "lora", "data", "tokens", "max_length", "packing", "rows per step", "seed")
+    state["settings"] = {name: state["settings"][name] for name in kept}
+    (checkpoint / "sft_state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(SystemExit, match="max_steps = 12, but it is now 20"):
+        run_here(options(folder, output_dir=tmp_path, max_steps=20))
+    run_here(options(folder, output_dir=tmp_path))
+    assert_same_weights(tmp_path, finished("full"))
+
+
+def test_unknown_recipe_key(folder, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("learning_rat: 0.1\n")
+    with pytest.raises(SystemExit) as stop:
+        run_here(
+            [*options(folder)[2:], "--config", str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "out")]
+        )
+    (line,) = capsys.readouterr().err.splitlines()  # without pages of usage before it
+    assert stop.value.code == 2 and line.startswith("sft.py: error: ") and "learning_rat" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_says_which_columns_are_taken(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed("--help")
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and script.__doc__.splitlines()[-1] in printed
+    for columns, _ in FORMATS.values():
+        assert all(re.search(rf"\b{column.rstrip('23')}", printed) for column in columns), columns
+
+
+def test_folders_of_other_runs_are_left_alone(folder, finished, tmp_path):
+    with pytest.raises(SystemExit, match="output_dir is the folder of the model"):
+        run_here(options(folder, output_dir=folder / "complexity-deep"))
+    shutil.copytree(finished("full") / "checkpoint-12", tmp_path / "checkpoint-12")
+    with pytest.raises(SystemExit, match="written with seed = 0, but it is now 1"):
+        run_here(options(folder, output_dir=tmp_path, seed=1))
+    with pytest.raises(SystemExit, match="is a LoRA adapter: merge it"):
+        run_here(options(folder, output_dir=tmp_path / "out", model_name_or_path=finished("lora")))

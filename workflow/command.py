@@ -1,0 +1,171 @@
+"""What all commands do alike: an error is one sentence, Ctrl-C is one line, and the output folder is tried first."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended: 128 + SIGINT
+COMMANDS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+class InputError(ValueError):
+    """Input that cannot be used; the message is one sentence for the person who gave it."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message of an error on one line, or the name of its class where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, where a library writes a page, or the name of its class without one."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def say(what: str) -> None:
+    """Tell a person what is being done, on stderr, beside the results."""
+    print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+class OneSentence:
+    """Put before a parser in the bases of a class: its errors come without the pages of usage, with exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+class ArgumentParser(OneSentence, argparse.ArgumentParser):
+    """argparse's parser with a description that keeps its lines."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A type for `add_argument`: whole numbers from `minimum` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {minimum}")
+        return int(text)
+
+    return number
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around a command's imports: where a package is missing, the command ends with a sentence on what to install."""
+    try:
+        yield
+    except ImportError as error:
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: error: a package is missing ({one_line(error)}): run "
+            f"`pip install 'complexity-deep-transformers[{extra}]'`, or `pip install -e .[{extra}]` in a clone."
+        )
+
+
+def run_script(main: Callable, *arguments) -> None:
+    """Call `main`; an `InputError` ends the process with its sentence, and Ctrl-C with one line and exit code 130."""
+    name = Path(sys.argv[0]).name
+    try:
+        main(*arguments)
+    except InputError as error:
+        sys.exit(f"{name}: error: {one_line(error)}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped by Ctrl-C; every file that is there is whole", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within it Ctrl-C waits, so that files are not left half-written; of use in the main thread only."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything of that name; other than `Path.exists`, a name that cannot be raises its error."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def check_output_folder(folder: str | Path, option: str = "--output-dir") -> None:
+    """Raise `InputError` where no file could be written into `folder`, which need not exist. Nothing is left there."""
+    folder = Path(folder)
+    try:
+        place = next(path for path in (folder, *folder.absolute().parents) if is_there(path))
+        if not place.is_dir():
+            raise InputError(f"{option} '{folder}' cannot be a folder, for '{place}' is a file: name another.")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # the latter is a null character in the name
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"{option} '{folder}' cannot be written ({reason}): name another.") from error
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write into. It takes the name of `folder` when the block ends without an error.
+
+    A folder that had the name before is replaced. After an error it is as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(Path(scratch, "old"))
+        new.rename(folder)
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write into. Its files move into `folder` when the block ends without an error.
+
+    Other files of `folder` stay. After an error all of its files are as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        yield Path(scratch)
+        for file in Path(scratch).iterdir():
+            os.replace(file, folder / file.name)
+
+
+class NothingFound:
+    """In Python's cache of importers, it stands for a folder in which no module is found."""
+
+    @staticmethod
+    def find_spec(name: str, target=None) -> None:
+        return None
+
+
+def hide_running_script() -> None:
+    """Let nobody import the files beside a command that runs as `python scripts/evaluate.py`.
+
+    Python puts the folder of a script first on its path. A library that imports `evaluate` would get our command.
+    """
+    script = Path(sys.argv[0]).resolve()
+    if script.parent.name == COMMANDS.name and (COMMANDS / script.name).is_file():
+        for place in sys.path:
+            if Path(place).resolve() == script.parent:
+                sys.path_importer_cache[place] = NothingFound
+
+
+hide_running_script()

@@ -1,0 +1,108 @@
+"""The files of an evaluation: numbers, tables and a chart."""
+
+import json
+from pathlib import Path
+
+from complexity_deep.workflow.charts import subplots, write_figure
+from complexity_deep.workflow.command import whole_files
+from complexity_deep.workflow.evaluation.perplexity import with_error
+from complexity_deep.workflow.markdown_table import table
+
+
+def table_with_notes(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table; the last cell of a row is a note, which becomes a number and a line below."""
+    notes = list(dict.fromkeys(row[-1] for row in rows if row[-1]))
+    cells = [[*row[:-1], str(1 + notes.index(row[-1])) if row[-1] else ""] for row in rows]
+    return [*table(header, cells), "", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
+
+
+def accuracy_table(rows: list[dict]) -> list[str]:
+    def cells(row):
+        stderr = "" if row["stderr"] is None else f"{row['stderr']:.2%}"
+        score = [f"{row['value']:.2%}", stderr, f"{row['random']:.2%}", f"{row['n']:,}", str(row["num_fewshot"])]
+        return [f"{row['task']}, {row['metric']}", *score, row["note"]]
+
+    header = ["task, metric", "score", "standard error", "guessing", "questions", "examples", "note"]
+    return table_with_notes(header, [cells(row) for row in rows])
+
+
+def perplexity_table(rows: list[dict]) -> list[str]:
+    def cells(row):
+        stderr = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        scores = [f"{row['nll_per_token']:.4f}", stderr, f"{row['random']:.4f}", with_error(row, "perplexity", 2)]
+        scores += [f"{row['bits_per_byte']:.4f}", f"{row['word_perplexity']:,.2f}", f"{row['tokens']:,}"]
+        return [row["corpus"], *scores, f"{row['documents']:,}", f"{row['context']} / {row['stride']}", row["note"]]
+
+    header = [
+        "text",
+        "nats per token",
+        "standard error",
+        "guessing",
+        "perplexity",
+        "bits per byte",
+        "per word",
+        "tokens",
+    ]
+    return table_with_notes([*header, "documents", "context / stride", "note"], [cells(row) for row in rows])
+
+
+def render_markdown(report: dict) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    lines = [
+        f"# Evaluation of {report['model']}",
+        "",
+        f"{report['harness']['name']} {report['harness']['version']}, {report['dtype']} on {report['device']}, "
+        f"{report['date']}; {versions}.",
+        "",
+    ]
+    if report["tasks"]:
+        lines += accuracy_table(report["tasks"])
+    if report["cut_prompts"]:
+        cut = f"{report['cut_prompts']:,} of {report['prompts']:,} prompts were longer than the model's context"
+        lines += [f"{cut} and lost their beginning.", ""]
+    if report["perplexity"]:
+        lines += perplexity_table(report["perplexity"])
+    if report["left_out"]:
+        lines += [f"Left out, for want of a file: {', '.join(report['left_out'])}.", ""]
+    lines += ["![scores](evaluation.png)", ""]
+    if report["subtasks"]:
+        parts = accuracy_table(report["subtasks"])
+        lines += ["<details><summary>Parts of MMLU</summary>", "", *parts, "</details>", ""]
+    return "\n".join(lines)
+
+
+def draw(report: dict, path: Path) -> None:
+    """Bars with their standard errors and the score of guessing; accuracy on the left, perplexity on the right."""
+    panels = [kind for kind in ("tasks", "perplexity") if report[kind]]
+    widths = [1 + len(report[kind]) for kind in panels]
+    size = (2 + 0.8 * sum(widths), 4.2)
+    figure, all_axes = subplots(1, len(panels), figsize=size, width_ratios=widths, squeeze=False)
+    for axes, kind in zip(all_axes[0], panels):
+        rows = report[kind]
+        values = [row["value" if kind == "tasks" else "nll_per_token"] for row in rows]
+        errors = [row["stderr"] or 0 for row in rows]
+        names = [
+            f"{row['task']}\n{row['metric']}" if kind == "tasks" else row["corpus"].replace("/", "/\n") for row in rows
+        ]
+        axes.bar(names, values, width=0.6, yerr=errors, capsize=4)
+        for x, value in enumerate(values):  # at the foot of each bar, where no line passes
+            text = f"{value:.1%}" if kind == "tasks" else f"{value:.2f}"
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            axes.text(x, 0.02, text, ha="center", transform=axes.get_xaxis_transform(), bbox=box)
+        guessing = [row["random"] for row in rows]
+        places = range(len(rows))
+        axes.hlines(guessing, [x - 0.4 for x in places], [x + 0.4 for x in places], "black", "dotted", label="guessing")
+        axes.set_ylabel("accuracy" if kind == "tasks" else "nats per token")
+        axes.set_ylim(0, 1.3 * max(*guessing, *(value + error for value, error in zip(values, errors))))
+        axes.tick_params(axis="x", labelrotation=30)
+        axes.legend()
+    figure.suptitle(f"{report['model']}, lm-eval {report['harness']['version']}")
+    write_figure(figure, path)
+
+
+def write_evaluation(report: dict, output: Path) -> None:
+    """Write evaluation.png, .md and .json; they change together."""
+    with whole_files(output) as folder:
+        draw(report, folder / "evaluation.png")
+        (folder / "evaluation.md").write_text(render_markdown(report))
+        (folder / "evaluation.json").write_text(json.dumps(report, indent=1, allow_nan=False))

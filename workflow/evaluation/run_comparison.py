@@ -1,0 +1,73 @@
+"""Finished runs side by side: one table and one picture of their held-out losses."""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from complexity_deep.workflow.charts import subplots
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.evaluation.perplexity import with_error
+from complexity_deep.workflow.markdown_table import table
+
+# What must be the same for a comparison to mean anything; the table says where it is not.
+COMMON = ("text", "tokens", "rows_per_step", "row_length", "device", "torch", "transformers", "commit", "date")
+
+
+def read(run: Path) -> dict:
+    """The summary of a run, with its curve of (step, training loss)."""
+    try:
+        summary = json.loads((run / "training_summary.json").read_text())
+        history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+        summary["curve"] = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+        return {"name": run.name, **summary, "last": summary["held_out"][-1]}
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(f"'{run}' is not the output folder of a finished run: {error}.") from error
+
+
+def comparison_table(runs: list[dict]) -> str:
+    """Markdown: a column for each run, and below it what is the same for all of them."""
+
+    def optional(name: str, shown) -> list[str]:
+        return [shown(run[name]) if name in run else "" for run in runs]
+
+    rows = [
+        ["model", *(run["model_type"] for run in runs)],
+        ["parameters", *(f"{run['parameters']:,}" for run in runs)],
+        ["active per token", *(f"{run['active_parameters']:,}" for run in runs)],
+        ["held-out loss, nats per token", *(with_error(run["last"], "loss", 4) for run in runs)],
+        ["held-out perplexity", *(with_error(run["last"], "perplexity", 2) for run in runs)],
+        ["tokens per second (median)", *optional("tokens_per_second", "{:,.0f}".format)],
+        ["MFU", *optional("mfu", "{:.1%}".format)],
+        ["waiting for data", *optional("data_wait_share", "{:.1%}".format)],
+        ["peak GPU memory, GiB", *optional("peak_memory_gib", "{:.2f}".format)],
+        ["seed", *(str(run["options"].get("seed", "")) for run in runs)],
+    ]
+    shared = {}
+    for name in COMMON:
+        values = [run.get(name) for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append([f"**differs: {name.replace('_', ' ')}**", *map(str, values)])
+        elif values[0] is not None:
+            shared[name] = values[0]
+    same = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in shared.items())
+    return "\n".join([*table(["", *(run["name"] for run in runs)], rows), "", same])
+
+
+def draw(runs: list[dict]) -> Figure:
+    """Held-out loss over steps. The untrained model's, some 7 nats above, is left out: runs differ by hundredths."""
+    figure, axes = subplots(figsize=(8, 4.5))
+    shown = []
+    for run in runs:
+        held_out = [
+            (entry["step"], entry["loss"]) for entry in run["held_out"] if entry["step"] or len(run["held_out"]) == 1
+        ]
+        line = axes.plot(*zip(*held_out), "o-", label=f"{run['name']}: {run['last']['loss']:.3f}")[0]
+        axes.plot(*zip(*run["curve"]), alpha=0.3, zorder=0, color=line.get_color())
+        shown += [loss for _, loss in held_out]
+    margin = 0.1 * (max(shown) - min(shown)) + 0.02
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Held-out loss (faint: training)")
+    axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    axes.grid(alpha=0.3)
+    axes.legend(title="at the end")
+    return figure

@@ -1,0 +1,110 @@
+"""Which runs a plan makes, and which of them runs.csv does not have."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import yaml
+
+from complexity_deep.workflow.command import InputError
+
+IDENTITY = ("variant", "seed", "size", "tokens", "learning_rate", "settings")  # of a run, whatever came of it
+DONE = ("ok", "diverged")
+
+
+class PlanError(InputError):
+    """A plan that cannot be run; the message is one sentence for the person who gave it."""
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise PlanError(f"'{path}' is not a readable YAML file ({error}).") from None
+
+
+def expand(plan_path: Path, rows: list[dict], data: dict) -> list[dict]:
+    """The runs of a plan, seed by seed; `rows` are those of runs.csv and `data` the contents of data.json.
+
+    Raises `PlanError` for an unknown variant, and for a plan that needs runs which runs.csv does not have yet.
+    """
+    plan = read_yaml(plan_path)
+    base = read_yaml(plan_path.parent / plan["base"])
+    known = [row for row in rows if row["size"] == base["size"] and row["data"] == data["id"] and row["status"] == "ok"]
+    unknown = [name for name in plan["variants"] if name not in base["variants"]]
+    if unknown:
+        raise PlanError(f"{plan_path} names {', '.join(unknown)}, which {plan['base']} does not have.")
+    runs = []
+    for seed in plan["seeds"]:
+        for name in plan["variants"]:
+            variant = base["variants"][name]
+            rates = plan["learning_rates"]
+            if rates == "swept":
+                rates = [swept_rate(variant["family"], base, known)]
+            tokens = float(plan["tokens"])
+            if reference := plan.get("equal_seconds_to"):
+                tokens *= speed(name, known) / speed(reference, known)
+            for rate in rates:
+                for factor in plan.get("learning_rate_factors", [1]):
+                    run = {
+                        "variant": name,
+                        "seed": seed,
+                        "size": base["size"],
+                        "tokens": tokens,
+                        "learning_rate": float(rate) * factor,
+                        "data": data["id"],
+                        "config": {**base["shape"], **variant["config"]},
+                        "init": variant.get("init", "default"),
+                        "freeze_mlp": variant.get("freeze_mlp", False),
+                        "balance_loss": variant.get("balance_loss", 0.0),
+                        **base["training"],
+                    }
+                    runs.append({**run, "plan": plan_path.stem})
+    return runs
+
+
+def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
+    """The rate of a family's sweep with the lowest mean loss on the held-out educational text."""
+    losses = {}
+    for row in rows:
+        if row["plan"] == "learning_rates" and base["variants"].get(row["variant"], {}).get("family") == family:
+            losses.setdefault(row["learning_rate"], []).append(row["held_out_edu"])
+    if not losses:
+        raise PlanError(f"The family '{family}' has no swept learning rate yet: run learning_rates.yaml first.")
+    return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
+
+
+def speed(variant: str, rows: list[dict]) -> float:
+    """Tokens a second of a variant that had its GPU to itself, as last measured."""
+    measured = [row["tokens_per_second"] for row in rows if row["plan"] == "speed" and row["variant"] == variant]
+    if not measured:
+        raise PlanError(f"The speed of '{variant}' is not measured yet: run speed.yaml first.")
+    return measured[-1]
+
+
+def finish(run: dict, smoke: bool) -> dict:
+    """The run as it will be trained: a whole number of steps, the toy size if asked for, and a hash of everything."""
+    run = {**run, "config": dict(run["config"])}
+    if smoke:
+        config = run["config"]
+        widths = [n for n in config if n.endswith("intermediate_size")]
+        config.update({n: config[n] // 16 for n in [*widths, "hidden_size"]})
+        config.update(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+        config.update({"head_dim": 16} if "head_dim" in config else {})
+        config.update({"value_embedding_layers": [1]} if "value_embedding_layers" in config else {})
+        run.update(size=f"{run['size']} smoke", row_length=64, rows_per_step=2, tokens=run["tokens"] * 4e-5)
+    step = run["row_length"] * run["rows_per_step"]
+    run["tokens"] = int(run["tokens"] // step * step)
+    described = {name: value for name, value in run.items() if name != "plan"}
+    run["settings"] = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:10]
+    return run
+
+
+def identity(run: dict) -> tuple:
+    return tuple(str(run[name]) for name in IDENTITY)
+
+
+def missing_of(runs: list[dict], rows: list[dict]) -> list[dict]:
+    """The runs, each once, that no row of runs.csv has finished."""
+    finished = {identity(row) for row in rows if row["status"] in DONE}
+    return list({identity(run): run for run in runs if identity(run) not in finished}.values())

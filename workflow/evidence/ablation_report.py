@@ -1,0 +1,226 @@
+"""Tables, figures and docs/evidence.md from the rows of runs.csv: every number there is computed here."""
+
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import yaml
+from matplotlib import colormaps
+from scipy import stats
+
+from complexity_deep.workflow.charts import subplots, write_figure
+from complexity_deep.workflow.markdown_table import table
+
+CONFIDENCE = 0.95
+EQUAL_TOKENS, EQUAL_SECONDS = ("headline", "ablations"), ("equal_seconds",)
+TEXTS = {"held_out_edu": "educational text", "held_out_books": "books"}
+# The goal: mean difference to the reference, and the bound that the upper end of its interval must not exceed.
+GOALS = {"equal tokens": -0.15, "equal seconds": -0.10}
+UPPER_BOUND = -0.05
+COLOURS = colormaps["tab10"].colors
+
+
+def group(rows: list[dict], plans: tuple[str, ...]) -> dict[str, list[dict]]:
+    """Finished runs of the plans by variant, one for each seed: the last, where one was repeated."""
+    last = {(row["variant"], row["seed"]): row for row in rows if row["plan"] in plans and row["status"] == "ok"}
+    grouped = {}
+    for (variant, _), row in last.items():
+        grouped.setdefault(variant, []).append(row)
+    return grouped
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """Student's interval of the mean; none for a single value."""
+    if len(values) < 2:
+        return None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return tuple(stats.t.interval(CONFIDENCE, len(values) - 1, statistics.mean(values), error))
+
+
+def difference(values: list[float], reference: list[float]) -> tuple[float, tuple[float, float] | None]:
+    """Mean difference and Welch's interval of it; no interval where either has a single value."""
+    mean = statistics.mean(values) - statistics.mean(reference)
+    if min(len(values), len(reference)) < 2:
+        return mean, None
+    bounds = stats.ttest_ind(values, reference, equal_var=False).confidence_interval(CONFIDENCE)
+    return mean, (float(bounds.low), float(bounds.high))
+
+
+def column(rows: list[dict], name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+
+def as_difference(values: list[float], reference: list[float]) -> str:
+    mean, bounds = difference(values, reference)
+    return f"{mean:+.3f}" + (f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else "")
+
+
+def as_mean(values: list[float]) -> str:
+    mean, bounds = statistics.mean(values), interval(values)
+    if bounds is None:
+        return f"{mean:.4f}"
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.4f} ± {error:.4f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+
+
+def variant_table(runs: dict[str, list[dict]], reference: list[dict], speeds: dict[str, float]) -> list[str]:
+    """One line for each variant, best first."""
+    header = [
+        "variant",
+        "parameters, M (total / active)",
+        "rate",
+        "seeds",
+        "tokens, M",
+        "held-out edu",
+        "held-out books",
+    ]
+    header += ["edu, difference", "books, difference", "shifted experts", "norm", "tokens/s alone"]
+    lines = []
+    for variant, rows in sorted(runs.items(), key=lambda item: statistics.mean(column(item[1], "held_out_edu"))):
+        first = rows[0]
+        cells = [variant, f"{first['parameters'] / 1e6:.1f} / {first['active_parameters'] / 1e6:.1f}"]
+        cells += [f"{first['learning_rate']:g}", str(len(rows)), f"{first['tokens'] / 1e6:.1f}"]
+        cells += [as_mean(column(rows, name)) for name in TEXTS]
+        is_reference = variant == reference[0]["variant"] if reference else True
+        for name in TEXTS:
+            cells.append("" if is_reference else as_difference(column(rows, name), column(reference, name)))
+        for name, digits in (("shifted_edu", 3), ("expert_norm_ratio", 2)):
+            known = [row[name] for row in rows if row[name] is not None]
+            cells.append(f"{statistics.mean(known):.{digits}f}" if known else "")
+        cells.append(f"{speeds[variant]:,.0f}" if variant in speeds else "")
+        lines.append(cells)
+    return table(header, lines)
+
+
+def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates: list[str]) -> list[str]:
+    """The first paragraph: whether the goal is reached by the best candidate, and its figures."""
+    present = [name for name in candidates if name in equal_tokens]
+    if not present or reference not in equal_tokens:
+        return ["**The goal is not decided yet**: the headline has no finished runs."]
+    best = min(present, key=lambda name: statistics.mean(column(equal_tokens[name], "held_out_edu")))
+    parts, is_reached, is_known = [], True, True
+    for what, runs in (("equal tokens", equal_tokens), ("equal seconds", equal_seconds)):
+        if best not in runs:
+            parts.append(f"at {what} there are no finished runs")
+            is_known = False
+            continue
+        for name, text in TEXTS.items():
+            mean, bounds = difference(column(runs[best], name), column(equal_tokens[reference], name))
+            is_known &= bounds is not None
+            is_reached &= bounds is not None and mean <= GOALS[what] and bounds[1] <= UPPER_BOUND
+            ends = f" (95 %: {bounds[0]:+.3f} to {bounds[1]:+.3f})" if bounds else " (one seed)"
+            parts.append(f"{mean:+.3f}{ends} at {what} on {text}")
+    word = "not decided yet" if not is_known else "reached" if is_reached else "not reached"
+    goal = f"{GOALS['equal tokens']} nats at equal tokens and {GOALS['equal seconds']} at equal seconds"
+    return [
+        f"**The goal is {word}.** It was a difference in held-out loss to a dense model of equal active size of at",
+        f"most {goal}, with the upper 95 % bound at most {UPPER_BOUND}, on both texts. The best candidate is `{best}`:",
+        "; ".join(parts) + ".",
+    ]
+
+
+def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
+    """Held-out educational loss against tokens, the mean of the seeds, from a quarter of the run on."""
+    figure, axes = subplots(figsize=(8, 5))
+    for index, (variant, rows) in enumerate(sorted(runs.items())):
+        curves = [row["curve"] for row in rows]
+        points = [statistics.mean(losses) for losses in zip(*([point[1] for point in curve] for curve in curves))]
+        tokens = [point[0] / 1e6 for point in curves[0]]
+        start = len(points) // 4
+        style = {"color": COLOURS[index % 10], "linestyle": "--" if index >= 10 else "-"}
+        axes.plot(tokens[start:], points[start:], label=f"{variant} ({len(rows)})", **style)
+    axes.set(xlabel="training tokens, millions", ylabel="held-out loss, nats per token")
+    axes.set_title("Held-out educational text, mean over seeds (number of seeds)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    write_figure(figure, path)
+
+
+def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[dict]) -> None:
+    """Difference of every variant to the reference on both texts, with its interval."""
+    name = reference[0]["variant"]
+    mean_of = {variant: statistics.mean(column(rows, "held_out_edu")) for variant, rows in runs.items()}
+    variants = sorted((variant for variant in runs if variant != name), key=mean_of.get, reverse=True)
+    figure, axes = subplots(figsize=(8, 1.2 + 0.35 * len(variants)))
+    for offset, (text, title) in enumerate(TEXTS.items()):
+        for height, variant in enumerate(variants):
+            mean, bounds = difference(column(runs[variant], text), column(reference, text))
+            error = [[mean - bounds[0]], [bounds[1] - mean]] if bounds else None
+            label = title if height == 0 else None
+            y = height + 0.15 * (1 - 2 * offset)
+            axes.errorbar(mean, y, xerr=error, fmt="os"[offset], color=COLOURS[offset], capsize=3, label=label)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(variants)), variants)
+    axes.set(xlabel=f"difference in held-out loss to {name}, nats per token (left is better), 95 % interval")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    write_figure(figure, path)
+
+
+def sweep_table(rows: list[dict]) -> list[str]:
+    """Held-out educational loss of each swept variant and rate; one that did not finish says what became of it."""
+    swept = [row for row in rows if row["plan"] == "learning_rates"]
+    rates = sorted({row["learning_rate"] for row in swept})
+    cells = {(row["variant"], row["learning_rate"]): row for row in swept}
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in swept):
+        found = [cells.get((variant, rate)) for rate in rates]
+        shown = ["" if r is None else f"{r['held_out_edu']:.4f}" if r["status"] == "ok" else r["status"] for r in found]
+        lines.append([variant, *shown])
+    return table(["variant", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def stability_table(rows: list[dict]) -> list[str]:
+    header = ["variant", "rate", "runs", "diverged", "spikes a run", "largest gradient norm", "held-out edu"]
+    lines = []
+    grouped = {}
+    for row in rows:
+        if row["plan"] == "stability" and row["status"] != "failed":
+            grouped.setdefault((row["variant"], row["learning_rate"]), []).append(row)
+    for (variant, rate), found in sorted(grouped.items()):
+        ended = [row["held_out_edu"] for row in found if row["status"] == "ok"]
+        cells = [variant, f"{rate:g}", str(len(found)), str(len(found) - len(ended))]
+        cells += [f"{statistics.mean(column(found, 'spikes')):.1f}", f"{max(column(found, 'max_grad_norm')):.1f}"]
+        lines.append([*cells, as_mean(ended) if ended else ""])
+    return table(header, lines)
+
+
+def write_study(output: Path, rows: list[dict], recipes: str) -> str:
+    """Write the figures into `output` and the page beside it; returns what was written."""
+    base = yaml.safe_load(Path(recipes, "30m.yaml").read_text())
+    rows = [row for row in rows if row["size"] == base["size"]]
+    equal_tokens, equal_seconds = group(rows, EQUAL_TOKENS), group(rows, EQUAL_SECONDS)
+    reference = equal_tokens.get(base["reference"], [])
+    speeds = {name: rows[0]["tokens_per_second"] for name, rows in group(rows, ("speed",)).items()}
+    headline = group(rows, ("headline",))
+    lines = ["# Evidence", "", *verdict(equal_tokens, equal_seconds, base["reference"], base["candidates"]), ""]
+    lines += [
+        f"Written by `python scripts/ablate.py report` from [runs.csv]({output.name}/runs.csv); the plan, which is"
+    ]
+    lines += [f"older than the runs, is [plan.md]({output.name}/plan.md). Means ± standard errors, 95 % intervals in"]
+    lines += [
+        "brackets. `shifted experts` is the loss with each token sent to the next expert, `norm` the growth of the"
+    ]
+    lines += ["experts' norms (1 where they were not trained).", ""]
+    if equal_tokens:
+        lines += ["## At equal tokens", "", *variant_table(equal_tokens, reference, speeds), ""]
+    if equal_seconds:
+        lines += [f"## At the seconds of {base['reference']}", ""]
+        lines += [*variant_table(equal_seconds, reference, speeds), ""]
+    if headline:
+        draw_curves(output / "curves.png", headline)
+        lines += [f"![held-out loss against tokens]({output.name}/curves.png)", ""]
+    if reference and len(equal_tokens) > 1:
+        draw_differences(output / "differences.png", equal_tokens, reference)
+        lines += [f"![differences to {base['reference']}]({output.name}/differences.png)", ""]
+    lines += ["## Learning rates", "", *sweep_table(rows), "", "## Stability", "", *stability_table(rows), ""]
+    counted = Counter(row["status"] for row in rows)
+    outcomes = ", ".join(f"{number} {status}" for status, number in sorted(counted.items()))
+    places = sorted({f"{row['device']}, {row['versions']}" for row in rows if row["device"]})
+    lines += ["## Runs", "", f"{len(rows)} runs: {outcomes}.", *(f"- {place}" for place in places), ""]
+    lines += ["The command that makes a row again, with the names in it:", ""]
+    lines += ["    python scripts/ablate.py run --plan recipes/evidence/PLAN.yaml --only VARIANT --seeds SEED"]
+    page = output.with_suffix(".md")
+    page.write_text("\n".join(lines) + "\n")
+    return f"{page}: {len(rows)} runs"

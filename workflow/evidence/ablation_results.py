@@ -1,0 +1,66 @@
+"""runs.csv, with a row for every run, and the description of the token files."""
+
+import csv
+import json
+import os
+import threading
+from pathlib import Path
+
+from complexity_deep.workflow.evidence.ablation_plan import PlanError
+
+FIELDS = (
+    "variant", "seed", "size", "tokens", "seconds", "held_out_edu", "held_out_books", "curve", "device", "versions",
+    "commit", "data", "plan", "learning_rate", "parameters", "active_parameters", "status", "reason", "steps",
+    "tokens_per_second", "wall_seconds", "runs_per_gpu", "train_loss", "spikes", "max_grad_norm", "median_grad_norm",
+    "shifted_edu", "expert_norm_ratio", "peak_memory_gib", "date", "settings",
+)  # fmt: skip
+# Columns whose cells are text, even where a hash looks like a number.
+TEXT = ("variant", "size", "device", "versions", "commit", "data", "plan", "status", "reason", "date", "settings")
+
+
+def read_rows(results: Path) -> list[dict]:
+    """The rows of runs.csv, numbers as numbers and an empty cell as None."""
+    if not results.exists():
+        return []
+    with results.open(newline="") as file:
+        rows = [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    return [{**row, "status": "diverged"} if is_dead(row) else row for row in rows]
+
+
+def is_dead(row: dict) -> bool:
+    """Whether a run ended worse than at the first point of its curve: at ln V, for example, without a gradient."""
+    return row["status"] == "ok" and row["curve"][-1][1] > row["curve"][0][1]
+
+
+def _value(name: str, cell: str):
+    if name in TEXT:
+        return cell
+    return json.loads(cell) if cell else None
+
+
+def read_data(folder: str) -> dict:
+    """What data.json says of the token files."""
+    try:
+        return json.loads(Path(folder, "data.json").read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f"'{folder}' holds no token files ({error}): write them with `ablate.py prepare`.") from None
+
+
+class Results:
+    """runs.csv, to which a finished run is appended at once; of several threads one writes at a time."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()
+
+    def append(self, row: dict) -> None:
+        with self.lock:
+            is_new = not self.path.exists()
+            with self.path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                if is_new:
+                    writer.writeheader()
+                cells = {name: row.get(name) for name in FIELDS}
+                cells = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in cells.items()}
+                writer.writerow(cells)
+                file.flush()
+                os.fsync(file.fileno())

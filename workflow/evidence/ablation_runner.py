@@ -1,0 +1,74 @@
+"""Places on the GPUs, and the queue of runs that they take from."""
+
+import argparse
+import datetime
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from complexity_deep.workflow.evidence.ablation_results import Results, is_dead
+
+
+class Runner:
+    """Places on the GPUs, each of which takes the next run from the queue when it is free."""
+
+    def __init__(self, args: argparse.Namespace, results: Results, train_in_child, options: dict):
+        self.args, self.results, self.train_in_child, self.options = args, results, train_in_child, options
+        self.context = multiprocessing.get_context(args.start_method)
+        self.started = time.monotonic()
+        self.logs = Path(args.log_dir)
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.queue, self.failed = deque(), 0
+
+    def work(self, runs: list[dict], gpus: list[str]) -> None:
+        self.queue.extend(runs)
+        places = [gpu for _ in range(self.args.runs_per_gpu) for gpu in gpus]
+        self.threads = max(1, (os.cpu_count() or 1) // len(places))
+        threads = [threading.Thread(target=self._serve, args=(gpu,)) for gpu in places]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _serve(self, gpu: str) -> None:
+        while time.monotonic() - self.started < self.args.minutes * 60:
+            try:
+                run = self.queue.popleft()
+            except IndexError:
+                return
+            row = {**run, **self._train(run, gpu), "commit": self.args.commit, "runs_per_gpu": self.args.runs_per_gpu}
+            row["versions"] = ", ".join(f"{n} {row.get(n, '')}" for n in ("torch", "transformers", "triton"))
+            row["versions"] += ", steps as CUDA graphs" if row.pop("recorded", False) else ""
+            row["date"] = datetime.date.today().isoformat()
+            row["status"] = "diverged" if is_dead(row) else row["status"]
+            self.results.append(row)
+            self.failed += row["status"] == "failed"
+            print(self._line(row), flush=True)
+
+    def _train(self, run: dict, gpu: str) -> dict:
+        receiver, sender = self.context.Pipe(duplex=False)
+        log = self.logs / f"{run['plan']}-{run['variant']}-{run['seed']}-{run['settings']}.log"
+        arguments = (run, gpu, self.threads, str(log), sender)
+        process = self.context.Process(target=self.train_in_child, args=arguments, kwargs=self.options)
+        process.start()
+        sender.close()
+        try:
+            result = receiver.recv()
+        except EOFError:  # it was killed, or crashed below Python
+            process.join()
+            result = {"status": "failed", "reason": f"the process ended with exit code {process.exitcode}"}
+        process.join()
+        return result
+
+    def _line(self, row: dict) -> str:
+        minutes = (time.monotonic() - self.started) / 60
+        what = f"{minutes:5.1f} min  {row['plan']}: {row['variant']} seed {row['seed']} lr {row['learning_rate']:g}"
+        if row["status"] != "ok":
+            return f"{what}: {row['status']} {row.get('reason', '')}"
+        return (
+            f"{what}: edu {row['held_out_edu']:.4f}, books {row['held_out_books']:.4f}, {row['seconds']:.0f} s of "
+            f"{row['wall_seconds']:.0f}, {row['tokens_per_second']:,} tokens/s"
+        )

@@ -1,0 +1,179 @@
+"""Fine-tuning's Trainer, its model with or without LoRA, and its conversations."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+
+from complexity_deep.workflow.command import InputError, first_line, whole_folder
+from complexity_deep.workflow.data.conversations import ChatEncoder, load_conversations, shuffled_mix, split_held_out
+from complexity_deep.workflow.data.sources import check_weights
+from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
+from complexity_deep.workflow.training.resumable_trainer import ResumableTrainerMixin
+
+ADAPTER_CONFIG = "adapter_config.json"
+LORA_SETTINGS = ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"]
+RECORDS = ["sft_data.json", "trainer_state.json", "training_summary.json", "training_summary.md", "loss_curve.png"]
+
+
+class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
+    """SFTTrainer with whole checkpoints, which another run cannot take for its own."""
+
+    def create_model_card(self, *args, **kwargs):
+        """Nothing: export_to_hub.py writes the card, from measured files."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss, and for each conversation [1, N] its plain cross-entropy, in nats, and its number of tokens.
+
+        TRL would run the model a second time for logits.
+        """
+        inputs, seen = self._prepare_inputs(inputs), {}
+
+        def recorded(**arguments):
+            seen["outputs"] = model(**arguments)
+            return seen["outputs"]
+
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(recorded, inputs)
+        nll, counted = -seen["outputs"].log_probs.float(), seen["outputs"].label_mask  # [B, S - 1], of the next token
+        conversations = torch.arange(len(nll), device=nll.device)[:, None].expand_as(nll)
+        if len(nll) == 1 and "position_ids" in inputs:  # packed: a conversation begins where positions do
+            conversations = (inputs["position_ids"] == 0).cumsum(dim=1)[:, -nll.shape[1] :] - 1
+        sums = [
+            torch.zeros(int(conversations.max()) + 1, dtype=torch.float64, device=nll.device).index_add_(
+                0, conversations[counted], values[counted].double()
+            )
+            for values in (nll, counted)
+        ]
+        return loss, sums[0][None], sums[1][None]
+
+    def save_extra_state(self, checkpoint: Path) -> None:
+        if self.is_world_process_zero():
+            state = {"settings": self.settings, "tokens": self._total_train_tokens}
+            (checkpoint / "sft_state.json").write_text(json.dumps(state))
+
+    def load_extra_state(self, checkpoint: Path) -> None:
+        try:
+            state = json.loads((checkpoint / "sft_state.json").read_text())
+        except FileNotFoundError:
+            raise InputError(f"{checkpoint} is not of a fine-tuning run: name another output_dir.") from None
+        self.check_settings(checkpoint, state["settings"])
+        self._total_train_tokens = state["tokens"]
+
+
+def load_chat_tokenizer(model_args: ModelConfig, script_args: FineTuningArguments, training_args: SFTConfig):
+    path = script_args.tokenizer or model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=training_args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"There is no tokenizer at '{path}': correct --model-name-or-path, or name a tokenizer with --tokenizer."
+        ) from error
+    if training_args.chat_template_path:
+        try:
+            tokenizer.chat_template = Path(training_args.chat_template_path).read_text()
+        except OSError as error:
+            raise InputError(f"'{training_args.chat_template_path}' is not a template file: {error}.") from error
+    return tokenizer
+
+
+def load_model_to_tune(model_args: ModelConfig, training_args: SFTConfig) -> PreTrainedModel:
+    path = model_args.model_name_or_path
+    if Path(path, ADAPTER_CONFIG).exists():
+        raise InputError(f"'{path}' is a LoRA adapter: merge it with --merge-adapter and fine-tune the merged model.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=get_quantization_config(model_args),
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{path}' cannot be loaded: {first_line(error)}") from error
+
+
+def check_sizes(model: PreTrainedModel, tokenizer, training_args: SFTConfig) -> None:
+    """Set max_length to the model's where none is given; `InputError` where rows or token ids do not fit the model."""
+    positions = getattr(model.config, "max_position_embeddings", training_args.max_length)
+    training_args.max_length = training_args.max_length or positions
+    if training_args.max_length > positions:
+        raise InputError(f"max_length {training_args.max_length} is more than the model's {positions} positions.")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise InputError(f"The tokenizer has {len(tokenizer):,} tokens, but the model only {vocabulary:,}.")
+
+
+def lora_config(model_args: ModelConfig, model: PreTrainedModel):
+    """PEFT's configuration with every target found in the model, or None without LoRA."""
+    config = get_peft_config(model_args)
+    if config is None:
+        return None
+    if config.target_parameters and (config.lora_dropout or config.use_dora):
+        raise InputError(
+            "LoRA on 3D weights (lora_target_parameters) takes --lora-dropout 0 and no DoRA: PEFT has none."
+        )
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        config.target_modules = {config.target_modules}  # TRL makes a string of a list of one, PEFT a pattern of that
+    modules = set() if config.target_modules in (None, "all-linear") else config.target_modules
+    names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
+    for target in [*modules, *(config.target_parameters or ())]:
+        # Of one that is missing among others, PEFT only warns.
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise InputError(f"The model has no '{target}' for LoRA: correct it in the recipe ([] is none).")
+    return config
+
+
+def load_chats(script_args: FineTuningArguments, training_args: SFTConfig, encoder: ChatEncoder):
+    """Conversations to train on and to validate on, and the record of the former for sft_data.json."""
+
+    def load(source):
+        return load_conversations(
+            source,
+            encoder,
+            training_args.max_length,
+            script_args.drop_long_conversations,
+            training_args.dataset_num_proc,
+        )
+
+    weights = script_args.source_weights
+    check_weights(script_args.sources, weights)
+    fraction = 0.0 if script_args.validation_sources else script_args.held_out_fraction
+    training, held_out, records = [], [], []
+    for index, source in enumerate(script_args.sources):
+        rows, record = load(source)
+        kept, out = split_held_out(rows, fraction)
+        if len(kept) == 0:
+            raise InputError(
+                f"No conversation of '{source}' is left to train on: lower held_out_fraction ({fraction})."
+            )
+        training.append(kept)
+        held_out.append(out)
+        records.append({**record, "weight": weights[index] if weights else None, "rows": len(kept)})
+        if record["too_long"] and training_args.process_index == 0:
+            print(
+                f"Left out of '{source}': {record['too_long']:,} conversations, longer than {training_args.max_length}."
+            )
+    if script_args.validation_sources:
+        held_out = [load(source)[0] for source in script_args.validation_sources]
+    validation = shuffled_mix(held_out, None, training_args.seed)
+    if len(validation) == 0:
+        raise InputError(
+            f"No conversation is held out to validate on: raise held_out_fraction (now {fraction}) or give "
+            "validation_sources."
+        )
+    validation = validation.select(range(min(script_args.held_out_rows, len(validation))))
+    return shuffled_mix(training, weights, training_args.seed), validation, records
+
+
+def save_merged(trainer: ChatTrainer, tokenizer, output: Path) -> None:
+    """Write the model with its adapter merged, and the record of the run, into merged/."""
+    with whole_folder(output / "merged") as folder:
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for name in RECORDS:
+            shutil.copy(output / name, folder)

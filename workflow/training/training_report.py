@@ -1,0 +1,110 @@
+"""What a person sees of a training run when it is over: a page and pictures."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import matplotlib
+import torch
+from transformers import PreTrainedModel
+
+from complexity_deep.workflow.charts import subplots, write_figure
+from complexity_deep.workflow.evaluation.perplexity import held_out as held_out_scores
+from complexity_deep.workflow.evaluation.perplexity import with_error
+from complexity_deep.workflow.flops import active_parameters, total_parameters
+from complexity_deep.workflow.markdown_table import table
+from complexity_deep.workflow.provenance import provenance
+
+matplotlib.use("Agg")  # no display is needed to write a file
+
+
+def draw_expert_loads(output_dir: str, entry: dict) -> None:
+    """Write expert_loads.png, the share of tokens per expert and layer in an entry of architecture_monitors.py."""
+    cells = {}  # a resumed run has its entries sorted by name, where 10 comes before 2
+    for name, tokens in entry.items():
+        if match := re.fullmatch(r"expert_tokens/layer_(\d+)/expert_(\d+)", name):
+            cells[int(match[1]), int(match[2])] = tokens
+    layers, experts = (1 + max(indices) for indices in zip(*cells))
+    loads = torch.tensor([[cells[layer, expert] for expert in range(experts)] for layer in range(layers)])
+    shares = loads / loads.sum(dim=1, keepdim=True)
+    figure, axes = subplots()
+    left = torch.zeros(len(shares))
+    for expert, share in enumerate(shares.T):
+        axes.barh(range(len(shares)), share, left=left, label=f"expert {expert}", edgecolor="white", linewidth=0.5)
+        left += share
+    for expert in range(1, shares.shape[1]):
+        axes.axvline(expert / shares.shape[1], color="black", linewidth=0.8, linestyle=":")  # an even load
+    axes.set(xlabel="share of tokens", ylabel="layer", yticks=range(len(shares)), xlim=(0, 1))
+    axes.set_title(f"expert loads on held-out text, step {entry['step']}")
+    axes.invert_yaxis()
+    if shares.shape[1] <= 16:  # more do not fit, and single experts cannot be told apart then
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    write_figure(figure, Path(output_dir, "expert_loads.png"))
+
+
+def median(entries: list[dict], name: str) -> float | None:
+    values = [entry[name] for entry in entries if name in entry]
+    return statistics.median(values) if values else None
+
+
+def as_text(value) -> str:
+    """A value of the summary as a cell of its table."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name.replace('_', ' ')} {as_text(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(as_text, value))
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def held_out_cells(entry: dict) -> list[str]:
+    return [str(entry["step"]), with_error(entry, "loss", 4), with_error(entry, "perplexity", 2)]
+
+
+def write_training_report(
+    output_dir: str | Path, model: PreTrainedModel, log_history: list[dict], facts: dict, options: dict | None = None
+) -> None:
+    """Write training_summary.md, the same for programs in training_summary.json, and the pictures.
+
+    `facts` (text, numbers, lists or dicts of them) become rows; `options`, what the run was started with, goes to the
+    JSON only.
+    """
+    training = [entry for entry in log_history if "loss" in entry]
+    held_out = {e["step"]: {"step": e["step"], **held_out_scores(e)} for e in log_history if "eval_loss" in e}
+    held_out = list(held_out.values())
+    figure, axes = subplots()
+    axes.plot([entry["step"] for entry in training], [entry["loss"] for entry in training], label="training")
+    axes.plot([entry["step"] for entry in held_out], [entry["loss"] for entry in held_out], "o", label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{model.config.model_type}: loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_figure(figure, Path(output_dir, "loss_curve.png"))
+
+    summary = {
+        "model_type": model.config.model_type,
+        "parameters": total_parameters(model),
+        "active_parameters": active_parameters(model),
+        **facts,
+        "training_seconds": sum(entry["seconds"] for entry in training),
+        "tokens_per_second": median(training, "tokens_per_second"),
+        "mfu": median(training, "mfu"),
+        "data_wait_share": median(training, "data_wait_share"),
+        "peak_memory_gib": max((entry.get("peak_memory_gib", 0) for entry in training), default=0) or None,
+        **provenance(),
+    }
+    summary = {name: value for name, value in summary.items() if value is not None}
+    lines = [f"# {Path(output_dir).name}: training summary", ""]
+    lines += table(["", ""], ([name.replace("_", " "), as_text(value)] for name, value in summary.items()))
+    lines += ["", *table(["step", "held-out loss", "held-out perplexity"], map(held_out_cells, held_out))]
+    lines += ["", "± is one standard error."]
+    lines += ["", "![training and held-out loss](loss_curve.png)", ""]
+    monitored = [entry for entry in log_history if "expert_imbalance/layer_0" in entry]
+    if monitored:
+        draw_expert_loads(output_dir, monitored[-1])
+        lines += ["![tokens per expert](expert_loads.png)", ""]
+    Path(output_dir, "training_summary.md").write_text("\n".join(lines))
+    summary["held_out"] = held_out
+    summary["options"] = options or {}
+    Path(output_dir, "training_summary.json").write_text(json.dumps(summary, indent=1))
