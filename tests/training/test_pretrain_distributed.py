@@ -270,7 +270,8 @@ def test_tensor_parallel_training_of_a_dense_llama_is_that_of_one_process(recipe
 def test_parallelism_that_cannot_be_is_refused(monkeypatch, environment, experts, version, sentence):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(transformers, "__version__", version)
+    # The module that the function sees: importing a processor makes another one of `transformers`.
+    monkeypatch.setattr(requested_parallelism.__globals__["transformers"], "__version__", version)
     with pytest.raises(InputError, match=sentence):
         requested_parallelism(2, experts)
 

@@ -134,7 +134,7 @@ def tokens_per_s(results: list[dict]) -> Figure:
     cases = {
         "training, compiled": [("1.5b 8x2048 step", f"{name}, sdpa, compiled") for name in NAMES],
         "generate, static cache": [("1.5b batch 1 decode step", f"{name}, static cache") for name in NAMES],
-        "generate as it comes": [("1.5b batch 1 decode step", f"{name}, dynamic cache") for name in NAMES],
+        "generate, growing cache": [("1.5b batch 1 decode step", f"{name}, dynamic cache") for name in NAMES],
         "forward, 128 tokens": [("1.5b 1x128 forward", name) for name in NAMES],
     }
     found = [newest(results, keys) for keys in cases.values()]
