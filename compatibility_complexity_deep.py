@@ -7,6 +7,7 @@ the name that the installed release uses.
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -28,7 +29,8 @@ def accepts_both_cache_names(forward: Callable) -> Callable:
     """Let `forward`, whose parameter is named `cache`, take `past_key_values` as well.
 
     The signature that others inspect has the installed release's name: `generate` refuses arguments that it does not
-    find there. Raises `ValueError` where both names carry a cache.
+    find there. Where the library deprecates the old name, a caller of this model gets the same `FutureWarning` as one
+    of a native model. Raises `ValueError` where both names carry a cache.
     """
 
     @functools.wraps(forward)
@@ -38,6 +40,8 @@ def accepts_both_cache_names(forward: Callable) -> Callable:
             if kwargs.get("cache") is not None:
                 raise ValueError("cache and past_key_values are two names of one argument: pass only one of them.")
             kwargs["cache"] = given
+            if CACHE_NAME == "cache" and not torch.compiler.is_compiling():  # Dynamo cannot trace a warning
+                warnings.warn("`past_key_values` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=2)
         return forward(*args, **kwargs)
 
     signature = inspect.signature(forward)

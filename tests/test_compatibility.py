@@ -52,6 +52,20 @@ def test_the_output_has_the_library_name_of_the_cache():
         assert isinstance(part(random_ids(1, 4), use_cache=True)[CACHE_NAME], DynamicCache)
 
 
+@pytest.mark.skipif(CACHE_NAME != "cache", reason="before Transformers 5.24 past_key_values is the current name")
+@pytest.mark.parametrize("use_base_model", (False, True))
+def test_the_old_name_of_the_cache_is_deprecated_as_in_native_models(use_base_model):
+    model = tiny_model()
+    model, ids = model.model if use_base_model else model, random_ids(1, 4)
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated") as caught:
+        model(ids, past_key_values=DynamicCache(config=model.config))
+    assert len(caught) == 1  # the heads hand the cache on under its new name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, cache=DynamicCache(config=model.config))
+        model(ids, past_key_values=None)
+
+
 def test_two_caches_are_refused():
     model, cache = tiny_model(), DynamicCache()
     with pytest.raises(ValueError, match="two names of one argument"):
