@@ -1,11 +1,10 @@
-"""A small corpus, tokenizer and recipe for scripts/pretrain.py, and two ways to run it."""
+"""A small corpus, tokenizer and recipe for scripts/pretrain.py, and how to run it in other processes."""
 
 import contextlib
 import json
 import multiprocessing
 import os
 import resource
-import runpy
 import sys
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from accelerate.utils import DistributedType
 
 from complexity_deep.workflow.data.text_sources import embedded_documents
 from complexity_deep.workflow.data.tokenizer_training import train_bpe
-from support import REPOSITORY
+from support import REPOSITORY, run_command
 
 ROW = 48
 
@@ -67,13 +66,6 @@ def write_recipe(folder: Path, shape: dict, **options) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     return path
-
-
-def run_here(*options: object) -> None:
-    """The script in this process, which saves its imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain.py", *map(str, options)])
-        runpy.run_module("complexity_deep.scripts.pretrain", run_name="__main__")
 
 
 def start(
@@ -134,7 +126,7 @@ def _run(log: Path, options: tuple, file_limit: int | None, environment: dict[st
     with open(log, "w") as output, open(f"{log}.rows", "w") as rows:
         os.dup2(output.fileno(), 2)
         with contextlib.redirect_stdout(output):
-            run_here(*options)
+            run_command("pretrain", *options)
             if as_on_gpus:
                 print(f"weights gathered {fsdp.foreach_all_gather.calls} times")
 
