@@ -50,7 +50,7 @@ def run_command(name: str, *options: object) -> None:
     """A command of scripts/ in this process, which has done the imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
-        runpy.run_module(f"complexity_deep.scripts.{name}", run_name="__main__")
+        runpy.run_path(str(REPOSITORY / "scripts" / f"{name}.py"), run_name="__main__")
 
 
 def outcome_of(name: str, *options: object) -> tuple[int, str, str]:
