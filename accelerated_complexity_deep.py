@@ -12,6 +12,7 @@ CGGR stands for Contiguous Group GEMM Routing: the tokens of one expert stand to
 
 import functools
 import os
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,10 @@ try:
         decode_layer_tail,
         decode_qkv,
     )
+    from .kernels.first_call import compile_layer_kernels
     from .kernels.fused_dynamics import inl_dynamics_block
     from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
+    from .kernels.routing_plan import MAX_ROUTED, mu_route
     from .kernels.routing_plan import routing_plan as triton_routing_plan
     from .kernels.token_routed_gemm import token_routed_mlp
 except ImportError:  # Triton is not installed, and "eager" is all there is
@@ -55,6 +58,7 @@ else:
 logger = logging.get_logger(__name__)
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
+_COMPILED_AHEAD = weakref.WeakKeyDictionary()  # first layer of a model -> the kinds of calls it has kernels for
 
 # kernels_implementation -> name of a marked method -> the function that stands in for it.
 ACCELERATED: dict[str, dict[str, Callable]] = {"eager": {}}
@@ -302,6 +306,33 @@ def _decode_heads(
     return decode_attention(query, key, value, mask, attention.scaling).flatten(1)
 
 
+def _compile_ahead(layer: nn.Module, hidden_states: Tensor) -> None:
+    """Compile the kernels of a model at its first call, all at once, because one after another takes many seconds.
+
+    They are those of every number of tokens, so that rows of another length find theirs compiled.
+    """
+    if hidden_states.device.type != "cuda" or not _runs_on_triton(hidden_states):
+        return
+    rows = hidden_states.shape[0]
+    kind = hidden_states.dtype, torch.is_autocast_enabled("cuda"), hidden_states.device.index
+    kind += (None,) if torch.is_grad_enabled() else (rows,)
+    done = _COMPILED_AHEAD.setdefault(layer, set())
+    if kind in done or torch.cuda.is_current_stream_capturing():
+        return
+    done.add(kind)
+    experts = getattr(layer.mlp, "experts", None)
+    takes_experts = experts is not None and layer.config._experts_implementation == "cggr"
+    compile_layer_kernels(
+        layer.config,
+        rows,
+        hidden_states.dtype,
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden_states.dtype,
+        hidden_states.device,
+        trains=torch.is_grad_enabled(),
+        experts=takes_experts,
+    )
+
+
 def triton_layer(
     plain: Callable,
     layer: nn.Module,
@@ -314,6 +345,8 @@ def triton_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward of a decoder layer; a step of one new token in each of few rows runs in a few fused kernels."""
     mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
+    if layer.self_attn.layer_idx == 0 and not torch.compiler.is_compiling():
+        _compile_ahead(layer, hidden_states)
     if not _takes_decode_kernels(layer, hidden_states, mask, cache):
         return plain(layer, hidden_states, velocity, guidance, highway, expert_ids, **kwargs)
     attention, dynamics, experts, router = layer.self_attn, layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
@@ -353,21 +386,57 @@ def triton_layer(
     return tuple(x.view(B, 1, H) for x in states)
 
 
+def triton_mlp(
+    plain: Callable, mlp: nn.Module, hidden_states: Tensor, mu: Tensor | None, expert_ids: Tensor, routing_plan=None
+) -> tuple[Tensor, Tensor]:
+    """The forward of the token-routed MLP, with mu's choice of experts in one kernel.
+
+    A compiler fuses the small operations of the plain forward itself.
+    """
+    experts, router, origin = mlp.experts, mlp.mu_router, type(mlp).__module__
+    if (
+        torch.compiler.is_compiling()
+        or mlp.config._experts_implementation != "cggr"
+        or not is_unhooked(experts)
+        or type(experts).__module__ != origin  # an adapter's or a parametrization's class
+        or not _takes_cggr(experts, hidden_states)
+    ):
+        return plain(mlp, hidden_states, mu, expert_ids, routing_plan)
+    tokens, chosen = hidden_states.reshape(-1, hidden_states.shape[-1]), expert_ids.reshape(-1)
+    if router is not None:
+        is_plain = is_unhooked(router) and type(router).__module__ == origin and not router.learns
+        if not is_plain or router.num_experts > MAX_ROUTED:
+            return plain(mlp, hidden_states, mu, expert_ids, routing_plan)
+        mu = mu.detach().reshape(tokens.shape).contiguous()
+        chosen = mu_route(mu, router.weight.to(mu.dtype).contiguous(), chosen.contiguous(), router.base_logit)
+    out = cggr_experts_forward(experts, tokens, chosen, None, routing_plan).view(hidden_states.shape)
+    out = out.to(hidden_states.dtype)
+    if mlp.shared_expert is not None:
+        out = out + mlp.shared_expert(hidden_states)
+    return out, chosen.view(expert_ids.shape)
+
+
+def _takes_cggr(experts: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether the grouped GEMM takes these experts: all on this rank, and not quantized."""
+    weights = experts.gate_up_proj, experts.down_proj
+    is_split = getattr(experts, "_is_expert_parallel", False)
+    return not is_split and _runs_on_triton(hidden_states, weights[0]) and takes_grouped_linear(*weights)
+
+
 def cggr_experts_forward(
     experts: nn.Module,
     hidden_states: Tensor,
     top_k_index: Tensor,
-    top_k_weights: Tensor,
+    top_k_weights: Tensor | None,
     routing_plan: RoutingPlan | None = None,
 ) -> Tensor:
     """The experts by the Triton grouped GEMM; quantized experts, and those of other ranks, go to the plain forward.
 
-    hidden_states [T, H]; top_k_index and top_k_weights [T, 1], because every token has one expert. Returns [T, H].
+    hidden_states [T, H]; top_k_index and top_k_weights [T, 1], because every token has one expert, or weights None for
+    ones. Returns [T, H].
     """
     gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
-    is_split = getattr(experts, "_is_expert_parallel", False)
-    is_taken = _runs_on_triton(hidden_states, gate_up_proj) and takes_grouped_linear(gate_up_proj, down_proj)
-    if is_split or not is_taken:
+    if not _takes_cggr(experts, hidden_states):
         plain = type(experts).forward.__wrapped__  # as it was before `use_experts_implementation`
         plan = {"routing_plan": routing_plan} if routing_plan is not None else {}
         return plain(experts, hidden_states, top_k_index, top_k_weights, **plan)
@@ -377,7 +446,7 @@ def cggr_experts_forward(
     states, activation = hidden_states.to(dtype), experts.config.hidden_act
     out = token_routed_mlp(states, gate_up_proj.to(dtype), down_proj.to(dtype), *routing_plan, activation)
     # The routing weights are ones. They carry a gradient only for a router that learns.
-    return out * top_k_weights.to(dtype) if top_k_weights.requires_grad else out
+    return out * top_k_weights.to(dtype) if top_k_weights is not None and top_k_weights.requires_grad else out
 
 
 def _cggr_plan(expert_ids: Tensor, num_experts: int) -> RoutingPlan:
@@ -391,6 +460,7 @@ if TRITON_DEVICES:
         "attention": triton_attention,
         "dynamics": triton_dynamics,
         "layer": triton_layer,
+        "mlp": triton_mlp,
     }
     ROUTING_PLANS["cggr"] = _cggr_plan
     ALL_EXPERTS_FUNCTIONS.register("cggr", cggr_experts_forward)

@@ -460,11 +460,13 @@ class ComplexityDeepTokenRoutedMLP(nn.Module):
 
     def __init__(self, config: ComplexityDeepConfig):
         super().__init__()
+        self.config = config
         self.experts = ComplexityDeepExperts(config)
         self.mu_router = ComplexityDeepMuRouter(config) if config.use_mu_routing else None
         shared = config.shared_expert_intermediate_size
         self.shared_expert = ComplexityDeepMLP(config, shared) if shared else None
 
+    @accelerated("mlp")
     def forward(
         self, hidden_states: Tensor, mu: Tensor | None, expert_ids: Tensor, routing_plan: RoutingPlan | None = None
     ) -> tuple[Tensor, Tensor]:

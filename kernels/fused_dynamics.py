@@ -28,7 +28,7 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .kernel_launch import cdiv, next_power_of_2, on_its_device
+from .kernel_launch import cdiv, kernel, next_power_of_2, on_its_device
 from .kernel_reference import BETA_LIMIT, HIGHWAY_SHARE, VELOCITY_LIMIT, inl_dynamics_block_reference
 from .op_registration import custom_op, differentiable_gradients
 
@@ -89,7 +89,7 @@ def _load_tile(ptr, at, mask, WANTED: tl.constexpr):
         return tl.zeros([1, 1], tl.float32)
 
 
-@triton.jit
+@kernel("T")
 def inl_dynamics_fwd_kernel(
     h_ptr, v_ptr, highway_ptr, z_ptr, mu_ptr, w_ptr, b_ptr,
     h_out_ptr, v_out_ptr, guidance_out_ptr, highway_out_ptr,
@@ -126,7 +126,7 @@ def inl_dynamics_fwd_kernel(
     tl.store(h_out_ptr + at, (h + dt * gate * v).to(h_out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel("T")
 def inl_dynamics_bwd_kernel(
     dh_out_ptr, dv_out_ptr, dguidance_out_ptr, dhighway_out_ptr, dmu_out_ptr,
     h_ptr, v_ptr, mu_ptr, logits_ptr,
@@ -181,7 +181,7 @@ def inl_dynamics_bwd_kernel(
     tl.store(dmu_sums_ptr + tl.program_id(1).to(tl.int64) * H + o_h, tl.sum(d_mu, 0), mask=m_h)
 
 
-@triton.jit
+@kernel("T")
 def inl_projection_kernel(
     h_ptr, v_ptr, w_in_ptr, b_in_ptr, w_mu_ptr, mu_ptr, z_pre_ptr, z_ptr, mu_out_ptr,
     T, H, C, mu_blocks, PTX: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -237,7 +237,8 @@ def _launch_dynamics(h, v, highway, z, mu, w, b, dt: float):
     BT, BH, warps = (16, 8, 1) if T <= FEW_TOKENS else (64, 32, 4)
     if h.dtype == torch.float32:
         BT = min(BT, 32)
-    inl_dynamics_fwd_kernel[cdiv(H, BH), cdiv(T, BT)](
+    inl_dynamics_fwd_kernel.launch(
+        (cdiv(H, BH), cdiv(T, BT)),
         h, v, highway, z, mu, w, b, h_out, v_out, guidance_out, highway_out, T, H, z.shape[1], dt,
         HAS_HIGHWAY=highway is not None, PTX=PTX,
         BT=BT, BH=BH, BC=max(16, next_power_of_2(z.shape[1])), num_warps=warps,
@@ -259,9 +260,12 @@ def _launch_dynamics_backward(grads, h, v, z, mu, w, b, dt: float, has_highway: 
     BT, BH = 32, 64  # 285 us by sweep on an H200, 285 to 390 us with other tiles
     blocks = cdiv(T, BT)
     dmu_sums = torch.empty(blocks, H, dtype=torch.float32, device=h.device)
-    inl_dynamics_bwd_kernel[cdiv(H, BH), blocks](
+    given = [grad is not None for grad in grads]
+    inl_dynamics_bwd_kernel.launch(
+        (cdiv(H, BH), blocks),
         *grads, h, v, mu, logits, dh, dv, dhighway, dmu, dmu_sums, T, H, dt, dmu.stride(0),
-        *[grad is not None for grad in grads], has_highway, PTX, BT, BH, num_warps=8,
+        HAS_DH=given[0], HAS_DV=given[1], HAS_DGUIDANCE=given[2], HAS_DHIGHWAY=given[3], HAS_DMU=given[4],
+        HAS_HIGHWAY=has_highway, PTX=PTX, BT=BT, BH=BH, num_warps=8,
     )  # fmt: skip
     # Columns of ones beside z make the bias' gradient a column of the weight's. Eight of them keep the rows aligned.
     dw = logits.T @ torch.nn.functional.pad(z, (0, 8), value=1.0)  # [3H, C + 8]
@@ -279,7 +283,8 @@ def _launch_projection(h, v, w_in, b_in, w_mu, mu_vec):
         BN, BK, stages = min(BN, 32), 64, 2
     mu_blocks = cdiv(H, BN) if few else 0
     grid = (mu_blocks + cdiv(C, BN), cdiv(T, BT))
-    inl_projection_kernel[grid](
+    inl_projection_kernel.launch(
+        grid,
         h, v, w_in, b_in, w_mu, mu_vec, z_pre, z, mu, T, H, C, mu_blocks,
         PTX=PTX, BT=BT, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
     )  # fmt: skip

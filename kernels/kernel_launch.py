@@ -1,10 +1,17 @@
-"""What the launches of all kernels share: sizes, the right device, programmatic dependent launch (PDL) from Hopper on.
+"""What the launches of all kernels share: the launch itself, sizes, the right device, programmatic dependent launch.
 
-A kernel launched with PDL starts while the one before it drains. It calls `wait` before it reads what that one wrote,
-and before it writes what that one reads. It may load weights before, because no kernel of a forward writes them.
+A kernel launched with programmatic dependent launch (PDL, from Hopper on) starts while the one before it drains. It
+calls `wait` before it reads what that one wrote, and before it writes what that one reads. It may load weights before,
+because no kernel of a forward writes them.
 """
 
+import contextlib
 import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 
 import torch
 from torch import Tensor
@@ -12,6 +19,8 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.runtime import driver
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
@@ -37,13 +46,31 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def strides_of(*tensors: Tensor) -> tuple[int, list[int]]:
+    """A unit, and the strides of all dimensions but the last of `tensors` in it.
+
+    The unit is a compile-time constant: with one of 16 elements, Triton knows that rows are aligned, whatever the
+    strides are. They change with the length of rows and must not make Triton compile anew.
+    """
+    strides = [stride for x in tensors for stride in x.stride()[:-1]]
+    unit = 1 if any(stride % 16 for stride in strides) else 16
+    return unit, [stride // unit for stride in strides]
+
+
 @functools.lru_cache
-def device_properties(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and compute capability major of a device; (1, 0) under the interpreter."""
-    if device.type != "cuda":
-        return 1, 0
+def _cuda_properties(device: torch.device | int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major
+
+
+def device_properties(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors and compute capability major of a device; (1, 0) under the interpreter.
+
+    Tensors on the device "meta" stand for those of the current device while kernels are compiled ahead.
+    """
+    if device.type == "cuda" or _AHEAD.pool is not None:
+        return _cuda_properties(device if device.type == "cuda" else driver.active.get_current_device())
+    return 1, 0
 
 
 def pdl_options(device: torch.device) -> dict:
@@ -63,3 +90,101 @@ def on_its_device(function):
             return function(*args)
 
     return wrapped
+
+
+class Kernel:
+    """A Triton kernel that, once compiled, is launched with little work on the host.
+
+    Triton's own launch finds out for every argument what the kernel was compiled for, which takes longer than the
+    launch. Here, that is one look-up: the dtypes of tensors, the values of the integers that Triton specialises (sizes
+    of the model), and the compile-time constants. Integers named in `runtime`, such as the number of tokens, take no
+    part: the kernel is compiled once for all their values. Tensors must begin at a multiple of 16 bytes, as all that
+    PyTorch allocates do; others take Triton's own launch, and so does the interpreter.
+    """
+
+    def __init__(self, function: Callable, runtime: tuple[str, ...]):
+        self.jit = triton.jit(function, do_not_specialize=list(runtime))
+        self.is_interpreted = not isinstance(self.jit, triton.JITFunction)
+        self.names = list(self.jit.arg_names)
+        self.runtime = [name in runtime for name in self.names]
+        self.compiled: dict[tuple, tuple] = {}
+        functools.update_wrapper(self, function)
+
+    def launch(self, grid: tuple[int, ...], *args, **constants) -> None:
+        """Launch on the current device and stream.
+
+        Args:
+            grid: one to three numbers of programs. args: the first arguments of the kernel, in its order.
+            constants: its other arguments, which are compile-time constants, and Triton's options.
+        """
+        if self.is_interpreted:
+            self.jit[grid](*args, **constants)
+            return
+        device = driver.active.get_current_device()
+        pointers, key = 0, [device, *constants.items()]
+        for x, at_runtime in zip(args, self.runtime):
+            if isinstance(x, Tensor):
+                pointers |= x.data_ptr()
+                key.append(x.dtype)
+            elif at_runtime:
+                key.append(x >> 31)  # Triton passes what does not fit in 32 bits in 64
+            elif isinstance(x, TensorDescriptor):
+                key += [x.base.dtype, *x.block_shape]
+            else:
+                key.append(x)
+        key = tuple(key)
+        if _AHEAD.pool is not None:
+            if (self, key) not in _AHEAD.jobs and key not in self.compiled:
+                self.jit.device_caches[device]  # a dictionary that makes its entries: not from several threads at once
+                job = _AHEAD.pool.submit(self._compile, device, grid, args, constants)
+                _AHEAD.jobs[self, key] = job
+            return
+        found = None if pointers % 16 else self.compiled.get(key)
+        if found is None:
+            kernel = self.jit[grid](*args, **constants)
+            if pointers % 16 == 0:
+                constants = [constants[name] for name in self.names[len(args) :]]
+                self.compiled[key] = kernel.run, kernel.function, kernel.packed_metadata, constants
+            return
+        run, function, metadata, constants = found
+        stream = driver.active.get_current_stream(device)
+        # The three that are None would be Triton's hooks at launches, which its profiler uses.
+        run(*grid, *_ONES[len(grid) :], stream, function, metadata, None, None, None, *args, *constants)
+
+    def _compile(self, device: int, grid: tuple[int, ...], args: tuple, constants: dict) -> None:
+        with torch.cuda.device(device):
+            self.jit.warmup(*args, grid=grid, **constants)
+
+
+_ONES = (1, 1, 1)
+
+
+class _Ahead(threading.local):
+    """What `compiling_ahead` compiles with, in the thread that it runs in."""
+
+    pool: ThreadPoolExecutor | None = None
+    jobs: dict[tuple, Future] = {}
+
+
+_AHEAD = _Ahead()
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Within it, launches have their kernels compiled for the current device, many at a time, and launch nothing.
+
+    Tensors may be on the device "meta". It ends when all kernels are compiled. A kernel that does not compile is left
+    to its first launch, which says so.
+    """
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as _AHEAD.pool:
+        _AHEAD.jobs = {}
+        try:
+            yield
+            wait_for(_AHEAD.jobs.values())
+        finally:
+            _AHEAD.pool, _AHEAD.jobs = None, {}
+
+
+def kernel(*runtime: str) -> Callable[[Callable], Kernel]:
+    """Make a function in Triton's language a `Kernel`; `runtime` names the integers that change from call to call."""
+    return lambda function: Kernel(function, runtime)

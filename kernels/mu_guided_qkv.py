@@ -28,7 +28,16 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .kernel_launch import cdiv, next_power_of_2, on_its_device, pdl_options, wait
+from .kernel_launch import (
+    cdiv,
+    device_properties,
+    kernel,
+    next_power_of_2,
+    on_its_device,
+    pdl_options,
+    strides_of,
+    wait,
+)
 from .kernel_reference import qk_norm_rope_reference
 from .op_registration import custom_op, differentiable_gradients
 
@@ -39,6 +48,7 @@ MANY_TOKENS = 1024
 # Programs that walk over the tokens, by sweep on an H200; fixed, so that results do not depend on the device. One warp
 # each: a token's heads are 6 to 12 KB, and more warps exchange more than they load.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 65535, 2112
+STRIDES = [f"{x}_stride_{dim}" for x in ("q", "k", "dq", "dk") for dim in "bsa"]  # of the kernels of qk_norm_rope
 
 
 @triton.jit
@@ -65,7 +75,7 @@ def locate_projection(Q, KV, BN: tl.constexpr):
     return is_q, is_k, block, tl.where(is_q, 0, tl.where(is_k, Q, Q + KV)), tl.where(is_q, Q, KV)
 
 
-@triton.jit
+@kernel("T")
 def mu_guided_qkv_few_kernel(
     x_ptr, guidance_ptr, q_ptr, k_ptr, v_ptr, mu_q_ptr, mu_k_ptr, mu_v_ptr, out_ptr,
     T, H, Q, KV, HAS_MU: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -83,7 +93,7 @@ def mu_guided_qkv_few_kernel(
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["x_at"])  # the allocator's choice: a recorded graph must not meet an uncompiled kernel
+@kernel("T", "x_at")
 def mu_guided_qkv_kernel(
     x_desc, w_desc, out_desc, T, N, H, x_at, PROGRAMS: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -144,13 +154,16 @@ def _norm_rope_fwd(
         _store_half(y_ptr + half, 2 * half, x2 * cos2 + x1 * sin2, o_a, o_d, A, half)
 
 
-@triton.jit
+@kernel("T", "S", *STRIDES[:6], "cos_stride_b")
 def qk_norm_rope_fwd_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     T, S, A, K, half, eps, q_stride_b, q_stride_s, q_stride_a, k_stride_b, k_stride_s, k_stride_a, cos_stride_b,
-    PDL: tl.constexpr, BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    UNIT: tl.constexpr, PDL: tl.constexpr, BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """Strides of q and k are in units of UNIT elements; `cos_stride_b` is 2 `half` S, or 0 for one table."""
     wait(PDL)
+    q_stride_b, q_stride_s, q_stride_a = q_stride_b * UNIT, q_stride_s * UNIT, q_stride_a * UNIT
+    k_stride_b, k_stride_s, k_stride_a = k_stride_b * UNIT, k_stride_s * UNIT, k_stride_a * UNIT
     first = tl.program_id(0)
     for offset in range(0, T - first, tl.num_programs(0)):
         token = first.to(tl.int64) + offset
@@ -196,13 +209,17 @@ def _norm_rope_bwd(
     return dw1, dw2
 
 
-@triton.jit
+@kernel("T", "S", *STRIDES, "cos_stride_b")
 def qk_norm_rope_bwd_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dw_ptr,
     T, S, A, K, half, eps, q_stride_b, q_stride_s, q_stride_a, k_stride_b, k_stride_s, k_stride_a,
     dq_stride_b, dq_stride_s, dq_stride_a, dk_stride_b, dk_stride_s, dk_stride_a, cos_stride_b,
-    BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    UNIT: tl.constexpr, BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    q_stride_b, q_stride_s, q_stride_a = q_stride_b * UNIT, q_stride_s * UNIT, q_stride_a * UNIT
+    k_stride_b, k_stride_s, k_stride_a = k_stride_b * UNIT, k_stride_s * UNIT, k_stride_a * UNIT
+    dq_stride_b, dq_stride_s, dq_stride_a = dq_stride_b * UNIT, dq_stride_s * UNIT, dq_stride_a * UNIT
+    dk_stride_b, dk_stride_s, dk_stride_a = dk_stride_b * UNIT, dk_stride_s * UNIT, dk_stride_a * UNIT
     o_d = tl.arange(0, BD)
     dq1 = tl.zeros([BA, BD], tl.float32)
     dq2 = tl.zeros([BA, BD], tl.float32)
@@ -258,10 +275,12 @@ def _qk_norm_rope(
     if B * S <= FEW_TOKENS:  # too few tokens to fill the chip: their heads are spread over programs
         groups = 8
         blocks |= {"BA": max(1, blocks["BA"] // groups), "BK": max(1, blocks["BK"] // groups)}
-    qk_norm_rope_fwd_kernel[(min(B * S, FORWARD_PROGRAMS), groups)](
+    unit, strides = strides_of(query, key)
+    qk_norm_rope_fwd_kernel.launch(
+        (min(B * S, FORWARD_PROGRAMS), groups),
         query, key, query_weight, key_weight, cos, sin, q_out, k_out, B * S, S, A, K, D // 2, eps,
-        *query.stride()[:3], *key.stride()[:3], 0 if cos.shape[0] == 1 else cos.stride(0),
-        **blocks, num_warps=1, **pdl_options(query.device),
+        *strides, 0 if cos.shape[0] == 1 else S * D,
+        UNIT=unit, **blocks, num_warps=1, **pdl_options(query.device),
     )  # fmt: skip
     return q_out, k_out
 
@@ -283,10 +302,11 @@ def _qk_norm_rope_backward(
     programs = min(B * S, BACKWARD_PROGRAMS)
     dq_in, dk_in = query.new_empty(B, S, A, D), key.new_empty(B, S, K, D)
     dw = torch.empty(programs, 2, D, dtype=torch.float32, device=query.device)
-    qk_norm_rope_bwd_kernel[(programs,)](
+    unit, strides = strides_of(query, key, dq, dk)
+    qk_norm_rope_bwd_kernel.launch(
+        (programs,),
         dq, dk, query, key, query_weight, key_weight, cos, sin, dq_in, dk_in, dw, B * S, S, A, K, D // 2, eps,
-        *query.stride()[:3], *key.stride()[:3], *dq.stride()[:3], *dk.stride()[:3],
-        0 if cos.shape[0] == 1 else cos.stride(0), **_head_blocks(query, key), num_warps=1,
+        *strides, 0 if cos.shape[0] == 1 else S * D, UNIT=unit, **_head_blocks(query, key), num_warps=1,
     )  # fmt: skip
     dw = dw.sum(0)
     # a weight that is absent has no gradient, but an op must return a tensor
@@ -323,8 +343,8 @@ _qk_norm_rope.register_autograd(_qk_grad, setup_context=_save_qk)
 def _fits_hopper(x: Tensor, guidance: Tensor | None, columns: int) -> bool:
     """Whether mu_guided_qkv_kernel applies and fills the chip; elsewhere the library's GEMM is faster."""
     return (
-        x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device)[0] == 9
-        and guidance is not None and x.data_ptr() != guidance.data_ptr()
+        device_properties(x.device)[1] == 9 and torch.version.cuda is not None
+        and guidance is not None and (x.data_ptr() != guidance.data_ptr() or x.is_meta)
         and (x.data_ptr() | guidance.data_ptr()) % 16 == 0
         and x.dtype != torch.float32 and x.shape[0] >= MANY_TOKENS and x.shape[1] % 64 == 0 and columns % 256 == 0
     )  # fmt: skip
@@ -336,8 +356,9 @@ def _launch_hopper(x: Tensor, guidance: Tensor, weights: Tensor, out: Tensor) ->
     BT, BN, BK = 128, 256, 64
     low, high = sorted((x, guidance), key=Tensor.data_ptr)
     distance = (high.data_ptr() - low.data_ptr()) // x.element_size()
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    mu_guided_qkv_kernel[(programs,)](
+    programs = device_properties(x.device)[0]
+    mu_guided_qkv_kernel.launch(
+        (programs,),
         TensorDescriptor(low, [2, T, H], [distance, H, 1], [1, BT, BK]),
         TensorDescriptor(weights, [2 * N, H], [H, 1], [BN, BK]),
         TensorDescriptor(out, [T, N], [N, 1], [BT, BN]),
@@ -362,7 +383,8 @@ def _mu_guided_qkv(
     BT, BN, BK = 16 if T <= 16 else 32, 16, 256
     if x.dtype == torch.float32:
         BK = 64
-    mu_guided_qkv_few_kernel[(cdiv(Q, BN) + 2 * cdiv(KV, BN), cdiv(T, BT))](
+    mu_guided_qkv_few_kernel.launch(
+        (cdiv(Q, BN) + 2 * cdiv(KV, BN), cdiv(T, BT)),
         x, guidance, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV,
         HAS_MU=guidance is not None, BT=BT, BN=BN, BK=BK, num_warps=2, num_stages=4,
     )  # fmt: skip
