@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-main test-floor test-quantization test-versions test-wheel check lint typecheck bench docs clean
+.PHONY: demo test test-main test-floor test-quantization test-versions test-wheel test-commands check lint typecheck bench docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +70,11 @@ test-wheel: $(VENV)/.installed
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/pip install --quiet -c constraints.txt torch==2.13.0 build/wheel/*.whl
 	cd build/wheel && HF_HOME=$$PWD/hub venv/bin/python -I ../../tests/installed_alone.py
+
+# The same environment with the extras of the commands: each runs in a folder whose modules have the names of ours.
+test-commands: test-wheel
+	build/wheel/venv/bin/pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[train,eval]"
+	cd build/wheel && HF_HOME=$$PWD/hub venv/bin/python -I ../../tests/installed_commands.py
 
 check: $(VENV)/.installed typecheck
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

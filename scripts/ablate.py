@@ -60,7 +60,16 @@ def run_plans(args: argparse.Namespace) -> None:
     )
     options = {"data": args.data, "eos_token_id": data["eos_token_id"], "compiled": not args.eager}
     options["recorded"] = args.cuda_graphs
-    runner = Runner(args, results, train_in_child, options)
+    runner = Runner(
+        results,
+        train_in_child,
+        options,
+        log_dir=args.log_dir,
+        commit=args.commit,
+        runs_per_gpu=args.runs_per_gpu,
+        minutes=args.minutes,
+        start_method=args.start_method,
+    )
     runner.work(missing, gpus[: args.gpus])
     if runner.queue:
         print(f"{len(runner.queue)} runs were not begun within --minutes {args.minutes:g}: give the command again.")

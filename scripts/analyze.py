@@ -16,19 +16,12 @@ token sent to the next expert, and with random experts in their place says wheth
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 from transformers import logging
 
-from complexity_deep.workflow.command import (
-    ArgumentParser,
-    InputError,
-    check_output_folder,
-    needs,
-    run_script,
-    whole_files,
-)
+from complexity_deep.workflow.command import ArgumentParser, InputError, needs, run_script, whole_files
+from complexity_deep.workflow.saved_model import output_folder
 
 with needs("eval"):
     from complexity_deep.workflow.analysis.figures import FIGURES, draw_figures
@@ -55,9 +48,7 @@ def main(args: argparse.Namespace) -> None:
     for name in ("max_tokens", "batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
-    is_folder = Path(args.model).is_dir()
-    output_dir = Path(args.output_dir or Path(args.model if is_folder else Path(args.model).name, "analysis"))
-    check_output_folder(output_dir)
+    output_dir = output_folder(args.model, "analysis", args.output_dir)
     analysis, drawn = analyse(
         args.model,
         args.text,

@@ -52,6 +52,25 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def measure(args: argparse.Namespace) -> list[dict]:
+    """The rows of the benchmark that was asked for."""
+    if args.benchmark == "kernels":
+        return benchmark_kernels(args.device)
+    names = ("batch_size", "sequence_length", "repeats", "device", "attn_implementation", "only")
+    shared = {name: getattr(args, name) for name in names}
+    if args.benchmark == "generate":
+        return benchmark_generate(args.model_config, new_tokens=args.new_tokens, static_cache=args.compile, **shared)
+    return benchmark_train(
+        args.model_config,
+        compiled=args.compile,
+        document_length=args.document_length,
+        mixed_precision=args.mixed_precision,
+        chunked_loss=args.chunked_loss,
+        gradient_checkpointing=args.gradient_checkpointing,
+        **shared,
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     check_results(Path(args.output_dir))
     for name in ("batch_size", "sequence_length", "new_tokens", "repeats"):
@@ -64,7 +83,6 @@ def main(args: argparse.Namespace) -> None:
             raise InputError("The kernel tests are in a clone only: run there, or give --skip-tests.")
         if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=REPOSITORY).returncode:
             raise InputError("The kernel tests fail: no figure is reported.")
-    measure = {"kernels": benchmark_kernels, "train": benchmark_train, "generate": benchmark_generate}[args.benchmark]
     matmul, copy = ceilings(args.device)
     report(measure(args), Path(args.output_dir), matmul, copy)
 

@@ -19,15 +19,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from complexity_deep.workflow.command import (
-    ArgumentParser,
-    InputError,
-    at_least,
-    check_output_folder,
-    needs,
-    run_script,
-    say,
-)
+from complexity_deep.workflow.command import ArgumentParser, InputError, at_least, needs, run_script, say
+from complexity_deep.workflow.saved_model import output_folder
 
 with needs("eval"):
     import datasets
@@ -46,8 +39,7 @@ def main(args: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # 60 bars that last no second
-    output = args.output_dir or Path(args.model if Path(args.model).is_dir() else Path(args.model).name, "evaluation")
-    check_output_folder(output)
+    output = output_folder(args.model, "evaluation", args.output_dir)
     data = (args.tasks, args.data_dir, args.held_out_text, args.held_out_fraction, args.num_fewshot)
     with tempfile.TemporaryDirectory(prefix="evaluation-") as folder:
         records = read_training_data(args.model)

@@ -19,6 +19,7 @@ from transformers import logging
 
 from complexity_deep.workflow.command import ArgumentParser, InputError, needs, run_script, say, whole_folder
 from complexity_deep.workflow.provenance import REPOSITORY
+from complexity_deep.workflow.saved_model import NAME_ONE, load_model, load_tokenizer_of
 
 with needs("train"):
     from complexity_deep.workflow.publishing.exported_folder import check_folder, probe
@@ -28,7 +29,6 @@ with needs("train"):
         PUBLISHED_LICENSE,
         choose_license,
         is_published,
-        load,
         weights_folder,
     )
     from complexity_deep.workflow.publishing.run_reports import Run
@@ -64,7 +64,8 @@ def main(args: argparse.Namespace) -> None:
     license = choose_license(args.license, published)
     logging.disable_progress_bar()
     say(f"loading {weights}")
-    model, tokenizer = load(weights, args.tokenizer)
+    model = load_model(weights, dtype="auto")
+    tokenizer = load_tokenizer_of(model, args.tokenizer or weights, NAME_ONE)
 
     with whole_folder(output) as folder:
         expected = probe(model)

@@ -14,10 +14,11 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
-from complexity_deep.workflow.command import ArgumentParser, InputError, one_line, run_script
+from complexity_deep.workflow.command import ArgumentParser, InputError, run_script
 from complexity_deep.workflow.flops import total_parameters
+from complexity_deep.workflow.saved_model import NAME_ONE, load_model, load_tokenizer_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,22 +56,9 @@ def prompts() -> Iterator[str]:
 
 def load(args: argparse.Namespace):
     """Model and tokenizer."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{args.model} cannot be loaded: {one_line(error)}") from error
-    try:
-        model.to(args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device '{args.device}' cannot be used: {one_line(error)}") from error
+    model = load_model(args.model, args.device)
     print(f"{args.model}: {total_parameters(model):,} parameters, code from {type(model).__module__}", file=sys.stderr)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{args.tokenizer or args.model} has no tokenizer that can be loaded; name one with --tokenizer."
-        ) from error
-    return model, tokenizer
+    return model, load_tokenizer_of(model, args.tokenizer or args.model, NAME_ONE)
 
 
 def chat_inputs(tokenizer, messages: list[dict], longest: int):

@@ -1,4 +1,4 @@
-"""Builders of small models that tests share."""
+"""Builders of small models, and how near a kernel must come to the truth: what tests share."""
 
 from pathlib import Path
 
@@ -39,3 +39,20 @@ def tiny_tokenizer(vocab_size: int = 257) -> PreTrainedTokenizerFast:
 
 def random_ids(*shape: int, vocab_size: int = 257, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_rms(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """RMS of the difference over the RMS of the fp64 `truth`. Where `truth` is zero, the norm of the difference."""
+    difference, scale = (found.double() - truth).norm(), truth.norm()
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+def assert_near_truth(found: torch.Tensor, truth: torch.Tensor, twin: torch.Tensor, what: object = "") -> None:
+    """Hold a kernel's result to the fp64 `truth`: within 1e-5 in fp32, else within twice the error of `twin`.
+
+    `twin` is what PyTorch computes from the same inputs in the dtype that `found` must have.
+    """
+    assert found.dtype == twin.dtype and found.shape == truth.shape, (what, found.dtype, found.shape)
+    error = relative_rms(found, truth)
+    limit = 1e-5 if twin.dtype == torch.float32 else 2 * relative_rms(twin, truth)
+    assert error <= limit, (what, error, limit)

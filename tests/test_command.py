@@ -77,7 +77,7 @@ def test_a_command_parses_calls_and_prints(name):
     assert not re.search(r"^class ", text, flags=re.MULTILINE)
     # What a missing package could stop is imported where that becomes a sentence.
     early = set(re.findall(r"^from complexity_deep\.workflow\.([\w.]+) import", text, flags=re.MULTILINE))
-    assert early <= {"command", "provenance", "flops"}
+    assert early <= {"command", "provenance", "flops", "saved_model"}
 
 
 def test_commands_run_beside_modules_of_the_same_names(tmp_path):

@@ -15,6 +15,7 @@ from kernel_twins import decode_attention_reference  # noqa: E402
 
 from complexity_deep.kernels import decode_attention as kernels  # noqa: E402
 from complexity_deep.kernels.decode_attention import decode_attention  # noqa: E402
+from support import assert_near_truth  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 gpu = pytest.mark.gpu
@@ -48,10 +49,6 @@ def case(B, A, K, L, D, mask, seed=0):
     return [x if x is None else x.to(DEVICE) for x in (query, key, value, seen)]
 
 
-def error(found, truth):
-    return float((found.double() - truth).norm() / truth.norm())
-
-
 @pytest.mark.parametrize("parts", ["one", "many"])
 @pytest.mark.parametrize("B, A, K, L, D, mask, dtype", SHAPES)
 def test_matches_fp64(monkeypatch, B, A, K, L, D, mask, dtype, parts):
@@ -61,13 +58,11 @@ def test_matches_fp64(monkeypatch, B, A, K, L, D, mask, dtype, parts):
     query, key, value = (x.to(dtype) for x in (query, key, value))
     truth = decode_attention_reference(query.double(), key.double(), value.double(), seen, D**-0.5)
     found = decode_attention(query, key, value, seen, D**-0.5)
-    limit = 1e-5
-    if dtype != torch.float32:
-        torch_mask = None if seen is None else seen.expand(B, A, 1, L)
-        repeated = (x.repeat_interleave(A // K, dim=1) for x in (key, value))
-        limit = 2 * error(F.scaled_dot_product_attention(query, *repeated, torch_mask).transpose(1, 2), truth)
-    assert found.dtype == dtype and found.shape == (B, 1, A, D)
-    assert error(found, truth) <= limit
+    torch_mask = None if seen is None else seen.expand(B, A, 1, L)
+    repeated = (x.repeat_interleave(A // K, dim=1) for x in (key, value))
+    twin = F.scaled_dot_product_attention(query, *repeated, torch_mask).transpose(1, 2)
+    assert found.shape == (B, 1, A, D)
+    assert_near_truth(found, truth, twin)
 
 
 def test_hidden_positions_do_not_count():

@@ -17,6 +17,7 @@ from kernel_twins import (  # noqa: E402
 )
 
 from complexity_deep.kernels.decode_layer import decode_attend, decode_layer_tail, decode_qkv  # noqa: E402
+from support import assert_near_truth  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 gpu = pytest.mark.gpu
@@ -63,10 +64,6 @@ def cast(arguments, dtype, rounded):
     return [move(x).to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
 
 
-def error(found, truth):
-    return float((found.double() - truth).norm() / truth.norm())
-
-
 @pytest.mark.parametrize("T, H, Q, KV, C, E, I, has_mu, has_router, activation, dtype", SHAPES)
 def test_matches_fp64(T, H, Q, KV, C, E, I, has_mu, has_router, activation, dtype):  # noqa: E741
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -80,9 +77,7 @@ def test_matches_fp64(T, H, Q, KV, C, E, I, has_mu, has_router, activation, dtyp
         twin = reference(*cast(arguments, dtype, dtype))
         found, twin, truth = ((x,) if isinstance(x, torch.Tensor) else x for x in (found, twin, truth))
         for index, expected in enumerate(truth):
-            limit = 1e-5 if dtype == torch.float32 else 2 * error(twin[index], expected)
-            assert found[index].dtype == dtype and found[index].shape == expected.shape
-            assert error(found[index], expected) <= limit, (function, index)
+            assert_near_truth(found[index], expected, twin[index], (function, index))
 
 
 # T, A, K, D, L, positions in use, QK norm, dtype; each row with its reason
@@ -124,11 +119,10 @@ def test_attend_matches_fp64(T, A, K, D, L, used, norm, dtype):
         if function is decode_attend_reference:
             arguments[6:8] = [x.nan_to_num(0.0) for x in arguments[6:8]]
         arguments.append(function(*arguments))
-    assert found[8] == used + 1 and found[-1].dtype == dtype
+    assert found[8] == used + 1
     for index in (6, 7, -1):
-        limit = 1e-5 if dtype == torch.float32 else 2 * error(twin[index], truth[index])
         kept = found[index] if index == -1 else found[index].nan_to_num(0.0)
-        assert error(kept, truth[index]) <= limit, index
+        assert_near_truth(kept, truth[index], twin[index], index)
 
 
 def test_a_full_cache_gives_nan_and_is_not_written():

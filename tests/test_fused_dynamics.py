@@ -17,6 +17,7 @@ from complexity_deep.kernels.kernel_reference import (  # noqa: E402
     VELOCITY_LIMIT,
     inl_dynamics_block_reference,
 )
+from support import assert_near_truth, relative_rms  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 gpu = pytest.mark.gpu
@@ -61,12 +62,6 @@ def run(function, inputs, dtype, upstream):
     return found | {f"d {k}": x.grad for k, x in inputs.items() if x is not None}
 
 
-def error(found, truth):
-    """RMS of the difference over RMS of the truth, 0 / 0 counting as 0."""
-    difference, scale = (found.double() - truth).norm(), truth.norm()
-    return float(difference / scale) if scale > 0 else float(difference)
-
-
 def before_the_limits(x):
     """Beta and the velocity as they are before they are limited, each [..., H]."""
     z = F.silu(F.linear(torch.cat((x["h"], x["v"]), -1), x["w_in"], x["b_in"]))
@@ -90,14 +85,9 @@ def assert_close(function, reference, inputs, dtype, upstream):
         gradient[near_a_limit(rounded, 1e-5 if dtype == torch.float32 else 0.02)] = 0
     truth = run(reference, rounded, torch.float64, upstream)
     found = run(function, rounded, dtype, upstream)
-    twin = run(reference, rounded, dtype, upstream) if dtype != torch.float32 else None
+    twin = run(reference, rounded, dtype, upstream)
     for name, expected in truth.items():
-        limit = 1e-5 if twin is None else 2 * error(twin[name], expected)
-        assert found[name].dtype == dtype and error(found[name], expected) <= limit, (
-            name,
-            error(found[name], expected),
-            limit,
-        )
+        assert_near_truth(found[name], expected, twin[name], name)
     return truth
 
 
@@ -150,7 +140,7 @@ def test_unused_outputs(used):
             torch.autograd.grad(outputs, list(copies.values()), grads, allow_unused=True, materialize_grads=True)
         )
     for name, found, expected in zip(inputs, *leaves):
-        assert error(found, expected) <= 1e-5, name
+        assert relative_rms(found, expected) <= 1e-5, name
 
 
 def test_nan_passes():

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from complexity_deep.kernels.kernel_reference import qk_norm_rope_reference  # noqa: E402
 from complexity_deep.kernels.mu_guided_qkv import mu_guided_qkv, mu_guided_qkv_kernel, qk_norm_rope  # noqa: E402
+from support import assert_near_truth  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 EPS = 1e-6
@@ -63,21 +64,14 @@ def run(function, inputs, dtype, upstream):
     return [*outputs, *(x.grad for x in inputs if x is not None and x.grad is not None)]
 
 
-def error(found, truth):
-    return float((found.double() - truth).norm() / truth.norm())
-
-
 def assert_close(function, reference, inputs, dtype, upstream):
     rounded = [None if x is None else x.to(dtype).double() for x in inputs]
     upstream = [g.to(dtype).double() for g in upstream]
     truth = run(reference, rounded, torch.float64, upstream)
     found = run(function, rounded, dtype, upstream)
-    limits = [1e-5] * len(truth)
-    if dtype != torch.float32:
-        limits = [2 * error(a, b) for a, b in zip(run(reference, rounded, dtype, upstream), truth)]
-    assert len(found) == len(truth)
-    for i, (a, b, limit) in enumerate(zip(found, truth, limits)):
-        assert a.dtype == dtype and error(a, b) <= limit, (i, error(a, b), limit)
+    twin = run(reference, rounded, dtype, upstream)
+    for index, (value, expected, eager) in enumerate(zip(found, truth, twin, strict=True)):
+        assert_near_truth(value, expected, eager, index)
 
 
 def rope_case(B, S, A, K, D, q_weight, k_weight, batch, dtype):

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from complexity_deep.kernels.kernel_reference import routing_plan_reference, token_routed_mlp_reference
 from complexity_deep.kernels.routing_plan import routing_plan
 from complexity_deep.kernels.token_routed_gemm import ACTIVATIONS, token_routed_mlp
+from support import assert_near_truth, relative_rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu
@@ -60,10 +61,6 @@ def forward_and_gradients(mlp, x, gate_up_proj, down_proj, upstream, order, offs
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
 
-def rms_ratio(value, truth):
-    return ((value.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
-
-
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
@@ -78,9 +75,7 @@ def test_forward_and_gradients_match_fp64(tokens, hidden, inter, experts, dtype,
         inference = token_routed_mlp(*inputs[:3], *plan)
     names = ("y", "dx", "dgate_up_proj", "ddown_proj", "y without gradient")
     for name, value, eager, true in zip(names, [*ours, inference], [*twin, twin[0]], [*truth, truth[0]], strict=True):
-        limit = 1e-5 if dtype == FP32 else 2 * rms_ratio(eager, true)
-        assert value.dtype == dtype and value.shape == true.shape
-        assert rms_ratio(value, true) <= limit, name
+        assert_near_truth(value, true, eager, name)
     hit = torch.bincount(ids, minlength=experts) > 0
     for gradient in ours[2:]:
         assert not gradient[~hit].any(), "an expert without tokens has a gradient of exact zeros"
@@ -93,7 +88,7 @@ def test_activations(activation, tokens):
     plan = routing_plan_reference(ids, 3)
     truth = forward_and_gradients(token_routed_mlp_reference, *(t.double() for t in inputs), *plan, activation)
     for value, true in zip(forward_and_gradients(token_routed_mlp, *inputs, *plan, activation), truth, strict=True):
-        assert rms_ratio(value, true) <= 1e-5
+        assert relative_rms(value, true) <= 1e-5
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)])

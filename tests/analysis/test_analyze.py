@@ -20,7 +20,7 @@ from complexity_deep.workflow.analysis import model_analysis
 from complexity_deep.workflow.analysis.activations import read_activations
 from complexity_deep.workflow.analysis.analysed_text import load_rows, token_class
 from complexity_deep.workflow.analysis.interventions import loss_on, random_experts, read_losses
-from complexity_deep.workflow.analysis.model_analysis import analyse, load_model
+from complexity_deep.workflow.analysis.model_analysis import analyse, load_analysed_model
 from complexity_deep.workflow.analysis.weights import NOISE_LIMIT, initial_norms, noise_excess, read_weights
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.packed_rows import tokenize
@@ -83,7 +83,7 @@ def analysed(folder: Path, model: Path) -> dict:
 def rows_of(folder: Path, config, batch_size: int = 8, device: str = "cpu") -> list[dict]:
     sources, tokenizer = [str(folder / "text.jsonl")], str(folder / "tokenizer")
     options = {"text_column": "text", "max_tokens": 1024, "batch_size": batch_size, "device": device}
-    return load_rows(sources, tokenizer, config, **options)[0]
+    return load_rows(sources, AutoTokenizer.from_pretrained(tokenizer), config, **options)[0]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def trained(folder):
 
 @pytest.fixture
 def batches(folder, trained):
-    model = load_model(str(trained), "cpu")
+    model = load_analysed_model(str(trained), "cpu")
     return model, rows_of(folder, model.config)
 
 
@@ -234,7 +234,7 @@ def test_interventions_are_what_they_say(batches):
 
 
 def test_loss_and_gradients_do_not_depend_on_the_batch_size(folder, trained):
-    model = load_model(str(trained), "cpu")
+    model = load_analysed_model(str(trained), "cpu")
     found = []
     for batch_size in (16, 5):
         rows = rows_of(folder, model.config, batch_size)
@@ -298,7 +298,7 @@ def test_routing_mu_and_velocity_are_those_of_the_training_monitors(folder):
 @pytest.mark.gpu
 def test_triton_kernels_give_the_same_numbers(folder, trained):
     """The hooks and the changed weights must reach the kernels that a GPU uses."""
-    model = load_model(str(trained), "cuda")
+    model = load_analysed_model(str(trained), "cuda")
     rows = rows_of(folder, model.config, device="cuda")
     found = []
     for kernels, experts in (("eager", "eager"), ("triton", "cggr")):
@@ -396,12 +396,12 @@ def test_bad_input_is_one_sentence(folder, trained, tmp_path):
     large.save_pretrained(tmp_path / "large")
     for options, message in (
         ({"model": str(tmp_path / "llama")}, "is a 'llama' model"),
-        ({"model": str(tmp_path / "nowhere")}, "cannot be loaded"),
+        ({"model": str(tmp_path / "nowhere")}, "is no model"),
         ({"model": str(tmp_path / "broken")}, "not finite, the first in model.layers.0.self_attn.o_proj.weight"),
         ({"model": str(tmp_path / "adapter")}, "holds an adapter"),
-        ({"device": "nonsense"}, "cannot be loaded"),
+        ({"device": "nonsense"}, "cannot be used"),
         ({"tokenizer": None}, "has no tokenizer"),
-        ({"tokenizer": str(tmp_path / "large")}, "name the model's own"),
+        ({"tokenizer": str(tmp_path / "large")}, "name one with --tokenizer"),
         ({"text": [str(tmp_path / "none-*.jsonl")]}, "No file matches"),
         ({"text": [str(tmp_path / "short.txt")]}, "does not fill one row of 64"),
         ({"max_tokens": 63}, "less than one row"),

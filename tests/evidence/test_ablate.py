@@ -123,8 +123,8 @@ def pretend(run, gpu, threads, log, connection, **options):
 
 
 def work(folder, runs):
-    arguments = Namespace(start_method="fork", log_dir=folder / "logs", runs_per_gpu=2, minutes=math.inf, commit="1e5")
-    runner = Runner(arguments, Results(folder / "runs.csv"), pretend, {})
+    options = {"start_method": "fork", "log_dir": folder / "logs", "runs_per_gpu": 2, "commit": "1e5"}
+    runner = Runner(Results(folder / "runs.csv"), pretend, {}, **options)
     runner.work(runs, ["0", "1"])
     return runner
 

@@ -30,8 +30,8 @@ from complexity_deep.workflow.data.text_sources import embedded_documents
 from complexity_deep.workflow.data.tokenizer_training import train_bpe
 from complexity_deep.workflow.publishing.exported_folder import STRANGER, python_snippets
 from complexity_deep.workflow.publishing.model_card import TEMPLATE, write_card
-from complexity_deep.workflow.publishing.run_folder import load
 from complexity_deep.workflow.publishing.run_reports import Run, is_hub_id
+from complexity_deep.workflow.saved_model import load_model, load_tokenizer_of
 from support import GOLDEN, REPOSITORY
 
 TOKEN = "hf_" + "x" * 34
@@ -122,7 +122,8 @@ def chat_run(pretrained, tmp_path):
 
 def card_of(run: Path, folder: Path, **options) -> str:
     """The card alone, without the checks in other processes."""
-    model, tokenizer = load(run, None)
+    model = load_model(run, dtype="auto")
+    tokenizer = load_tokenizer_of(model, run)
     folder.mkdir()
     model.config.save_pretrained(folder)
     options = {"repo_id": "somebody/small-model", "revision": "v1", "license": "mit", "languages": ["en"], **options}

@@ -3,7 +3,7 @@
 from itertools import islice
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.packed_rows import PackedCollator, pack, tokenize
@@ -15,7 +15,7 @@ TOKEN_CLASSES = ("word start", "continuation", "digits", "punctuation", "whitesp
 
 def load_rows(
     text: list[str],
-    tokenizer_path: str,
+    tokenizer,
     config: PreTrainedConfig,
     *,
     text_column: str,
@@ -24,15 +24,8 @@ def load_rows(
     device: str,
 ) -> tuple[list[dict[str, Tensor]], list[str]]:
     """Batches of packed rows of the sources, each tensor [B, S] on the device, and the class of each token id, [V]."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{tokenizer_path} has no tokenizer that can be loaded; name one with --tokenizer.") from error
-    if tokenizer.eos_token_id is None or len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"The tokenizer has {len(tokenizer):,} tokens and eos_token_id {tokenizer.eos_token_id}, the model "
-            f"{config.vocab_size:,} ids; name the model's own with --tokenizer."
-        )
+    if tokenizer.eos_token_id is None:
+        raise InputError("The tokenizer has no eos_token to end documents with; name another with --tokenizer.")
     length = min(LONGEST_ROW, config.max_position_embeddings)
     if max_tokens < length:
         raise InputError(f"--max-tokens {max_tokens} is less than one row of {length} tokens.")

@@ -18,6 +18,7 @@ from complexity_deep.workflow.analysis.neighbours import embed
 from complexity_deep.workflow.analysis.verdict import give_verdict
 from complexity_deep.workflow.analysis.weights import NOISE_LIMIT, initial_norms, read_weights
 from complexity_deep.workflow.command import InputError, first_line
+from complexity_deep.workflow.saved_model import NAME_ONE, load_model, load_tokenizer_of
 
 TSNE_TOKENS = 1500  # t-SNE takes seconds for these, minutes for ten times as many
 CONFIG_FIELDS = (
@@ -26,22 +27,20 @@ CONFIG_FIELDS = (
 )
 
 
-def load_model(path: str, device: str) -> PreTrainedModel:
+def load_analysed_model(path: str, device: str) -> PreTrainedModel:
     """The checkpoint in fp32, so that neither its norms nor its gradients are rounded."""
     if Path(path, "adapter_config.json").is_file():
         raise InputError(f"{path} holds an adapter; merge it into its model, save that and analyse it.")
     try:
         model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type", "complexity-deep")
-        if model_type != "complexity-deep":
-            raise InputError(
-                f"{path} is a '{model_type}' model; this script reads the experts, mu and velocity of "
-                "Complexity-Deep models only."
-            )
-        model = ComplexityDeepForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last is a device that is not there
-        raise InputError(f"{path} cannot be loaded: {first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{path}' is no model: {first_line(error)}") from error
+    if model_type != "complexity-deep":
+        raise InputError(
+            f"{path} is a '{model_type}' model; this script reads the experts, mu and velocity of Complexity-Deep "
+            "models only."
+        )
+    model = load_model(path, device, ComplexityDeepForCausalLM, dtype=torch.float32)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise InputError(f"{path} holds numbers that are not finite, the first in {name}: it diverged in training.")
@@ -74,11 +73,11 @@ def analyse(
     read.
     """
     start = time.perf_counter()
-    model = load_model(path, device)
+    model = load_analysed_model(path, device)
     config = model.config
     batches, classes = load_rows(
         text,
-        tokenizer or path,
+        load_tokenizer_of(model, tokenizer or path, NAME_ONE),
         config,
         text_column=text_column,
         max_tokens=max_tokens,

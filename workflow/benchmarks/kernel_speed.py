@@ -11,8 +11,9 @@ from complexity_deep.workflow.benchmarks.results import measured_row
 from complexity_deep.workflow.command import InputError
 
 
-def benchmark_kernels(args) -> list[dict]:
-    if not args.device.startswith("cuda"):
+def benchmark_kernels(device: str) -> list[dict]:
+    """Rows of results for every kernel and its peers. Raises `InputError` without a CUDA device."""
+    if not device.startswith("cuda"):
         raise InputError("The kernels need a CUDA device.")
     from complexity_deep.workflow.benchmarks.kernel_cases_decode import decode_attention_rows, decode_layer_rows
     from complexity_deep.workflow.benchmarks.kernel_cases_dynamics import (

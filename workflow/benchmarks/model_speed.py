@@ -54,105 +54,148 @@ def build(config, device: str, attn_implementation: str, dtype: torch.dtype | No
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 
 
-def benchmark_train(args) -> list[dict]:
+def benchmark_train(
+    model_config: str,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    repeats: int,
+    device: str,
+    attn_implementation: str = "sdpa",
+    only: str | None = None,
+    compiled: bool = False,
+    document_length: int | None = None,
+    mixed_precision: bool = False,
+    chunked_loss: bool = False,
+    gradient_checkpointing: bool = False,
+) -> list[dict]:
+    """Rows of results for a training step of every model, or of the one named `only`.
+
+    A row of the batch holds documents of `document_length` tokens that do not see each other, or is one document.
+    `mixed_precision` is fp32 weights under bf16 autocast. Raises `InputError` for a config that does not load and for a
+    loss that is not finite.
+    """
     rows = []
-    for name, config in tqdm(peers(args.model_config, args.only).items(), desc="train", file=sys.stderr):
+    for name, config in tqdm(peers(model_config, only).items(), desc="train", file=sys.stderr):
         torch.manual_seed(0)
-        dtype = torch.float32 if args.mixed_precision else None
-        model = build(config, args.device, args.attn_implementation, dtype).train()
-        if args.chunked_loss:
+        dtype = torch.float32 if mixed_precision else None
+        model = build(config, device, attn_implementation, dtype).train()
+        if chunked_loss:
             from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
 
             use_chunked_loss(model)
-        if args.gradient_checkpointing:
+        if gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        step_model = torch.compile(model) if args.compile else model
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device.startswith("cuda"))
-        ids = zipf_ids(config.vocab_size, args.batch_size, args.sequence_length, device=args.device)
+        step_model = torch.compile(model) if compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.startswith("cuda"))
+        ids = zipf_ids(config.vocab_size, batch_size, sequence_length, device=device)
         inputs = {"input_ids": ids, "labels": ids}
-        if args.document_length:
-            positions = torch.arange(args.sequence_length, device=args.device) % args.document_length
+        if document_length:
+            positions = torch.arange(sequence_length, device=device) % document_length
             inputs["position_ids"] = positions.expand_as(ids)
-        if args.device.startswith("cuda"):
+        if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
 
         def step(step_model=step_model, optimizer=optimizer, inputs=inputs):
-            with torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=args.mixed_precision):
+            with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=mixed_precision):
                 loss = step_model(**inputs, use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return loss.detach()
 
-        times = timed(step, args.repeats, args.device, warmup=3)
+        times = timed(step, repeats, device, warmup=3)
         if not torch.isfinite(step()):
             raise InputError(f"{name} trains to a loss that is not finite: no figure is reported.")
-        case = f"{Path(args.model_config).stem} {args.batch_size}x{args.sequence_length} step"
-        case += f", documents of {args.document_length}" if args.document_length else ""
-        options = ("mixed_precision", "chunked_loss", "gradient_checkpointing")
-        chosen = [option.replace("_", " ") for option in options if getattr(args, option)]
-        variant = ", ".join([name, args.attn_implementation, "compiled" if args.compile else "eager", *chosen])
-        more = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if args.device.startswith("cuda") else {}
-        flops = flops_per_token(model, args.sequence_length) * ids.numel()
+        case = f"{Path(model_config).stem} {batch_size}x{sequence_length} step"
+        case += f", documents of {document_length}" if document_length else ""
+        options = {
+            "mixed precision": mixed_precision,
+            "chunked loss": chunked_loss,
+            "gradient checkpointing": gradient_checkpointing,
+        }
+        chosen = [option for option, is_on in options.items() if is_on]
+        variant = ", ".join([name, attn_implementation, "compiled" if compiled else "eager", *chosen])
+        more = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.startswith("cuda") else {}
+        flops = flops_per_token(model, sequence_length) * ids.numel()
         rows.append(measured_row("train", case, variant, times, ids.numel(), flops, **more))
         del model, step_model, optimizer, step
         gc.collect()
         torch.compiler.reset()
-        if args.device.startswith("cuda"):
+        if device.startswith("cuda"):
             torch.cuda.empty_cache()
     return rows
 
 
 @torch.no_grad()
-def benchmark_generate(args) -> list[dict]:
+def benchmark_generate(
+    model_config: str,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    new_tokens: int,
+    repeats: int,
+    device: str,
+    attn_implementation: str = "sdpa",
+    only: str | None = None,
+    static_cache: bool = False,
+) -> list[dict]:
+    """Rows of results for a forward pass and a decode step of every model, or of the one named `only`.
+
+    `static_cache` lets `generate` compile the step. On a GPU a row is added for the step as a CUDA graph alone. Raises
+    `InputError` for a config that does not load.
+    """
     rows = []
-    shape = Path(args.model_config).stem
-    for name, config in tqdm(peers(args.model_config, args.only).items(), desc="generate", file=sys.stderr):
+    shape = Path(model_config).stem
+    for name, config in tqdm(peers(model_config, only).items(), desc="generate", file=sys.stderr):
         torch.manual_seed(0)
-        model = build(config, args.device, args.attn_implementation).eval()
-        ids = zipf_ids(config.vocab_size, args.batch_size, args.sequence_length, device=args.device)
-        times = timed(lambda model=model, ids=ids: model(ids, use_cache=False), args.repeats, args.device)
-        case = f"{shape} {args.batch_size}x{args.sequence_length} forward"
-        flops = flops_per_token(model, args.sequence_length) / 3 * ids.numel()
+        model = build(config, device, attn_implementation).eval()
+        ids = zipf_ids(config.vocab_size, batch_size, sequence_length, device=device)
+        times = timed(lambda model=model, ids=ids: model(ids, use_cache=False), repeats, device)
+        case = f"{shape} {batch_size}x{sequence_length} forward"
+        flops = flops_per_token(model, sequence_length) / 3 * ids.numel()
         rows.append(measured_row("generate", case, name, times, ids.numel(), flops))
 
         model.generation_config.eos_token_id = None  # decode all the tokens
         options = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
-        options |= {"cache_implementation": "static"} if args.compile else {}
+        options |= {"cache_implementation": "static"} if static_cache else {}
 
         def decode(count: int, model=model, ids=ids, options=options):
             model.generate(ids, max_new_tokens=count, min_new_tokens=count, pad_token_id=1, **options)
 
-        whole = timed(lambda: decode(args.new_tokens), args.repeats, args.device)
-        prefill = statistics.median(timed(lambda: decode(1), args.repeats, args.device))
-        steps = [(time - prefill) / (args.new_tokens - 1) for time in whole]
-        case = f"{shape} batch {args.batch_size} decode step"
-        variant = name + (", static cache" if args.compile else ", default cache")
-        rows.append(measured_row("generate", case, variant, steps, args.batch_size))
-        if args.compile and args.device.startswith("cuda"):
-            case = f"{shape} batch {args.batch_size} decode step, graph replay"
-            rows.append(measured_row("generate", case, name, graph_replays(model, ids, args), args.batch_size))
+        whole = timed(lambda: decode(new_tokens), repeats, device)
+        prefill = statistics.median(timed(lambda: decode(1), repeats, device))
+        steps = [(time - prefill) / (new_tokens - 1) for time in whole]
+        case = f"{shape} batch {batch_size} decode step"
+        variant = name + (", static cache" if static_cache else ", default cache")
+        rows.append(measured_row("generate", case, variant, steps, batch_size))
+        if static_cache and device.startswith("cuda"):
+            case = f"{shape} batch {batch_size} decode step, graph replay"
+            rows.append(
+                measured_row("generate", case, name, graph_replays(model, ids, new_tokens, repeats), batch_size)
+            )
         del model
         torch.compiler.reset()
         gc.collect()
     return sorted(rows, key=lambda entry: entry["case"], reverse=True)  # stable: this model first in each case
 
 
-def graph_replays(model, ids: torch.Tensor, args) -> list[float]:
+def graph_replays(model, ids: torch.Tensor, new_tokens: int, repeats: int) -> list[float]:
     """Milliseconds of one decode step as a CUDA graph, without the library's loop; reading the weights bounds it."""
-    length = args.sequence_length + args.new_tokens
+    prompt = ids.shape[1]
+    length = prompt + new_tokens
     cache = StaticCache(config=model.config, max_cache_len=length)
     model(ids, **{CACHE_NAME: cache})
-    seen = torch.arange(length, device=args.device) <= args.sequence_length
+    seen = torch.arange(length, device=ids.device) <= prompt
     inputs = {"input_ids": ids[:, -1:].clone(), CACHE_NAME: cache}
     inputs |= {"attention_mask": seen.expand(len(ids), 1, 1, length).contiguous()}
-    inputs |= {"position_ids": torch.full_like(ids[:, -1:], args.sequence_length)}
+    inputs |= {"position_ids": torch.full_like(ids[:, -1:], prompt)}
     # this model's steps are recorded as they are, see decode_graph_complexity_deep.py
     compiled = model if model.config.model_type == "complexity-deep" else torch.compile(model)
 
     def rewind():
         for layer in cache.layers:
-            layer.cumulative_length.fill_(args.sequence_length)
+            layer.cumulative_length.fill_(prompt)
 
     for _ in range(3):
         rewind()
@@ -160,7 +203,7 @@ def graph_replays(model, ids: torch.Tensor, args) -> list[float]:
     rewind()
     replay, _ = record(lambda: compiled(**inputs), ids.device)
     times = []
-    for _ in range(10 * args.repeats):
+    for _ in range(10 * repeats):
         rewind()
-        times += timed(replay, 1, args.device, warmup=0)
+        times += timed(replay, 1, ids.device.type, warmup=0)
     return times

@@ -9,12 +9,12 @@ import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from complexity_deep.workflow.command import InputError, first_line, say
+from complexity_deep.workflow.command import InputError, say
 from complexity_deep.workflow.evaluation.contamination import contamination
 from complexity_deep.workflow.evaluation.perplexity import perplexity_scores
 from complexity_deep.workflow.evaluation.task_data import StagedTasks
+from complexity_deep.workflow.saved_model import load_model, load_tokenizer_of
 
 
 class HarnessModel(HFLM):
@@ -54,22 +54,9 @@ def load_harness(
     path: str, *, revision: str | None, dtype: str, device: str, batch_size: int, stride: int | None
 ) -> HarnessModel:
     """A folder or a model of the Hub, ready for lm-eval; `InputError` where it cannot be loaded or used."""
-    options = {"revision": revision, "trust_remote_code": True}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"'{path}' is not a causal language model that loads: {first_line(error)}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"'{path}' has no tokenizer that loads: {first_line(error)}") from error
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise InputError(f"'{path}' has a tokenizer of {len(tokenizer):,} tokens, which is more than it embeds.")
+    model = load_model(path, device, revision=revision, dtype=dtype)
+    tokenizer = load_tokenizer_of(model, path, revision=revision)
     model.config.use_cache = False  # nothing is generated
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device '{device}' cannot be used: {first_line(error)}") from error
     harness = HarnessModel(model, tokenizer, batch_size, stride)
     if harness.stride > harness.max_length:
         raise InputError(f"--stride {stride} is more than the model's {harness.max_length} positions.")

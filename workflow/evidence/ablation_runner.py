@@ -1,12 +1,12 @@
 """Places on the GPUs, and the queue of runs that they take from."""
 
-import argparse
 import datetime
 import multiprocessing
 import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from complexity_deep.workflow.evidence.ablation_results import Results, is_dead
@@ -15,17 +15,33 @@ from complexity_deep.workflow.evidence.ablation_results import Results, is_dead
 class Runner:
     """Places on the GPUs, each of which takes the next run from the queue when it is free."""
 
-    def __init__(self, args: argparse.Namespace, results: Results, train_in_child, options: dict):
-        self.args, self.results, self.train_in_child, self.options = args, results, train_in_child, options
-        self.context = multiprocessing.get_context(args.start_method)
+    def __init__(
+        self,
+        results: Results,
+        train_in_child: Callable,
+        options: dict,
+        *,
+        log_dir: str | Path,
+        commit: str,
+        runs_per_gpu: int = 1,
+        minutes: float = float("inf"),
+        start_method: str = "forkserver",
+    ):
+        """`train_in_child` is called in a process of its own with a run and `options`.
+
+        `log_dir` takes what each run prints, `commit` stands in every row, and no run begins after `minutes`.
+        """
+        self.results, self.train_in_child, self.options = results, train_in_child, options
+        self.commit, self.runs_per_gpu, self.minutes = commit, runs_per_gpu, minutes
+        self.context = multiprocessing.get_context(start_method)
         self.started = time.monotonic()
-        self.logs = Path(args.log_dir)
+        self.logs = Path(log_dir)
         self.logs.mkdir(parents=True, exist_ok=True)
         self.queue, self.failed = deque(), 0
 
     def work(self, runs: list[dict], gpus: list[str]) -> None:
         self.queue.extend(runs)
-        places = [gpu for _ in range(self.args.runs_per_gpu) for gpu in gpus]
+        places = [gpu for _ in range(self.runs_per_gpu) for gpu in gpus]
         self.threads = max(1, (os.cpu_count() or 1) // len(places))
         threads = [threading.Thread(target=self._serve, args=(gpu,)) for gpu in places]
         for thread in threads:
@@ -34,12 +50,12 @@ class Runner:
             thread.join()
 
     def _serve(self, gpu: str) -> None:
-        while time.monotonic() - self.started < self.args.minutes * 60:
+        while time.monotonic() - self.started < self.minutes * 60:
             try:
                 run = self.queue.popleft()
             except IndexError:
                 return
-            row = {**run, **self._train(run, gpu), "commit": self.args.commit, "runs_per_gpu": self.args.runs_per_gpu}
+            row = {**run, **self._train(run, gpu), "commit": self.commit, "runs_per_gpu": self.runs_per_gpu}
             row["versions"] = ", ".join(f"{n} {row.get(n, '')}" for n in ("torch", "transformers", "triton"))
             row["versions"] += ", steps as CUDA graphs" if row.pop("recorded", False) else ""
             row["date"] = datetime.date.today().isoformat()

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from complexity_deep.checkpoint_complexity_deep import Checkpoint
 from complexity_deep.workflow.command import InputError, first_line
 
@@ -32,21 +30,6 @@ def is_published(weights: Path) -> bool:
     if checkpoint is None:
         raise InputError(f"'{weights}' is no model: it has a config.json, but no weights.")
     return checkpoint.is_published
-
-
-def load(weights: Path, tokenizer: str | None):
-    try:
-        model = AutoModelForCausalLM.from_pretrained(weights, dtype="auto", trust_remote_code=True).eval()
-    except Exception as error:  # a wrong shape, a strict config and code of the folder's own raise classes of their own
-        raise InputError(f"'{weights}' is not a causal language model that loads: {first_line(error)}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer or weights, trust_remote_code=True)
-    except Exception as error:
-        raise InputError(f"'{tokenizer or weights}' has no tokenizer that loads: name one with --tokenizer.") from error
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
-        raise InputError(f"The tokenizer has {len(tokenizer):,} tokens, but the model only {vocabulary:,}.")
-    return model, tokenizer
 
 
 def choose_license(license: str | None, published: bool) -> str:

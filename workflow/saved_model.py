@@ -1,0 +1,54 @@
+"""A saved model and its tokenizer, and a sentence for each way in which they do not load."""
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from complexity_deep.workflow.command import InputError, check_output_folder, first_line
+
+NAME_ONE = ": name one with --tokenizer"  # what to do, where the command has that option
+
+
+def load_model(
+    path: str | Path, device: str = "cpu", model_class: type = AutoModelForCausalLM, **options
+) -> PreTrainedModel:
+    """The causal language model of a folder or of the Hub, in eval mode on the device. It may bring code of its own.
+
+    `options` go to `from_pretrained`. Raises `InputError` for a model that does not load and for a device that is not
+    there.
+    """
+    try:
+        model = model_class.from_pretrained(path, trust_remote_code=True, **options).eval()
+    except Exception as error:  # a wrong shape, a strict config and code of the folder's own raise classes of their own
+        raise InputError(f"'{path}' is not a causal language model that loads: {first_line(error)}") from error
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device '{device}' cannot be used: {first_line(error)}") from error
+
+
+def load_tokenizer_of(model: PreTrainedModel, path: str | Path, advice: str = "", **options):
+    """The tokenizer at `path`, for `model`; `advice` ends the sentences of the `InputError` about it.
+
+    `options` go to `from_pretrained`. A tokenizer that has more tokens than the model embeds is an error too.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, **options)
+    except Exception as error:  # as above
+        raise InputError(f"'{path}' has no tokenizer that loads ({first_line(error)}){advice}.") from error
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"The tokenizer '{path}' has {len(tokenizer):,} tokens, but the model only {vocabulary:,}{advice}."
+        )
+    return tokenizer
+
+
+def output_folder(model: str, name: str, given: str | Path | None = None) -> Path:
+    """`given`, or the folder `name` inside that of the model; for one of the Hub, inside a folder of the model's name.
+
+    Raises `InputError` where no file could be written into it.
+    """
+    folder = Path(given or Path(model if Path(model).is_dir() else Path(model).name, name))
+    check_output_folder(folder)
+    return folder
