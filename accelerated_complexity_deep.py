@@ -56,12 +56,18 @@ else:
     PreTrainedModel = object
 
 logger = logging.get_logger(__name__)
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "mu_to_q", "mu_to_k", "mu_to_v")
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 _COMPILED_AHEAD = weakref.WeakKeyDictionary()  # first layer of a model -> the kinds of calls it has kernels for
 
 # kernels_implementation -> name of a marked method -> the function that stands in for it.
 ACCELERATED: dict[str, dict[str, Callable]] = {"eager": {}}
+
+
+def setting(config, name: str):
+    """A field of a configuration. By a dot it would pass through several functions of the library, in every layer."""
+    return object.__getattribute__(config, "__dict__")[name]
 
 
 def accelerated(name: str) -> Callable:
@@ -73,7 +79,7 @@ def accelerated(name: str) -> Callable:
     def mark(plain: Callable) -> Callable:
         @functools.wraps(plain)
         def method(self, *args, **kwargs):
-            fast = ACCELERATED[self.config._kernels_implementation].get(name)
+            fast = ACCELERATED[setting(self.config, "_kernels_implementation")].get(name)
             return plain(self, *args, **kwargs) if fast is None else fast(plain, self, *args, **kwargs)
 
         return method
@@ -117,36 +123,47 @@ def default_kernels_implementation() -> str:
 
 def _runs_on_triton(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors."""
-    return not is_transformed() and all(x.device.type in TRITON_DEVICES and x.dtype != torch.float64 for x in tensors)
+    for x in tensors:
+        if x.device.type not in TRITON_DEVICES or x.dtype == torch.float64:
+            return False
+    return not is_transformed()
 
 
 def is_unhooked(*modules: nn.Module) -> bool:
     """Whether nothing else happens when the modules are called: no offloading, parallel or recording hook."""
-    return all(
-        not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in vars(module)  # accelerate and tensor parallelism replace it
-        for module in modules
-    )
+    for module in modules:
+        state = module.__dict__
+        # accelerate and tensor parallelism replace `forward`
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            return False
+    return True
 
 
-def _is_plain_linear(*modules: nn.Module) -> bool:
-    """Whether the weights may be used directly: no adapter, quantization, offloading or parallel hook on any module."""
-    return is_unhooked(*modules) and all(
-        type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) for module in modules
-    )
+def _plain_weights(*modules: nn.Module) -> list[Tensor] | None:
+    """The weights of linear modules, or None if they may not be used directly.
+
+    They may with no adapter, quantization, offloading or parallel hook on any module.
+    """
+    weights = []
+    for module in modules:
+        if type(module) is not nn.Linear or not is_unhooked(module):
+            return None
+        weight = module.weight
+        if type(weight) not in _PLAIN_TENSORS:
+            return None
+        weights.append(weight)
+    return weights
 
 
 def triton_projections(
     plain: Callable, attention: nn.Module, hidden_states: Tensor, guidance: Tensor | None, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention's `project` as one product over [hidden states, guidance] and one norm-and-RoPE kernel."""
-    modules = [attention.q_proj, attention.k_proj, attention.v_proj]
-    if guidance is not None:
-        modules += [attention.mu_to_q, attention.mu_to_k, attention.mu_to_v]
-    if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules):
+    names = _PROJECTIONS if guidance is not None else _PROJECTIONS[:3]
+    weights = _plain_weights(*(attention._modules[name] for name in names))
+    if weights is None or not _runs_on_triton(hidden_states):
         return plain(attention, hidden_states, guidance, cos, sin)
-    qkv = mu_guided_qkv(hidden_states, guidance, tuple(module.weight for module in modules))
+    qkv = mu_guided_qkv(hidden_states, guidance, weights)
     return _split_heads(attention, qkv, cos, sin)
 
 
@@ -171,9 +188,8 @@ def triton_dynamics(
     plain: Callable, dynamics: nn.Module, hidden_states: Tensor, velocity: Tensor, highway: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward of the dynamics as one fused kernel and its matrix products."""
-    if not dynamics.config.use_dynamics or not _runs_on_triton(hidden_states):
-        return plain(dynamics, hidden_states, velocity, highway)
-    if not _is_plain_linear(dynamics.mu_proj, dynamics.controller_in, dynamics.controller_out):
+    modules = [dynamics._modules.get(name) for name in ("mu_proj", "controller_in", "controller_out")]
+    if None in modules or not _runs_on_triton(hidden_states) or _plain_weights(*modules) is None:
         return plain(dynamics, hidden_states, velocity, highway)
     hidden_states, velocity, guidance, highway, mu = inl_dynamics_block(
         hidden_states, velocity, highway, *_dynamics_weights(dynamics)
@@ -396,21 +412,20 @@ def triton_mlp(
     experts, router, origin = mlp.experts, mlp.mu_router, type(mlp).__module__
     if (
         torch.compiler.is_compiling()
-        or mlp.config._experts_implementation != "cggr"
+        or experts.config._experts_implementation != "cggr"
         or not is_unhooked(experts)
         or type(experts).__module__ != origin  # an adapter's or a parametrization's class
         or not _takes_cggr(experts, hidden_states)
     ):
         return plain(mlp, hidden_states, mu, expert_ids, routing_plan)
-    tokens, chosen = hidden_states.reshape(-1, hidden_states.shape[-1]), expert_ids.reshape(-1)
+    chosen = expert_ids.reshape(-1)
     if router is not None:
         is_plain = is_unhooked(router) and type(router).__module__ == origin and not router.learns
         if not is_plain or router.num_experts > MAX_ROUTED:
             return plain(mlp, hidden_states, mu, expert_ids, routing_plan)
-        mu = mu.detach().reshape(tokens.shape).contiguous()
+        mu = mu.detach().reshape(-1, mu.shape[-1]).contiguous()
         chosen = mu_route(mu, router.weight.to(mu.dtype).contiguous(), chosen.contiguous(), router.base_logit)
-    out = cggr_experts_forward(experts, tokens, chosen, None, routing_plan).view(hidden_states.shape)
-    out = out.to(hidden_states.dtype)
+    out = cggr_experts_forward(experts, hidden_states, chosen, None, routing_plan).to(hidden_states.dtype)
     if mlp.shared_expert is not None:
         out = out + mlp.shared_expert(hidden_states)
     return out, chosen.view(expert_ids.shape)
@@ -432,8 +447,8 @@ def cggr_experts_forward(
 ) -> Tensor:
     """The experts by the Triton grouped GEMM; quantized experts, and those of other ranks, go to the plain forward.
 
-    hidden_states [T, H]; top_k_index and top_k_weights [T, 1], because every token has one expert, or weights None for
-    ones. Returns [T, H].
+    hidden_states [..., H] of T tokens; top_k_index and top_k_weights [T, 1], because every token has one expert, or
+    weights None for ones. Returns [..., H].
     """
     gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
     if not _takes_cggr(experts, hidden_states):

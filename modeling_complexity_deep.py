@@ -100,6 +100,8 @@ class ComplexityDeepRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype == self.weight.dtype:
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
         # Under autocast the two dtypes differ. PyTorch would compute the same, but warn that it has no kernel for it.
         dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)

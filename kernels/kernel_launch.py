@@ -7,6 +7,7 @@ because no kernel of a forward writes them.
 
 import contextlib
 import functools
+import operator
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,6 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    from triton.runtime import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
@@ -69,7 +69,7 @@ def device_properties(device: torch.device) -> tuple[int, int]:
     Tensors on the device "meta" stand for those of the current device while kernels are compiled ahead.
     """
     if device.type == "cuda" or _AHEAD.pool is not None:
-        return _cuda_properties(device if device.type == "cuda" else driver.active.get_current_device())
+        return _cuda_properties(device if device.type == "cuda" else _current_device())
     return 1, 0
 
 
@@ -86,7 +86,11 @@ def on_its_device(function):
 
     @functools.wraps(function)
     def wrapped(*args):
-        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+        first = args[0] if args[0] is not None else next(x for x in args if isinstance(x, Tensor))
+        device = first.get_device()
+        if device < 0 or device == _current_device():
+            return function(*args)
+        with torch.cuda.device(device):
             return function(*args)
 
     return wrapped
@@ -106,7 +110,9 @@ class Kernel:
         self.jit = triton.jit(function, do_not_specialize=list(runtime))
         self.is_interpreted = not isinstance(self.jit, triton.JITFunction)
         self.names = list(self.jit.arg_names)
-        self.runtime = [name in runtime for name in self.names]
+        annotations = function.__annotations__
+        arguments = [index for index, name in enumerate(self.names) if name not in (*runtime, *annotations)]
+        self.fixed = operator.itemgetter(*arguments)  # the arguments that it is compiled for, constants aside
         self.compiled: dict[tuple, tuple] = {}
         functools.update_wrapper(self, function)
 
@@ -115,41 +121,38 @@ class Kernel:
 
         Args:
             grid: one to three numbers of programs. args: the first arguments of the kernel, in its order.
-            constants: its other arguments, which are compile-time constants, and Triton's options.
+            constants: its other arguments, which are compile-time constants, and Triton's options, in one order.
         """
         if self.is_interpreted:
             self.jit[grid](*args, **constants)
             return
-        device = driver.active.get_current_device()
-        pointers, key = 0, [device, *constants.items()]
-        for x, at_runtime in zip(args, self.runtime):
-            if isinstance(x, Tensor):
+        device = _current_device()
+        pointers, key = 0, [device, *constants.values()]
+        for x in self.fixed(args):
+            kind = type(x)
+            if kind is Tensor or kind is torch.nn.Parameter:
                 pointers |= x.data_ptr()
                 key.append(x.dtype)
-            elif at_runtime:
-                key.append(x >> 31)  # Triton passes what does not fit in 32 bits in 64
-            elif isinstance(x, TensorDescriptor):
+            elif kind is TensorDescriptor:
                 key += [x.base.dtype, *x.block_shape]
             else:
                 key.append(x)
         key = tuple(key)
+        found = self.compiled.get(key)
         if _AHEAD.pool is not None:
-            if (self, key) not in _AHEAD.jobs and key not in self.compiled:
+            if found is None and (self, key) not in _AHEAD.jobs:
                 self.jit.device_caches[device]  # a dictionary that makes its entries: not from several threads at once
-                job = _AHEAD.pool.submit(self._compile, device, grid, args, constants)
-                _AHEAD.jobs[self, key] = job
-            return
-        found = None if pointers % 16 else self.compiled.get(key)
-        if found is None:
+                _AHEAD.jobs[self, key] = _AHEAD.pool.submit(self._compile, device, grid, args, constants)
+        elif found is None or pointers % 16:
             kernel = self.jit[grid](*args, **constants)
             if pointers % 16 == 0:
                 constants = [constants[name] for name in self.names[len(args) :]]
                 self.compiled[key] = kernel.run, kernel.function, kernel.packed_metadata, constants
-            return
-        run, function, metadata, constants = found
-        stream = driver.active.get_current_stream(device)
-        # The three that are None would be Triton's hooks at launches, which its profiler uses.
-        run(*grid, *_ONES[len(grid) :], stream, function, metadata, None, None, None, *args, *constants)
+        else:
+            run, function, metadata, constants = found
+            # The three that are None would be Triton's hooks at launches, which its profiler uses.
+            stream = _current_stream(device)
+            run(*grid, *_ONES[len(grid) :], stream, function, metadata, None, None, None, *args, *constants)
 
     def _compile(self, device: int, grid: tuple[int, ...], args: tuple, constants: dict) -> None:
         with torch.cuda.device(device):
@@ -157,6 +160,9 @@ class Kernel:
 
 
 _ONES = (1, 1, 1)
+# What Triton itself asks; a PyTorch without CUDA has neither.
+_current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class _Ahead(threading.local):

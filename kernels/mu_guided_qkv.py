@@ -6,10 +6,10 @@ T tokens (batch B * sequence S), H hidden size, A query heads, K key/value heads
     n   = w * u / sqrt(mean(u², last axis) + eps)           u one head of q or k; n = u where there is no weight w
     y   = n * cos + [-n_second ‖ n_first] * sin             rotate-half RoPE
 
-`mu_guided_qkv` is the first line, one inner axis of 2H. Up to 32 tokens the time is that of reading the weights, and
-mu_guided_qkv_few_kernel reads all six where they lie. For many tokens on Hopper there is mu_guided_qkv_kernel, a TMA
-GEMM that walks x and then m without joining them. All else goes to the library's GEMM. Saved for backward: x, m and the
-weights.
+`mu_guided_qkv` is the first line, one inner axis of 2H. For few tokens, mu_guided_qkv_few_kernel reads all six weights
+where they lie; the library's GEMM would want them joined. For many tokens on Hopper there is mu_guided_qkv_kernel, a
+TMA GEMM that walks x and then m without joining them. All else goes to the library's GEMM. Saved for backward: x, m and
+the weights.
 
 `qk_norm_rope` is the other two lines and equals `qk_norm_rope_reference`. It reads q and k as strided views of qkv and
 writes [B, S, heads, D]; a program takes a few tokens with all their heads, so cos and sin are read once. It computes in
@@ -350,6 +350,16 @@ def _fits_hopper(x: Tensor, guidance: Tensor | None, columns: int) -> bool:
     )  # fmt: skip
 
 
+def _few_tile(tokens: int, dtype: torch.dtype) -> dict | None:
+    """Tile of mu_guided_qkv_few_kernel, or None where the library's GEMM is faster."""
+    if tokens <= FEW_TOKENS:
+        BK = 64 if dtype == torch.float32 else 256
+        return {"BT": 16 if tokens <= 16 else 32, "BN": 16, "BK": BK, "num_warps": 2, "num_stages": 4}
+    if tokens < MANY_TOKENS and dtype != torch.float32:
+        return {"BT": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4}
+    return None
+
+
 def _launch_hopper(x: Tensor, guidance: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """`weights` [2N, H]. One descriptor spans x and guidance where they lie: its outer stride is their distance."""
     (T, H), N = x.shape, out.shape[1]
@@ -373,27 +383,31 @@ def _mu_guided_qkv(
     x: Tensor, guidance: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    (T, H), Q, KV = x.shape, q.shape[0], k.shape[0]
+    shape, Q, KV = x.shape, q.shape[0], k.shape[0]
+    x, guidance = (None if y is None else y.view(-1, shape[-1]) for y in (x, guidance))
+    T, H = x.shape
     out = x.new_empty(T, Q + 2 * KV)
+    whole = out.view(*shape[:-1], -1)
     if _fits_hopper(x, guidance, out.shape[1]):
-        return _launch_hopper(x, guidance, torch.cat((q, k, v, mu_q, mu_k, mu_v)), out)
-    if T > FEW_TOKENS:  # accumulating costs less than joining x and guidance
+        _launch_hopper(x, guidance, torch.cat((q, k, v, mu_q, mu_k, mu_v)), out)
+        return whole
+    tile = _few_tile(T, x.dtype)
+    if tile is None:  # accumulating costs less than joining x and guidance
         torch.mm(x, torch.cat((q, k, v)).T, out=out)
-        return out if guidance is None else out.addmm_(guidance, torch.cat((mu_q, mu_k, mu_v)).T)
-    BT, BN, BK = 16 if T <= 16 else 32, 16, 256
-    if x.dtype == torch.float32:
-        BK = 64
+        if guidance is not None:
+            out.addmm_(guidance, torch.cat((mu_q, mu_k, mu_v)).T)
+        return whole
     mu_guided_qkv_few_kernel.launch(
-        (cdiv(Q, BN) + 2 * cdiv(KV, BN), cdiv(T, BT)),
+        (cdiv(Q, tile["BN"]) + 2 * cdiv(KV, tile["BN"]), cdiv(T, tile["BT"])),
         x, guidance, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV,
-        HAS_MU=guidance is not None, BT=BT, BN=BN, BK=BK, num_warps=2, num_stages=4,
+        HAS_MU=guidance is not None, **tile,
     )  # fmt: skip
-    return out
+    return whole
 
 
 @_mu_guided_qkv.register_fake
 def _(x, guidance, q, k, v, mu_q, mu_k, mu_v):
-    return x.new_empty(x.shape[0], q.shape[0] + 2 * k.shape[0])
+    return x.new_empty(*x.shape[:-1], q.shape[0] + 2 * k.shape[0])
 
 
 @custom_op("mu_guided_qkv_backward")
@@ -402,21 +416,23 @@ def _mu_guided_qkv_backward(
     grad: Tensor, x: Tensor, guidance: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, guidance, [q ‖ k ‖ v] and [mu_q ‖ mu_k ‖ mu_v]: [T, H] and [N, H], or empty where not wanted."""
+    """Gradients of x and guidance [..., H], of [q ‖ k ‖ v] and [mu_q ‖ mu_k ‖ mu_v] [N, H]; empty where not wanted."""
+    shape, grad = x.shape, grad.view(-1, grad.shape[-1])
+    x, guidance = (None if y is None else y.view(-1, shape[-1]) for y in (x, guidance))
     dguidance, dw, dw_mu = (x.new_empty(0) for _ in range(3))
     dx = grad @ torch.cat((q, k, v))
     if guidance is not None:
-        dguidance = grad @ torch.cat((mu_q, mu_k, mu_v))
+        dguidance = (grad @ torch.cat((mu_q, mu_k, mu_v))).view(shape)
     if weight_grads:
         dw = grad.T @ x
         dw_mu = dw_mu if guidance is None else grad.T @ guidance
-    return dx, dguidance, dw, dw_mu
+    return dx.view(shape), dguidance, dw, dw_mu
 
 
 @_mu_guided_qkv_backward.register_fake
 def _(grad, x, guidance, q, k, v, mu_q, mu_k, mu_v, weight_grads):
-    N = grad.shape[1] if weight_grads else 0
-    dw = (x.new_empty(N, x.shape[1]) if wanted else x.new_empty(0) for wanted in (N, N and guidance is not None))
+    N = grad.shape[-1] if weight_grads else 0
+    dw = (x.new_empty(N, x.shape[-1]) if wanted else x.new_empty(0) for wanted in (N, N and guidance is not None))
     return x.new_empty(x.shape), x.new_empty(0 if guidance is None else guidance.shape), *dw
 
 
@@ -473,17 +489,12 @@ def mu_guided_qkv(x: Tensor, guidance: Tensor | None, weights: tuple[Tensor, ...
 
     Returns: [..., (A + 2K) D], the columns of q, k and v side by side. Raises `ValueError` for different dtypes.
     """
-    device = x.device.type
+    device, count = x.device.type, 3 if guidance is None else 6
+    tensors = [x, guidance, *weights[:count]]
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, guidance = x.to(dtype), None if guidance is None else guidance.to(dtype)
-        weights = tuple(w.to(dtype) for w in weights)
-    q, k, v, *mu_weights = (w.contiguous() for w in weights)
-    if guidance is None:
-        mu_weights = [None, None, None]
-    else:
-        guidance = guidance.reshape(-1, guidance.shape[-1]).contiguous()
-    if any(w.dtype != x.dtype for w in weights) or (guidance is not None and guidance.dtype != x.dtype):
-        raise ValueError(f"mu_guided_qkv needs one dtype, got {x.dtype} and {[w.dtype for w in weights]}")
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return _mu_guided_qkv(rows, guidance, q, k, v, *mu_weights).view(*x.shape[:-1], -1)
+        tensors = [None if y is None else y.to(dtype) for y in tensors]
+    found = {y.dtype for y in tensors if y is not None}
+    if len(found) > 1:
+        raise ValueError(f"mu_guided_qkv needs one dtype, got {sorted(map(str, found))}")
+    return _mu_guided_qkv(*(None if y is None else y.contiguous() for y in tensors), *(None,) * (6 - count))

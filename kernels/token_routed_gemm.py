@@ -470,26 +470,29 @@ def token_routed_mlp_forward(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, order: Tensor, offsets: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`token_routed_mlp` and, if `keep`, what its backward needs: x sorted [T, H] and gate_up [T, 2I] (else empty)."""
-    (tokens, hidden), inter = x.shape, down_proj.shape[2]
+    shape, (_, hidden, inter) = x.shape, down_proj.shape
+    x = x.view(-1, hidden)
+    tokens = x.shape[0]
     out, act = torch.empty_like(x), x.new_empty(tokens, inter)
-    gate_up = x.new_empty((tokens, 2 * inter) if keep else 0)
+    whole, gate_up = out.view(shape), x.new_empty((tokens, 2 * inter) if keep else 0)
     if tokens == 0:
-        return out, x.new_empty((tokens, hidden) if keep else 0), gate_up
+        return whole, x.new_empty((tokens, hidden) if keep else 0), gate_up
     if tokens <= DECODE_TOKENS and not keep and max(hidden, inter) <= 16384:  # a weight row must fit in registers
         _decode(x, gate_up_proj, down_proj, order, offsets, act, out, activation)
-        return out, x.new_empty(0), gate_up
+        return whole, x.new_empty(0), gate_up
     tma = _use_tma(tokens, hidden, inter, len(down_proj), x, gate_up_proj, down_proj)
     x_sorted = _gather_rows(x, order) if keep or (tma and tokens >= COPY_TOKENS) else x
     _gate_up(x_sorted, gate_up_proj, order, offsets, act, gate_up, activation, x_sorted is x, tma)
     _routed_linear(act, down_proj, order, offsets, out, False, tma)
-    return out, x_sorted if keep else x.new_empty(0), gate_up
+    return whole, x_sorted if keep else x.new_empty(0), gate_up
 
 
 @token_routed_mlp_forward.register_fake
 def _(x, gate_up_proj, down_proj, order, offsets, activation, keep):
     if not keep:
         return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[0], gate_up_proj.shape[1])
+    tokens = x.shape[:-1].numel()
+    return torch.empty_like(x), x.new_empty(tokens, x.shape[-1]), x.new_empty(tokens, gate_up_proj.shape[1])
 
 
 @custom_op("token_routed_mlp_backward")
@@ -499,12 +502,14 @@ def token_routed_mlp_backward(
     order: Tensor, offsets: Tensor, activation: str, need_x: bool, need_gate_up_proj: bool, need_down_proj: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, gate_up_proj and down_proj; an unneeded one is empty."""
-    (tokens, hidden), (experts, _, inter) = grad.shape, down_proj.shape
+    shape, (experts, hidden, inter) = grad.shape, down_proj.shape
+    grad = grad.view(-1, hidden)
+    tokens = grad.shape[0]
     grad_x = grad.new_empty((tokens, hidden) if need_x else 0)
     grad_gate_up_proj = torch.empty_like(gate_up_proj) if need_gate_up_proj else grad.new_empty(0)
     grad_down_proj = torch.empty_like(down_proj) if need_down_proj else grad.new_empty(0)
     if tokens == 0:
-        return grad_x, grad_gate_up_proj.zero_(), grad_down_proj.zero_()
+        return grad_x.view(shape) if need_x else grad_x, grad_gate_up_proj.zero_(), grad_down_proj.zero_()
     tma = _use_tma(tokens, hidden, inter, experts, x_sorted, gate_up_proj, down_proj)
     grad_sorted, act, grad_gate_up = _gather_rows(grad, order), grad.new_empty(tokens, inter), torch.empty_like(gate_up)
     config = _config("gate_up_bwd", tokens, experts, grad.dtype, tma)
@@ -524,7 +529,7 @@ def token_routed_mlp_backward(
         _routed_linear(grad_gate_up, gate_up_proj, order, offsets, grad_x, True, tma)
     if need_gate_up_proj:
         _weight_grad(grad_gate_up, x_sorted, offsets, grad_gate_up_proj, tma)
-    return grad_x, grad_gate_up_proj, grad_down_proj
+    return grad_x.view(shape) if need_x else grad_x, grad_gate_up_proj, grad_down_proj
 
 
 @token_routed_mlp_backward.register_fake
@@ -534,7 +539,8 @@ def _(grad, x_sorted, gate_up, gate_up_proj, down_proj, order, offsets, activati
 
 
 def _save_for_backward(ctx, inputs, output):
-    _, gate_up_proj, down_proj, order, offsets, ctx.activation, _ = inputs
+    x, gate_up_proj, down_proj, order, offsets, ctx.activation, _ = inputs
+    ctx.shape = x.shape
     ctx.save_for_backward(*output[1:], gate_up_proj, down_proj, order, offsets)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
@@ -550,7 +556,7 @@ def _token_routed_mlp_grad(ctx, grad, grad_x_sorted, _gate_up):
         found = token_routed_mlp_backward(grad.contiguous(), *saved, ctx.activation, *needs)
         grads = [value if need else None for value, need in zip(found, needs)]
     if grad_x_sorted is not None and needs[0]:
-        grad_x = in_token_order(grad_x_sorted, order)
+        grad_x = in_token_order(grad_x_sorted, order).view(ctx.shape)
         grads[0] = grad_x if grads[0] is None else grads[0] + grad_x
     return *grads, None, None, None, None
 
@@ -559,9 +565,9 @@ def _differentiable_token_routed_mlp_grad(
     grad, x_sorted, _gate_up, gate_up_proj, down_proj, order, offsets, activation
 ):
     mlp = lambda *tensors: sorted_mlp_reference(*tensors, offsets, activation)  # noqa: E731
-    grads = differentiable_gradients(mlp, (x_sorted, gate_up_proj, down_proj), (grad[order],))
+    grads = differentiable_gradients(mlp, (x_sorted, gate_up_proj, down_proj), (grad.reshape(x_sorted.shape)[order],))
     if grads[0] is not None:
-        grads[0] = in_token_order(grads[0], order)
+        grads[0] = in_token_order(grads[0], order).view(grad.shape)
     return grads
 
 
@@ -574,24 +580,24 @@ def token_routed_mlp(
     """Token-routed gated MLP: y[t] = down[e] (act(gate[e] x[t]) * (up[e] x[t])), e the expert of token t.
 
     Args:
-        x: [T, H]. gate_up_proj: [E, 2I, H], gate rows first. down_proj: [E, H, I]. All of one floating dtype.
+        x: [..., H], T tokens. gate_up_proj: [E, 2I, H], gate rows first. down_proj: [E, H, I]. All of one dtype.
         order, offsets: the routing plan of `routing_plan`.
         activation: one of `ACTIVATIONS`.
 
-    Returns: [T, H] in token order, differentiable in x, gate_up_proj and down_proj.
+    Returns: [..., H] in token order, differentiable in x, gate_up_proj and down_proj.
     """
     experts, hidden, inter = down_proj.shape
-    if x.ndim != 2 or x.shape[1] != hidden or gate_up_proj.shape != (experts, 2 * inter, hidden):
+    if x.shape[-1] != hidden or gate_up_proj.shape != (experts, 2 * inter, hidden):
         raise ValueError(
-            "expected x [T, H], gate_up_proj [E, 2I, H], down_proj [E, H, I], got "
+            "expected x [..., H], gate_up_proj [E, 2I, H], down_proj [E, H, I], got "
             f"{tuple(x.shape)}, {tuple(gate_up_proj.shape)}, {tuple(down_proj.shape)}"
         )
     dtypes = {x.dtype, gate_up_proj.dtype, down_proj.dtype}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(f"expected fp32, bf16 or fp16, the same for all three tensors, got {dtypes}")
-    if order.shape[0] != x.shape[0] or offsets.shape[0] != experts + 1:
+    if order.shape[0] * hidden != x.numel() or offsets.shape[0] != experts + 1:
         plan = f"{order.shape[0]} tokens and {offsets.shape[0] - 1} experts"
-        raise ValueError(f"plan of {plan} for {x.shape[0]} tokens and {experts} experts")
+        raise ValueError(f"plan of {plan} for {x.shape[:-1].numel()} tokens and {experts} experts")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     keep = torch.is_grad_enabled() and (x.requires_grad or gate_up_proj.requires_grad or down_proj.requires_grad)
