@@ -12,6 +12,7 @@ CGGR stands for Contiguous Group GEMM Routing: the tokens of one expert stand to
 
 import functools
 import os
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,10 @@ try:
         decode_layer_tail,
         decode_qkv,
     )
+    from .kernels.first_call import compile_layer_kernels
     from .kernels.fused_dynamics import inl_dynamics_block
     from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
+    from .kernels.routing_plan import MAX_ROUTED, mu_route
     from .kernels.routing_plan import routing_plan as triton_routing_plan
     from .kernels.token_routed_gemm import token_routed_mlp
 except ImportError:  # Triton is not installed, and "eager" is all there is
@@ -53,11 +56,18 @@ else:
     PreTrainedModel = object
 
 logger = logging.get_logger(__name__)
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "mu_to_q", "mu_to_k", "mu_to_v")
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
+_COMPILED_AHEAD = weakref.WeakKeyDictionary()  # first layer of a model -> the kinds of calls it has kernels for
 
 # kernels_implementation -> name of a marked method -> the function that stands in for it.
 ACCELERATED: dict[str, dict[str, Callable]] = {"eager": {}}
+
+
+def setting(config, name: str):
+    """A field of a configuration. By a dot it would pass through several functions of the library, in every layer."""
+    return object.__getattribute__(config, "__dict__")[name]
 
 
 def accelerated(name: str) -> Callable:
@@ -69,7 +79,7 @@ def accelerated(name: str) -> Callable:
     def mark(plain: Callable) -> Callable:
         @functools.wraps(plain)
         def method(self, *args, **kwargs):
-            fast = ACCELERATED[self.config._kernels_implementation].get(name)
+            fast = ACCELERATED[setting(self.config, "_kernels_implementation")].get(name)
             return plain(self, *args, **kwargs) if fast is None else fast(plain, self, *args, **kwargs)
 
         return method
@@ -113,36 +123,47 @@ def default_kernels_implementation() -> str:
 
 def _runs_on_triton(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors."""
-    return not is_transformed() and all(x.device.type in TRITON_DEVICES and x.dtype != torch.float64 for x in tensors)
+    for x in tensors:
+        if x.device.type not in TRITON_DEVICES or x.dtype == torch.float64:
+            return False
+    return not is_transformed()
 
 
 def is_unhooked(*modules: nn.Module) -> bool:
     """Whether nothing else happens when the modules are called: no offloading, parallel or recording hook."""
-    return all(
-        not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in vars(module)  # accelerate and tensor parallelism replace it
-        for module in modules
-    )
+    for module in modules:
+        state = module.__dict__
+        # accelerate and tensor parallelism replace `forward`
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            return False
+    return True
 
 
-def _is_plain_linear(*modules: nn.Module) -> bool:
-    """Whether the weights may be used directly: no adapter, quantization, offloading or parallel hook on any module."""
-    return is_unhooked(*modules) and all(
-        type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) for module in modules
-    )
+def _plain_weights(*modules: nn.Module) -> list[Tensor] | None:
+    """The weights of linear modules, or None if they may not be used directly.
+
+    They may with no adapter, quantization, offloading or parallel hook on any module.
+    """
+    weights = []
+    for module in modules:
+        if type(module) is not nn.Linear or not is_unhooked(module):
+            return None
+        weight = module.weight
+        if type(weight) not in _PLAIN_TENSORS:
+            return None
+        weights.append(weight)
+    return weights
 
 
 def triton_projections(
     plain: Callable, attention: nn.Module, hidden_states: Tensor, guidance: Tensor | None, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention's `project` as one product over [hidden states, guidance] and one norm-and-RoPE kernel."""
-    modules = [attention.q_proj, attention.k_proj, attention.v_proj]
-    if guidance is not None:
-        modules += [attention.mu_to_q, attention.mu_to_k, attention.mu_to_v]
-    if not _runs_on_triton(hidden_states) or not _is_plain_linear(*modules):
+    names = _PROJECTIONS if guidance is not None else _PROJECTIONS[:3]
+    weights = _plain_weights(*(attention._modules[name] for name in names))
+    if weights is None or not _runs_on_triton(hidden_states):
         return plain(attention, hidden_states, guidance, cos, sin)
-    qkv = mu_guided_qkv(hidden_states, guidance, tuple(module.weight for module in modules))
+    qkv = mu_guided_qkv(hidden_states, guidance, weights)
     return _split_heads(attention, qkv, cos, sin)
 
 
@@ -167,9 +188,8 @@ def triton_dynamics(
     plain: Callable, dynamics: nn.Module, hidden_states: Tensor, velocity: Tensor, highway: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward of the dynamics as one fused kernel and its matrix products."""
-    if not dynamics.config.use_dynamics or not _runs_on_triton(hidden_states):
-        return plain(dynamics, hidden_states, velocity, highway)
-    if not _is_plain_linear(dynamics.mu_proj, dynamics.controller_in, dynamics.controller_out):
+    modules = [dynamics._modules.get(name) for name in ("mu_proj", "controller_in", "controller_out")]
+    if None in modules or not _runs_on_triton(hidden_states) or _plain_weights(*modules) is None:
         return plain(dynamics, hidden_states, velocity, highway)
     hidden_states, velocity, guidance, highway, mu = inl_dynamics_block(
         hidden_states, velocity, highway, *_dynamics_weights(dynamics)
@@ -302,6 +322,33 @@ def _decode_heads(
     return decode_attention(query, key, value, mask, attention.scaling).flatten(1)
 
 
+def _compile_ahead(layer: nn.Module, hidden_states: Tensor) -> None:
+    """Compile the kernels of a model at its first call, all at once, because one after another takes many seconds.
+
+    They are those of every number of tokens, so that rows of another length find theirs compiled.
+    """
+    if hidden_states.device.type != "cuda" or not _runs_on_triton(hidden_states):
+        return
+    rows = hidden_states.shape[0]
+    kind = hidden_states.dtype, torch.is_autocast_enabled("cuda"), hidden_states.device.index
+    kind += (None,) if torch.is_grad_enabled() else (rows,)
+    done = _COMPILED_AHEAD.setdefault(layer, set())
+    if kind in done or torch.cuda.is_current_stream_capturing():
+        return
+    done.add(kind)
+    experts = getattr(layer.mlp, "experts", None)
+    takes_experts = experts is not None and layer.config._experts_implementation == "cggr"
+    compile_layer_kernels(
+        layer.config,
+        rows,
+        hidden_states.dtype,
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden_states.dtype,
+        hidden_states.device,
+        trains=torch.is_grad_enabled(),
+        experts=takes_experts,
+    )
+
+
 def triton_layer(
     plain: Callable,
     layer: nn.Module,
@@ -314,6 +361,8 @@ def triton_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward of a decoder layer; a step of one new token in each of few rows runs in a few fused kernels."""
     mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
+    if layer.self_attn.layer_idx == 0 and not torch.compiler.is_compiling():
+        _compile_ahead(layer, hidden_states)
     if not _takes_decode_kernels(layer, hidden_states, mask, cache):
         return plain(layer, hidden_states, velocity, guidance, highway, expert_ids, **kwargs)
     attention, dynamics, experts, router = layer.self_attn, layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
@@ -353,21 +402,56 @@ def triton_layer(
     return tuple(x.view(B, 1, H) for x in states)
 
 
+def triton_mlp(
+    plain: Callable, mlp: nn.Module, hidden_states: Tensor, mu: Tensor | None, expert_ids: Tensor, routing_plan=None
+) -> tuple[Tensor, Tensor]:
+    """The forward of the token-routed MLP, with mu's choice of experts in one kernel.
+
+    A compiler fuses the small operations of the plain forward itself.
+    """
+    experts, router, origin = mlp.experts, mlp.mu_router, type(mlp).__module__
+    if (
+        torch.compiler.is_compiling()
+        or experts.config._experts_implementation != "cggr"
+        or not is_unhooked(experts)
+        or type(experts).__module__ != origin  # an adapter's or a parametrization's class
+        or not _takes_cggr(experts, hidden_states)
+    ):
+        return plain(mlp, hidden_states, mu, expert_ids, routing_plan)
+    chosen = expert_ids.reshape(-1)
+    if router is not None:
+        is_plain = is_unhooked(router) and type(router).__module__ == origin and not router.learns
+        if not is_plain or router.num_experts > MAX_ROUTED:
+            return plain(mlp, hidden_states, mu, expert_ids, routing_plan)
+        mu = mu.detach().reshape(-1, mu.shape[-1]).contiguous()
+        chosen = mu_route(mu, router.weight.to(mu.dtype).contiguous(), chosen.contiguous(), router.base_logit)
+    out = cggr_experts_forward(experts, hidden_states, chosen, None, routing_plan).to(hidden_states.dtype)
+    if mlp.shared_expert is not None:
+        out = out + mlp.shared_expert(hidden_states)
+    return out, chosen.view(expert_ids.shape)
+
+
+def _takes_cggr(experts: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether the grouped GEMM takes these experts: all on this rank, and not quantized."""
+    weights = experts.gate_up_proj, experts.down_proj
+    is_split = getattr(experts, "_is_expert_parallel", False)
+    return not is_split and _runs_on_triton(hidden_states, weights[0]) and takes_grouped_linear(*weights)
+
+
 def cggr_experts_forward(
     experts: nn.Module,
     hidden_states: Tensor,
     top_k_index: Tensor,
-    top_k_weights: Tensor,
+    top_k_weights: Tensor | None,
     routing_plan: RoutingPlan | None = None,
 ) -> Tensor:
     """The experts by the Triton grouped GEMM; quantized experts, and those of other ranks, go to the plain forward.
 
-    hidden_states [T, H]; top_k_index and top_k_weights [T, 1], because every token has one expert. Returns [T, H].
+    hidden_states [..., H] of T tokens; top_k_index and top_k_weights [T, 1], because every token has one expert, or
+    weights None for ones. Returns [..., H].
     """
     gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
-    is_split = getattr(experts, "_is_expert_parallel", False)
-    is_taken = _runs_on_triton(hidden_states, gate_up_proj) and takes_grouped_linear(gate_up_proj, down_proj)
-    if is_split or not is_taken:
+    if not _takes_cggr(experts, hidden_states):
         plain = type(experts).forward.__wrapped__  # as it was before `use_experts_implementation`
         plan = {"routing_plan": routing_plan} if routing_plan is not None else {}
         return plain(experts, hidden_states, top_k_index, top_k_weights, **plan)
@@ -377,7 +461,7 @@ def cggr_experts_forward(
     states, activation = hidden_states.to(dtype), experts.config.hidden_act
     out = token_routed_mlp(states, gate_up_proj.to(dtype), down_proj.to(dtype), *routing_plan, activation)
     # The routing weights are ones. They carry a gradient only for a router that learns.
-    return out * top_k_weights.to(dtype) if top_k_weights.requires_grad else out
+    return out * top_k_weights.to(dtype) if top_k_weights is not None and top_k_weights.requires_grad else out
 
 
 def _cggr_plan(expert_ids: Tensor, num_experts: int) -> RoutingPlan:
@@ -391,6 +475,7 @@ if TRITON_DEVICES:
         "attention": triton_attention,
         "dynamics": triton_dynamics,
         "layer": triton_layer,
+        "mlp": triton_mlp,
     }
     ROUTING_PLANS["cggr"] = _cggr_plan
     ALL_EXPERTS_FUNCTIONS.register("cggr", cggr_experts_forward)

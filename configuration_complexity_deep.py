@@ -45,6 +45,7 @@ SHIPPED_FILES = (
     "decode_graph_complexity_deep.py",
     "registration_complexity_deep.py",
     "routing_complexity_deep.py",
+    "kernels/first_call.py",
     "kernels/op_registration.py",
     "kernels/grouped_linear.py",
     "kernels/kernel_reference.py",

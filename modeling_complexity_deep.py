@@ -100,6 +100,8 @@ class ComplexityDeepRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype == self.weight.dtype:
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
         # Under autocast the two dtypes differ. PyTorch would compute the same, but warn that it has no kernel for it.
         dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
@@ -460,11 +462,13 @@ class ComplexityDeepTokenRoutedMLP(nn.Module):
 
     def __init__(self, config: ComplexityDeepConfig):
         super().__init__()
+        self.config = config
         self.experts = ComplexityDeepExperts(config)
         self.mu_router = ComplexityDeepMuRouter(config) if config.use_mu_routing else None
         shared = config.shared_expert_intermediate_size
         self.shared_expert = ComplexityDeepMLP(config, shared) if shared else None
 
+    @accelerated("mlp")
     def forward(
         self, hidden_states: Tensor, mu: Tensor | None, expert_ids: Tensor, routing_plan: RoutingPlan | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 try:
-    import triton
     import triton.language as tl
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .kernel_launch import cdiv, next_power_of_2, on_its_device, pdl_options, wait
+from .kernel_launch import cdiv, kernel, next_power_of_2, on_its_device, pdl_options, strides_of, wait
 from .op_registration import custom_op
 
 BLOCK_L = 64
@@ -27,18 +26,24 @@ PROGRAMS = 528  # four for each multiprocessor of an H200; fixed, so that result
 MAX_PARTS = 64  # the joining kernel holds all parts of a head in registers
 
 
-@triton.jit
+STRIDES = ("q_stride_b", "q_stride_a", *(f"{x}_stride_{dim}" for x in "kv" for dim in "bhl"))
+
+
+@kernel("L", "length", *STRIDES, "mask_stride_b")
 def decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, used_ptr, out_ptr, parts_ptr, stats_ptr, scale, K, R, L, D, length,
     q_stride_b, q_stride_a, k_stride_b, k_stride_h, k_stride_l, v_stride_b, v_stride_h, v_stride_l, mask_stride_b,
-    PDL: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    UNIT: tl.constexpr, PDL: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Positions part * length .. (part + 1) * length - 1 of one key/value head; out [B, A, D] if there is one part.
 
     Else parts [B, A, parts, D], not yet divided by the sums, and stats [B, A, parts, 2]: maximum (base 2), sum. `used`,
-    how many positions a static cache has in use, is one more afterwards.
+    how many positions a static cache has in use, is one more afterwards. Strides but the mask's are in units of UNIT.
     """
     wait(PDL)
+    q_stride_b, q_stride_a = q_stride_b * UNIT, q_stride_a * UNIT
+    k_stride_b, k_stride_h, k_stride_l = k_stride_b * UNIT, k_stride_h * UNIT, k_stride_l * UNIT
+    v_stride_b, v_stride_h, v_stride_l = v_stride_b * UNIT, v_stride_h * UNIT, v_stride_l * UNIT
     if used_ptr is not None and tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(used_ptr, tl.load(used_ptr) + 1)
     b, h = (tl.program_id(0) // K).to(tl.int64), (tl.program_id(0) % K).to(tl.int64)
@@ -78,7 +83,7 @@ def decode_attention_kernel(
         tl.store(stats_ptr + head * 2 + 1, total, mask=m_r)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@kernel("num_parts")
 def join_parts_kernel(
     parts_ptr, stats_ptr, out_ptr, num_parts, D, PDL: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr
 ):
@@ -105,10 +110,10 @@ def _split(rows: int, positions: int) -> tuple[int, int]:
 
 def decode_attention_variant(key: Tensor, value: Tensor) -> tuple:
     """What Triton compiles the kernels for, of key and value [B, K, L, D]: not L, but what L makes of the launches."""
-    (B, K, L, D), strides = key.shape, (*key.stride(), *value.stride())
+    B, K, L, D = key.shape
     parts = next_power_of_2(_split(B * K, L)[1])
-    aligned = [size % 16 == 0 for size in (L, *strides, key.data_ptr(), value.data_ptr())]
-    return B, K, D, key.dtype, value.dtype, key.device, strides[3], strides[7], parts, aligned
+    aligned = strides_of(key, value)[0], key.data_ptr() % 16, value.data_ptr() % 16
+    return B, K, D, key.dtype, value.dtype, key.device, key.stride(3), value.stride(3), parts, aligned
 
 
 def launch_decode_attention(
@@ -123,15 +128,16 @@ def launch_decode_attention(
     stats = torch.empty(B, A, parts, 2, dtype=torch.float32, device=query.device) if parts > 1 else out
     BD, options = max(16, next_power_of_2(D)), pdl_options(query.device)  # 16 is the least that tl.dot takes
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    decode_attention_kernel[B * K, parts](
+    unit, strides = strides_of(query[:, :, 0], key, value)
+    decode_attention_kernel.launch(
+        (B * K, parts),
         query, key, value, mask, used, out, acc, stats, scale, K, A // K, L, D, length,
-        query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3],
-        0 if mask is None or mask.shape[0] == 1 else L,
-        BR=max(16, next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4, **options,
+        *strides, 0 if mask is None or mask.shape[0] == 1 else L,
+        UNIT=unit, BR=max(16, next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4, **options,
     )  # fmt: skip
     if parts > 1:
         BP = next_power_of_2(parts)
-        join_parts_kernel[(B * A,)](acc, stats, out, parts, D, BP=BP, BD=BD, num_warps=4, **options)
+        join_parts_kernel.launch((B * A,), acc, stats, out, parts, D, BP=BP, BD=BD, num_warps=4, **options)
     return out
 
 

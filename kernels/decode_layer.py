@@ -31,9 +31,9 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .decode_attention import launch_decode_attention
+from .decode_attention import STRIDES, launch_decode_attention
 from .fused_dynamics import MAX_BETA, SHARE, clamp_velocity
-from .kernel_launch import cdiv, next_power_of_2, on_its_device, pdl_options, wait
+from .kernel_launch import cdiv, kernel, next_power_of_2, on_its_device, pdl_options, strides_of, wait
 from .mu_guided_qkv import locate_projection
 from .op_registration import custom_op
 from .token_routed_gemm import activate
@@ -71,7 +71,7 @@ def _rms_norm(x, weight, rstd, dtype: tl.constexpr):
     return (x * rstd * weight).to(dtype).to(tl.float32)
 
 
-@triton.jit
+@kernel()
 def decode_qkv_kernel(
     x_ptr, norm_ptr, guidance_ptr, q_ptr, k_ptr, v_ptr, mu_q_ptr, mu_k_ptr, mu_v_ptr, out_ptr,
     T, H, Q, KV, eps, HAS_MU: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -94,13 +94,18 @@ def decode_qkv_kernel(
         tl.store(out_ptr + t * (Q + 2 * KV) + column + o_n, acc.to(dtype), mask=o_n < N)
 
 
-@triton.jit
+@kernel("L", "cos_stride_b", *STRIDES[2:])
 def decode_rope_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, used_ptr, q_out_ptr, keys_ptr, values_ptr,
     A, K, L, half, eps, cos_stride_b, k_stride_b, k_stride_h, k_stride_l, v_stride_b, v_stride_h, v_stride_l,
-    PDL: tl.constexpr, BD: tl.constexpr,
+    UNIT: tl.constexpr, PDL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row: q to q_out [T, A, D]; k and v to position `used` of keys and values [T, K, L, D]."""
+    """One head of one row: q to q_out [T, A, D]; k and v to position `used` of keys and values [T, K, L, D].
+
+    Strides of k and v are in units of UNIT.
+    """
+    k_stride_b, k_stride_h, k_stride_l = k_stride_b * UNIT, k_stride_h * UNIT, k_stride_l * UNIT
+    v_stride_b, v_stride_h, v_stride_l = v_stride_b * UNIT, v_stride_h * UNIT, v_stride_l * UNIT
     t, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     is_q, is_k = head < A, (head >= A) & (head < A + K)
     o_d = tl.arange(0, BD)
@@ -130,7 +135,7 @@ def decode_rope_kernel(
         tl.store(out + half + o_d, x2.to(dtype), mask=o_d < half)
 
 
-@triton.jit
+@kernel()
 def decode_linear_kernel(x_ptr, w_ptr, out_ptr, T, N, K, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """out [T, N] = x [T, K] wᵀ."""
     o_n, o_k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -141,7 +146,7 @@ def decode_linear_kernel(x_ptr, w_ptr, out_ptr, T, N, K, PDL: tl.constexpr, BN: 
         tl.store(out_ptr + t * N + o_n, acc.to(out_ptr.dtype.element_ty), mask=o_n < N)
 
 
-@triton.jit
+@kernel()
 def decode_controller_kernel(
     h_ptr, v_ptr, mu_ptr, w_mu_ptr, w_in_ptr, b_in_ptr, z_ptr, mu_out_ptr, T, H, C,
     PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -170,7 +175,7 @@ def decode_controller_kernel(
             tl.store(z_ptr + t * C + row, (z / (1.0 + tl.exp(-z))).to(dtype))
 
 
-@triton.jit
+@kernel()
 def decode_update_kernel(
     x_ptr, h_ptr, v_ptr, highway_ptr, z_ptr, mu_ptr, w_ptr, b_ptr, router_ptr,
     x_out_ptr, v_out_ptr, guidance_out_ptr, highway_out_ptr, parts_ptr,
@@ -212,7 +217,7 @@ def decode_update_kernel(
             tl.store(part + 1 + o_e, _times(router, mu))
 
 
-@triton.jit
+@kernel()
 def decode_gate_up_kernel(
     x_ptr, norm_ptr, parts_ptr, expert_ptr, weight_ptr, act_ptr, chosen_ptr, blocks, H, inter, E, eps, base_logit,
     ACTIVATION: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
@@ -246,7 +251,7 @@ def decode_gate_up_kernel(
     tl.store(act_ptr + t * inter + o_n, (value * _times(up_rows, n)).to(dtype), mask=o_n < inter)
 
 
-@triton.jit
+@kernel()
 def decode_down_kernel(
     x_ptr, act_ptr, expert_ptr, chosen_ptr, weight_ptr, out_ptr, H, inter,
     ROUTED: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -290,7 +295,8 @@ def decode_qkv(
     (T, H), Q, KV = x.shape, q.shape[0], k.shape[0]
     out = x.new_empty(T, Q + 2 * KV)
     _, tile = _rows_config(Q, H, 1 if guidance is None else 2, x.element_size())
-    decode_qkv_kernel[(cdiv(Q, tile["BN"]) + 2 * cdiv(KV, tile["BN"]),)](
+    decode_qkv_kernel.launch(
+        (cdiv(Q, tile["BN"]) + 2 * cdiv(KV, tile["BN"]),),
         x, norm_weight, guidance, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV, eps,
         HAS_MU=guidance is not None, **tile, **pdl_options(x.device),
     )  # fmt: skip
@@ -319,10 +325,12 @@ def decode_attend(
     (T, K, L, D), cos, sin = keys.shape, cos.contiguous(), sin.contiguous()
     A = qkv.shape[1] // D - 2 * K
     query = qkv.new_empty(T, A, 1, D)
-    decode_rope_kernel[(T, A + 2 * K)](
+    unit, strides = strides_of(keys, values)
+    decode_rope_kernel.launch(
+        (T, A + 2 * K),
         qkv, q_weight, k_weight, cos, sin, used, query, keys, values, A, K, L, D // 2, eps,
-        0 if cos.shape[0] == 1 else cos.stride(0), *keys.stride()[:3], *values.stride()[:3],
-        BD=next_power_of_2(D // 2), num_warps=1, **pdl_options(qkv.device),
+        0 if cos.shape[0] == 1 else cos.stride(0), *strides,
+        UNIT=unit, BD=next_power_of_2(D // 2), num_warps=1, **pdl_options(qkv.device),
     )  # fmt: skip
     return launch_decode_attention(query, keys, values, mask, scale, used).view(T, A * D)
 
@@ -356,27 +364,29 @@ def decode_layer_tail(
     z, act = x.new_empty(T, C), x.new_empty(T, inter)
     power = next_power_of_2
     programs, tile = _rows_config(H, attention.shape[1], 1, itemsize)
-    decode_linear_kernel[(programs,)](attention, o_proj, h, T, H, attention.shape[1], **tile, **options)
+    decode_linear_kernel.launch((programs,), attention, o_proj, h, T, H, attention.shape[1], **tile, **options)
     programs, tile = _rows_config(H, H, 1, itemsize)
-    decode_controller_kernel[(programs + C,)](
-        h, velocity, mu, mu_proj, controller_in, controller_in_bias, z, mu_l, T, H, C, **tile, **options
-    )
+    controller = h, velocity, mu, mu_proj, controller_in, controller_in_bias, z, mu_l
+    decode_controller_kernel.launch((programs + C,), *controller, T, H, C, **tile, **options)
     BE, blocks = 1 if router is None else power(E), cdiv(H, UPDATE_COLUMNS)
     parts = torch.empty(T, blocks, 1 + BE, dtype=torch.float32, device=x.device)
     chosen = torch.empty(T if router is not None else 0, dtype=torch.int32, device=x.device)
     routed = {"ROUTED": router is not None} | options
-    decode_update_kernel[(blocks,)](
+    decode_update_kernel.launch(
+        (blocks,),
         x, h, velocity, highway, z, mu_l, controller_out, controller_out_bias, router,
         x_mid, velocity_out, guidance_out, highway_out, parts, T, H, C, E, dt,
         HAS_HIGHWAY=highway is not None, BH=UPDATE_COLUMNS, BC=power(C), BE=BE, num_warps=4, **routed,
     )  # fmt: skip
     programs, tile = _rows_config(inter, H, 2, itemsize)
-    decode_gate_up_kernel[(programs, T)](
+    decode_gate_up_kernel.launch(
+        (programs, T),
         x_mid, norm_weight, parts, expert_ids, gate_up_proj, act, chosen, blocks, H, inter, E, eps, base_logit,
         ACTIVATION=activation, BE=BE, BP=power(blocks), **tile, **routed,
     )  # fmt: skip
     programs, tile = _rows_config(H, inter, 1, itemsize)
-    decode_down_kernel[(programs, T)](x_mid, act, expert_ids, chosen, down_proj, out, H, inter, **tile, **routed)
+    down = x_mid, act, expert_ids, chosen, down_proj, out
+    decode_down_kernel.launch((programs, T), *down, H, inter, **tile, **routed)
     return out, velocity_out, guidance_out, highway_out
 
 

@@ -28,7 +28,7 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .kernel_launch import cdiv, next_power_of_2, on_its_device
+from .kernel_launch import cdiv, kernel, next_power_of_2, on_its_device
 from .kernel_reference import BETA_LIMIT, HIGHWAY_SHARE, VELOCITY_LIMIT, inl_dynamics_block_reference
 from .op_registration import custom_op, differentiable_gradients
 
@@ -89,7 +89,7 @@ def _load_tile(ptr, at, mask, WANTED: tl.constexpr):
         return tl.zeros([1, 1], tl.float32)
 
 
-@triton.jit
+@kernel("T")
 def inl_dynamics_fwd_kernel(
     h_ptr, v_ptr, highway_ptr, z_ptr, mu_ptr, w_ptr, b_ptr,
     h_out_ptr, v_out_ptr, guidance_out_ptr, highway_out_ptr,
@@ -126,16 +126,19 @@ def inl_dynamics_fwd_kernel(
     tl.store(h_out_ptr + at, (h + dt * gate * v).to(h_out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel("T")
 def inl_dynamics_bwd_kernel(
     dh_out_ptr, dv_out_ptr, dguidance_out_ptr, dhighway_out_ptr, dmu_out_ptr,
-    h_ptr, v_ptr, mu_ptr, logits_ptr,
-    dh_ptr, dv_ptr, dhighway_ptr, dmu_ptr, dmu_sums_ptr,
+    h_ptr, v_ptr, mu_ptr, logits_ptr, b_ptr,
+    dh_ptr, dv_ptr, dhighway_ptr, dmu_ptr, sums_ptr,
     T, H, dt, dmu_stride,
     HAS_DH: tl.constexpr, HAS_DV: tl.constexpr, HAS_DGUIDANCE: tl.constexpr, HAS_DHIGHWAY: tl.constexpr,
     HAS_DMU: tl.constexpr, HAS_HIGHWAY: tl.constexpr, PTX: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Elementwise; the logits [T, 3H] are overwritten by their gradients."""
+    """Elementwise; the logits [T, 3H], still without their bias, are overwritten by their gradients.
+
+    sums [token blocks, 4H]: the gradients of mu_l and of the logits, summed over the tokens of a block.
+    """
     o_h = tl.program_id(0) * BH + tl.arange(0, BH)
     o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     m_h = o_h < H
@@ -146,6 +149,9 @@ def inl_dynamics_bwd_kernel(
     alpha = tl.load(logits_ptr, mask=mask, other=0.0).to(tl.float32)
     beta = tl.load(logits_ptr + H, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(logits_ptr + 2 * H, mask=mask, other=0.0).to(tl.float32)
+    alpha += tl.load(b_ptr + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    beta += tl.load(b_ptr + H + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    gate += tl.load(b_ptr + 2 * H + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
     h = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
     mu = tl.load(mu_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -177,11 +183,14 @@ def inl_dynamics_bwd_kernel(
     tl.store(logits_ptr, d_alpha.to(dtype), mask=mask)
     tl.store(logits_ptr + H, d_beta.to(dtype), mask=mask)
     tl.store(logits_ptr + 2 * H, d_gate.to(dtype), mask=mask)
-    # Sums [token blocks, H]; rows outside are zero.
-    tl.store(dmu_sums_ptr + tl.program_id(1).to(tl.int64) * H + o_h, tl.sum(d_mu, 0), mask=m_h)
+    sums_ptr += tl.program_id(1).to(tl.int64) * 4 * H + o_h  # rows outside have a bias, but no gradient
+    tl.store(sums_ptr, tl.sum(tl.where(mask, d_mu, 0.0), 0), mask=m_h)
+    tl.store(sums_ptr + H, tl.sum(tl.where(mask, d_alpha, 0.0), 0), mask=m_h)
+    tl.store(sums_ptr + 2 * H, tl.sum(tl.where(mask, d_beta, 0.0), 0), mask=m_h)
+    tl.store(sums_ptr + 3 * H, tl.sum(tl.where(mask, d_gate, 0.0), 0), mask=m_h)
 
 
-@triton.jit
+@kernel("T")
 def inl_projection_kernel(
     h_ptr, v_ptr, w_in_ptr, b_in_ptr, w_mu_ptr, mu_ptr, z_pre_ptr, z_ptr, mu_out_ptr,
     T, H, C, mu_blocks, PTX: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -237,7 +246,8 @@ def _launch_dynamics(h, v, highway, z, mu, w, b, dt: float):
     BT, BH, warps = (16, 8, 1) if T <= FEW_TOKENS else (64, 32, 4)
     if h.dtype == torch.float32:
         BT = min(BT, 32)
-    inl_dynamics_fwd_kernel[cdiv(H, BH), cdiv(T, BT)](
+    inl_dynamics_fwd_kernel.launch(
+        (cdiv(H, BH), cdiv(T, BT)),
         h, v, highway, z, mu, w, b, h_out, v_out, guidance_out, highway_out, T, H, z.shape[1], dt,
         HAS_HIGHWAY=highway is not None, PTX=PTX,
         BT=BT, BH=BH, BC=max(16, next_power_of_2(z.shape[1])), num_warps=warps,
@@ -249,23 +259,24 @@ def _launch_dynamics_backward(grads, h, v, z, mu, w, b, dt: float, has_highway: 
     """Backward of `_launch_dynamics`; `grads` of (h', v', guidance, highway', mu_l) may be None.
 
     Writes the gradient of mu_l into `dmu` [T, H]. Returns those of h, v, the highway (empty where there was none), z,
-    W_out and b_out, and the column sums of `dmu`, which are the gradient of mu.
+    W_out, and [4H], those of mu and b_out.
     """
-    (T, H), C = h.shape, z.shape[1]
+    T, H = h.shape
     grads = [None if grad is None else grad.reshape(T, H).contiguous() for grad in grads]
     dh, dv = torch.empty_like(h), torch.empty_like(h)
     dhighway = torch.empty_like(h) if has_highway else h.new_empty(0)
-    logits = torch.addmm(b, z, w.T)  # [T, 3H]
+    logits = z @ w.T  # [T, 3H]; adding the bias here would have the host search for a GEMM that does, every time
     BT, BH = 32, 64  # 285 us by sweep on an H200, 285 to 390 us with other tiles
     blocks = cdiv(T, BT)
-    dmu_sums = torch.empty(blocks, H, dtype=torch.float32, device=h.device)
-    inl_dynamics_bwd_kernel[cdiv(H, BH), blocks](
-        *grads, h, v, mu, logits, dh, dv, dhighway, dmu, dmu_sums, T, H, dt, dmu.stride(0),
-        *[grad is not None for grad in grads], has_highway, PTX, BT, BH, num_warps=8,
+    sums = torch.empty(blocks, 4 * H, dtype=torch.float32, device=h.device)
+    given = [grad is not None for grad in grads]
+    inl_dynamics_bwd_kernel.launch(
+        (cdiv(H, BH), blocks),
+        *grads, h, v, mu, logits, b, dh, dv, dhighway, dmu, sums, T, H, dt, dmu.stride(0),
+        HAS_DH=given[0], HAS_DV=given[1], HAS_DGUIDANCE=given[2], HAS_DHIGHWAY=given[3], HAS_DMU=given[4],
+        HAS_HIGHWAY=has_highway, PTX=PTX, BT=BT, BH=BH, num_warps=8,
     )  # fmt: skip
-    # Columns of ones beside z make the bias' gradient a column of the weight's. Eight of them keep the rows aligned.
-    dw = logits.T @ torch.nn.functional.pad(z, (0, 8), value=1.0)  # [3H, C + 8]
-    return dh, dv, dhighway, logits @ w, dw[:, :C].contiguous(), dw[:, C].contiguous(), dmu_sums.sum(0).to(h.dtype)
+    return dh, dv, dhighway, logits @ w, logits.T @ z, sums.sum(0).to(h.dtype)
 
 
 def _launch_projection(h, v, w_in, b_in, w_mu, mu_vec):
@@ -279,7 +290,8 @@ def _launch_projection(h, v, w_in, b_in, w_mu, mu_vec):
         BN, BK, stages = min(BN, 32), 64, 2
     mu_blocks = cdiv(H, BN) if few else 0
     grid = (mu_blocks + cdiv(C, BN), cdiv(T, BT))
-    inl_projection_kernel[grid](
+    inl_projection_kernel.launch(
+        grid,
         h, v, w_in, b_in, w_mu, mu_vec, z_pre, z, mu, T, H, C, mu_blocks,
         PTX=PTX, BT=BT, BN=BN, BK=BK, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -292,13 +304,17 @@ def _inl_dynamics_block(
     h: Tensor, v: Tensor, highway: Tensor | None, mu_vec: Tensor, w_mu: Tensor,
     w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, dt: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """All but weights are [..., H]; the last two outputs, which backward needs, are [T, C]."""
+    shape = h.shape
+    h, v, highway = (None if x is None else x.reshape(-1, shape[-1]) for x in (h, v, highway))
     z_pre, z, mu = _launch_projection(h, v, w_in, b_in, w_mu, mu_vec)
-    return *_launch_dynamics(h, v, highway, z, mu, w_out, b_out, dt), mu, z_pre, z
+    outputs = *_launch_dynamics(h, v, highway, z, mu, w_out, b_out, dt), mu
+    return *(x.view(shape) for x in outputs), z_pre, z
 
 
 @_inl_dynamics_block.register_fake
 def _(h, v, highway, mu_vec, w_mu, w_in, b_in, w_out, b_out, dt):
-    z_pre, z = (h.new_empty(h.shape[0], w_in.shape[0]) for _ in range(2))
+    z_pre, z = (h.new_empty(h.shape[:-1].numel(), w_in.shape[0]) for _ in range(2))
     return *(torch.empty_like(h) for _ in range(5)), z_pre, z
 
 
@@ -309,12 +325,14 @@ def _inl_dynamics_block_backward(
     h: Tensor, v: Tensor, mu: Tensor, z_pre: Tensor, z: Tensor,
     w_mu: Tensor, w_in: Tensor, w_out: Tensor, b_out: Tensor, dt: float, has_highway: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (T, H), C = h.shape, z.shape[1]
+    shape, (T, C) = h.shape, z.shape
+    H = shape[-1]
+    h, v, mu = (x.view(T, H) for x in (h, v, mu))
     # The gradients of mu_l and z side by side reach h through one GEMM with K = H + C, instead of two passes over dh.
     side = h.new_empty(T, H + C)
     d_mu, d_z = side[:, :H], side[:, H:]
     grads = dh, dv, dguidance, dhighway, dmu
-    dh, dv, dhighway, dz, dw_out, db_out, dmu_vec = _launch_dynamics_backward(
+    dh, dv, dhighway, dz, dw_out, sums = _launch_dynamics_backward(
         grads, h, v, z, mu, w_out, b_out, dt, has_highway, d_mu
     )
     torch.ops.aten.silu_backward.grad_input(dz, z_pre, grad_input=d_z)
@@ -323,13 +341,15 @@ def _inl_dynamics_block_backward(
     dw_in = torch.empty_like(w_in)
     torch.mm(d_z.T, h, out=dw_in[:, :H])
     torch.mm(d_z.T, v, out=dw_in[:, H:])
+    dmu_vec, db_out = sums[:H].clone(), sums[H:].clone()  # outputs of an operator must not share memory
+    dh, dv, dhighway = (x.view(shape) if x.numel() else x for x in (dh, dv, dhighway))
     return dh, dv, dhighway, dmu_vec, d_mu.T @ h, dw_in, d_z.sum(0), dw_out, db_out
 
 
 @_inl_dynamics_block_backward.register_fake
 def _(dh, dv, dguidance, dhighway, dmu, h, v, mu, z_pre, z, w_mu, w_in, w_out, b_out, dt, has_highway):
     dhighway = torch.empty_like(h) if has_highway else h.new_empty(0)
-    vectors = h.new_empty(h.shape[1]), h.new_empty(z.shape[1])
+    vectors = h.new_empty(h.shape[-1]), h.new_empty(z.shape[1])
     dh, dv, dw_mu, dw_in, dw_out, db_out = (torch.empty_like(x) for x in (h, v, w_mu, w_in, w_out, b_out))
     return dh, dv, dhighway, vectors[0], dw_mu, dw_in, vectors[1], dw_out, db_out
 
@@ -381,20 +401,20 @@ def inl_dynamics_block(
     Returns: (h', v', guidance for the layer above, highway', mu of this layer), each [..., H]. Raises `ValueError` for
     other dtypes and for a controller that is too wide.
     """
-    shape, device = hidden_states.shape, hidden_states.device.type
+    device = hidden_states.device.type
     tensors = [hidden_states, velocity, highway, mu, mu_proj_weight, controller_in_weight, controller_in_bias]
     tensors += [controller_out_weight, controller_out_bias]
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         tensors = [None if x is None else x.to(dtype) for x in tensors]
-    found = [x.dtype for x in tensors if x is not None]
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or any(x != dtype for x in found):
-        raise ValueError(f"inl_dynamics_block needs all tensors in one of float32, bfloat16, float16, got {found}")
+    found = {x.dtype for x in tensors if x is not None}
+    if len(found) > 1 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"inl_dynamics_block needs all tensors in one of float32, bfloat16, float16, got {sorted(map(str, found))}"
+        )
     if not 0 < controller_in_weight.shape[0] <= MAX_CONTROLLER:
         raise ValueError(
             f"inl_dynamics_block takes controller widths up to {MAX_CONTROLLER}, got {controller_in_weight.shape[0]}"
         )
-    rows = [None if x is None else x.reshape(-1, shape[-1]).contiguous() for x in tensors[:3]]
-    outputs = _inl_dynamics_block(*rows, *(x.contiguous() for x in tensors[3:]), dt)
-    return tuple(x.view(shape) for x in outputs[:5])
+    return _inl_dynamics_block(*(None if x is None else x.contiguous() for x in tensors), dt)[:5]

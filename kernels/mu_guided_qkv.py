@@ -6,10 +6,10 @@ T tokens (batch B * sequence S), H hidden size, A query heads, K key/value heads
     n   = w * u / sqrt(mean(u², last axis) + eps)           u one head of q or k; n = u where there is no weight w
     y   = n * cos + [-n_second ‖ n_first] * sin             rotate-half RoPE
 
-`mu_guided_qkv` is the first line, one inner axis of 2H. Up to 32 tokens the time is that of reading the weights, and
-mu_guided_qkv_few_kernel reads all six where they lie. For many tokens on Hopper there is mu_guided_qkv_kernel, a TMA
-GEMM that walks x and then m without joining them. All else goes to the library's GEMM. Saved for backward: x, m and the
-weights.
+`mu_guided_qkv` is the first line, one inner axis of 2H. For few tokens, mu_guided_qkv_few_kernel reads all six weights
+where they lie; the library's GEMM would want them joined. For many tokens on Hopper there is mu_guided_qkv_kernel, a
+TMA GEMM that walks x and then m without joining them. All else goes to the library's GEMM. Saved for backward: x, m and
+the weights.
 
 `qk_norm_rope` is the other two lines and equals `qk_norm_rope_reference`. It reads q and k as strided views of qkv and
 writes [B, S, heads, D]; a program takes a few tokens with all their heads, so cos and sin are read once. It computes in
@@ -28,7 +28,16 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .kernel_launch import cdiv, next_power_of_2, on_its_device, pdl_options, wait
+from .kernel_launch import (
+    cdiv,
+    device_properties,
+    kernel,
+    next_power_of_2,
+    on_its_device,
+    pdl_options,
+    strides_of,
+    wait,
+)
 from .kernel_reference import qk_norm_rope_reference
 from .op_registration import custom_op, differentiable_gradients
 
@@ -39,6 +48,7 @@ MANY_TOKENS = 1024
 # Programs that walk over the tokens, by sweep on an H200; fixed, so that results do not depend on the device. One warp
 # each: a token's heads are 6 to 12 KB, and more warps exchange more than they load.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 65535, 2112
+STRIDES = [f"{x}_stride_{dim}" for x in ("q", "k", "dq", "dk") for dim in "bsa"]  # of the kernels of qk_norm_rope
 
 
 @triton.jit
@@ -65,7 +75,7 @@ def locate_projection(Q, KV, BN: tl.constexpr):
     return is_q, is_k, block, tl.where(is_q, 0, tl.where(is_k, Q, Q + KV)), tl.where(is_q, Q, KV)
 
 
-@triton.jit
+@kernel("T")
 def mu_guided_qkv_few_kernel(
     x_ptr, guidance_ptr, q_ptr, k_ptr, v_ptr, mu_q_ptr, mu_k_ptr, mu_v_ptr, out_ptr,
     T, H, Q, KV, HAS_MU: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -83,7 +93,7 @@ def mu_guided_qkv_few_kernel(
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["x_at"])  # the allocator's choice: a recorded graph must not meet an uncompiled kernel
+@kernel("T", "x_at")
 def mu_guided_qkv_kernel(
     x_desc, w_desc, out_desc, T, N, H, x_at, PROGRAMS: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -144,13 +154,16 @@ def _norm_rope_fwd(
         _store_half(y_ptr + half, 2 * half, x2 * cos2 + x1 * sin2, o_a, o_d, A, half)
 
 
-@triton.jit
+@kernel("T", "S", *STRIDES[:6], "cos_stride_b")
 def qk_norm_rope_fwd_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     T, S, A, K, half, eps, q_stride_b, q_stride_s, q_stride_a, k_stride_b, k_stride_s, k_stride_a, cos_stride_b,
-    PDL: tl.constexpr, BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    UNIT: tl.constexpr, PDL: tl.constexpr, BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """Strides of q and k are in units of UNIT elements; `cos_stride_b` is 2 `half` S, or 0 for one table."""
     wait(PDL)
+    q_stride_b, q_stride_s, q_stride_a = q_stride_b * UNIT, q_stride_s * UNIT, q_stride_a * UNIT
+    k_stride_b, k_stride_s, k_stride_a = k_stride_b * UNIT, k_stride_s * UNIT, k_stride_a * UNIT
     first = tl.program_id(0)
     for offset in range(0, T - first, tl.num_programs(0)):
         token = first.to(tl.int64) + offset
@@ -196,13 +209,17 @@ def _norm_rope_bwd(
     return dw1, dw2
 
 
-@triton.jit
+@kernel("T", "S", *STRIDES, "cos_stride_b")
 def qk_norm_rope_bwd_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dw_ptr,
     T, S, A, K, half, eps, q_stride_b, q_stride_s, q_stride_a, k_stride_b, k_stride_s, k_stride_a,
     dq_stride_b, dq_stride_s, dq_stride_a, dk_stride_b, dk_stride_s, dk_stride_a, cos_stride_b,
-    BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    UNIT: tl.constexpr, BA: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    q_stride_b, q_stride_s, q_stride_a = q_stride_b * UNIT, q_stride_s * UNIT, q_stride_a * UNIT
+    k_stride_b, k_stride_s, k_stride_a = k_stride_b * UNIT, k_stride_s * UNIT, k_stride_a * UNIT
+    dq_stride_b, dq_stride_s, dq_stride_a = dq_stride_b * UNIT, dq_stride_s * UNIT, dq_stride_a * UNIT
+    dk_stride_b, dk_stride_s, dk_stride_a = dk_stride_b * UNIT, dk_stride_s * UNIT, dk_stride_a * UNIT
     o_d = tl.arange(0, BD)
     dq1 = tl.zeros([BA, BD], tl.float32)
     dq2 = tl.zeros([BA, BD], tl.float32)
@@ -258,10 +275,12 @@ def _qk_norm_rope(
     if B * S <= FEW_TOKENS:  # too few tokens to fill the chip: their heads are spread over programs
         groups = 8
         blocks |= {"BA": max(1, blocks["BA"] // groups), "BK": max(1, blocks["BK"] // groups)}
-    qk_norm_rope_fwd_kernel[(min(B * S, FORWARD_PROGRAMS), groups)](
+    unit, strides = strides_of(query, key)
+    qk_norm_rope_fwd_kernel.launch(
+        (min(B * S, FORWARD_PROGRAMS), groups),
         query, key, query_weight, key_weight, cos, sin, q_out, k_out, B * S, S, A, K, D // 2, eps,
-        *query.stride()[:3], *key.stride()[:3], 0 if cos.shape[0] == 1 else cos.stride(0),
-        **blocks, num_warps=1, **pdl_options(query.device),
+        *strides, 0 if cos.shape[0] == 1 else S * D,
+        UNIT=unit, **blocks, num_warps=1, **pdl_options(query.device),
     )  # fmt: skip
     return q_out, k_out
 
@@ -283,10 +302,11 @@ def _qk_norm_rope_backward(
     programs = min(B * S, BACKWARD_PROGRAMS)
     dq_in, dk_in = query.new_empty(B, S, A, D), key.new_empty(B, S, K, D)
     dw = torch.empty(programs, 2, D, dtype=torch.float32, device=query.device)
-    qk_norm_rope_bwd_kernel[(programs,)](
+    unit, strides = strides_of(query, key, dq, dk)
+    qk_norm_rope_bwd_kernel.launch(
+        (programs,),
         dq, dk, query, key, query_weight, key_weight, cos, sin, dq_in, dk_in, dw, B * S, S, A, K, D // 2, eps,
-        *query.stride()[:3], *key.stride()[:3], *dq.stride()[:3], *dk.stride()[:3],
-        0 if cos.shape[0] == 1 else cos.stride(0), **_head_blocks(query, key), num_warps=1,
+        *strides, 0 if cos.shape[0] == 1 else S * D, UNIT=unit, **_head_blocks(query, key), num_warps=1,
     )  # fmt: skip
     dw = dw.sum(0)
     # a weight that is absent has no gradient, but an op must return a tensor
@@ -323,11 +343,21 @@ _qk_norm_rope.register_autograd(_qk_grad, setup_context=_save_qk)
 def _fits_hopper(x: Tensor, guidance: Tensor | None, columns: int) -> bool:
     """Whether mu_guided_qkv_kernel applies and fills the chip; elsewhere the library's GEMM is faster."""
     return (
-        x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device)[0] == 9
-        and guidance is not None and x.data_ptr() != guidance.data_ptr()
+        device_properties(x.device)[1] == 9 and torch.version.cuda is not None
+        and guidance is not None and (x.data_ptr() != guidance.data_ptr() or x.is_meta)
         and (x.data_ptr() | guidance.data_ptr()) % 16 == 0
         and x.dtype != torch.float32 and x.shape[0] >= MANY_TOKENS and x.shape[1] % 64 == 0 and columns % 256 == 0
     )  # fmt: skip
+
+
+def _few_tile(tokens: int, dtype: torch.dtype) -> dict | None:
+    """Tile of mu_guided_qkv_few_kernel, or None where the library's GEMM is faster."""
+    if tokens <= FEW_TOKENS:
+        BK = 64 if dtype == torch.float32 else 256
+        return {"BT": 16 if tokens <= 16 else 32, "BN": 16, "BK": BK, "num_warps": 2, "num_stages": 4}
+    if tokens < MANY_TOKENS and dtype != torch.float32:
+        return {"BT": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4}
+    return None
 
 
 def _launch_hopper(x: Tensor, guidance: Tensor, weights: Tensor, out: Tensor) -> Tensor:
@@ -336,8 +366,9 @@ def _launch_hopper(x: Tensor, guidance: Tensor, weights: Tensor, out: Tensor) ->
     BT, BN, BK = 128, 256, 64
     low, high = sorted((x, guidance), key=Tensor.data_ptr)
     distance = (high.data_ptr() - low.data_ptr()) // x.element_size()
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    mu_guided_qkv_kernel[(programs,)](
+    programs = device_properties(x.device)[0]
+    mu_guided_qkv_kernel.launch(
+        (programs,),
         TensorDescriptor(low, [2, T, H], [distance, H, 1], [1, BT, BK]),
         TensorDescriptor(weights, [2 * N, H], [H, 1], [BN, BK]),
         TensorDescriptor(out, [T, N], [N, 1], [BT, BN]),
@@ -352,26 +383,31 @@ def _mu_guided_qkv(
     x: Tensor, guidance: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    (T, H), Q, KV = x.shape, q.shape[0], k.shape[0]
+    shape, Q, KV = x.shape, q.shape[0], k.shape[0]
+    x, guidance = (None if y is None else y.view(-1, shape[-1]) for y in (x, guidance))
+    T, H = x.shape
     out = x.new_empty(T, Q + 2 * KV)
+    whole = out.view(*shape[:-1], -1)
     if _fits_hopper(x, guidance, out.shape[1]):
-        return _launch_hopper(x, guidance, torch.cat((q, k, v, mu_q, mu_k, mu_v)), out)
-    if T > FEW_TOKENS:  # accumulating costs less than joining x and guidance
+        _launch_hopper(x, guidance, torch.cat((q, k, v, mu_q, mu_k, mu_v)), out)
+        return whole
+    tile = _few_tile(T, x.dtype)
+    if tile is None:  # accumulating costs less than joining x and guidance
         torch.mm(x, torch.cat((q, k, v)).T, out=out)
-        return out if guidance is None else out.addmm_(guidance, torch.cat((mu_q, mu_k, mu_v)).T)
-    BT, BN, BK = 16 if T <= 16 else 32, 16, 256
-    if x.dtype == torch.float32:
-        BK = 64
-    mu_guided_qkv_few_kernel[(cdiv(Q, BN) + 2 * cdiv(KV, BN), cdiv(T, BT))](
+        if guidance is not None:
+            out.addmm_(guidance, torch.cat((mu_q, mu_k, mu_v)).T)
+        return whole
+    mu_guided_qkv_few_kernel.launch(
+        (cdiv(Q, tile["BN"]) + 2 * cdiv(KV, tile["BN"]), cdiv(T, tile["BT"])),
         x, guidance, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV,
-        HAS_MU=guidance is not None, BT=BT, BN=BN, BK=BK, num_warps=2, num_stages=4,
+        HAS_MU=guidance is not None, **tile,
     )  # fmt: skip
-    return out
+    return whole
 
 
 @_mu_guided_qkv.register_fake
 def _(x, guidance, q, k, v, mu_q, mu_k, mu_v):
-    return x.new_empty(x.shape[0], q.shape[0] + 2 * k.shape[0])
+    return x.new_empty(*x.shape[:-1], q.shape[0] + 2 * k.shape[0])
 
 
 @custom_op("mu_guided_qkv_backward")
@@ -380,21 +416,23 @@ def _mu_guided_qkv_backward(
     grad: Tensor, x: Tensor, guidance: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, guidance, [q ‖ k ‖ v] and [mu_q ‖ mu_k ‖ mu_v]: [T, H] and [N, H], or empty where not wanted."""
+    """Gradients of x and guidance [..., H], of [q ‖ k ‖ v] and [mu_q ‖ mu_k ‖ mu_v] [N, H]; empty where not wanted."""
+    shape, grad = x.shape, grad.view(-1, grad.shape[-1])
+    x, guidance = (None if y is None else y.view(-1, shape[-1]) for y in (x, guidance))
     dguidance, dw, dw_mu = (x.new_empty(0) for _ in range(3))
     dx = grad @ torch.cat((q, k, v))
     if guidance is not None:
-        dguidance = grad @ torch.cat((mu_q, mu_k, mu_v))
+        dguidance = (grad @ torch.cat((mu_q, mu_k, mu_v))).view(shape)
     if weight_grads:
         dw = grad.T @ x
         dw_mu = dw_mu if guidance is None else grad.T @ guidance
-    return dx, dguidance, dw, dw_mu
+    return dx.view(shape), dguidance, dw, dw_mu
 
 
 @_mu_guided_qkv_backward.register_fake
 def _(grad, x, guidance, q, k, v, mu_q, mu_k, mu_v, weight_grads):
-    N = grad.shape[1] if weight_grads else 0
-    dw = (x.new_empty(N, x.shape[1]) if wanted else x.new_empty(0) for wanted in (N, N and guidance is not None))
+    N = grad.shape[-1] if weight_grads else 0
+    dw = (x.new_empty(N, x.shape[-1]) if wanted else x.new_empty(0) for wanted in (N, N and guidance is not None))
     return x.new_empty(x.shape), x.new_empty(0 if guidance is None else guidance.shape), *dw
 
 
@@ -451,17 +489,12 @@ def mu_guided_qkv(x: Tensor, guidance: Tensor | None, weights: tuple[Tensor, ...
 
     Returns: [..., (A + 2K) D], the columns of q, k and v side by side. Raises `ValueError` for different dtypes.
     """
-    device = x.device.type
+    device, count = x.device.type, 3 if guidance is None else 6
+    tensors = [x, guidance, *weights[:count]]
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, guidance = x.to(dtype), None if guidance is None else guidance.to(dtype)
-        weights = tuple(w.to(dtype) for w in weights)
-    q, k, v, *mu_weights = (w.contiguous() for w in weights)
-    if guidance is None:
-        mu_weights = [None, None, None]
-    else:
-        guidance = guidance.reshape(-1, guidance.shape[-1]).contiguous()
-    if any(w.dtype != x.dtype for w in weights) or (guidance is not None and guidance.dtype != x.dtype):
-        raise ValueError(f"mu_guided_qkv needs one dtype, got {x.dtype} and {[w.dtype for w in weights]}")
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return _mu_guided_qkv(rows, guidance, q, k, v, *mu_weights).view(*x.shape[:-1], -1)
+        tensors = [None if y is None else y.to(dtype) for y in tensors]
+    found = {y.dtype for y in tensors if y is not None}
+    if len(found) > 1:
+        raise ValueError(f"mu_guided_qkv needs one dtype, got {sorted(map(str, found))}")
+    return _mu_guided_qkv(*(None if y is None else y.contiguous() for y in tensors), *(None,) * (6 - count))

@@ -1,7 +1,8 @@
-"""Registration of custom operators. Each copy of this code in a process has a namespace of its own.
+"""Operators of PyTorch made of our functions, and the shortest way to call them.
 
-Every checkpoint brings its copy of the code. When one name is registered twice, torch frees the first operator, and the
-model that was loaded first goes on calling it: it then runs the code of another version, or reads freed memory.
+Each copy of this code in a process has a namespace of its own. Every checkpoint brings its copy. When one name is
+registered twice, torch frees the first operator, and the model that was loaded first goes on calling it: it then runs
+the code of another version, or reads freed memory.
 """
 
 import zlib
@@ -11,12 +12,83 @@ import torch
 from torch import Tensor
 
 _COPY = (__package__ or "").removesuffix(".kernels")
-NAMESPACE = "complexity_deep" if _COPY == "complexity_deep" else f"complexity_deep_{zlib.crc32(_COPY.encode()):08x}"
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
-def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
-    """`torch.library.custom_op` of this copy: `name` without a namespace."""
-    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates_args)
+def _own_library() -> torch.library.Library:
+    """The library of this copy. A module that is imported anew under its old name gets a namespace with a number."""
+    name = "complexity_deep" if _COPY == "complexity_deep" else f"complexity_deep_{zlib.crc32(_COPY.encode()):08x}"
+    for number in range(1000):
+        try:
+            return torch.library.Library(f"{name}_{number}" if number else name, "DEF")
+        except RuntimeError:  # only one library may define a namespace
+            continue
+    raise RuntimeError(f"The namespace {name} of torch.library is taken a thousand times.")
+
+
+_LIBRARY = _own_library()
+NAMESPACE = _LIBRARY.ns
+
+
+class Operator:
+    """A function that computes on the GPU, as an operator that compilers and transforms can handle.
+
+    The dispatcher of PyTorch costs an operator in Python about as much time as the launch of a kernel. So a call in
+    eager mode on ordinary tensors passes it over, and gets an `autograd.Function` where there are gradients to take.
+    All else (tracing, `torch.func`, tensor subclasses, dispatch modes such as selective checkpointing) goes through it.
+    """
+
+    def __init__(self, name: str, function: Callable, mutates_args: tuple[str, ...]):
+        self.name, self.function, self.autograd = f"{NAMESPACE}::{name}", function, None
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or not _is_ordinary(args):
+            return self.op(*args)
+        if self.autograd is not None and torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return self.autograd.apply(*args)
+        return self.function(*args)
+
+    def register_fake(self, fake: Callable) -> Callable:
+        """`fake(*args)` gives outputs of the right shape, dtype and device, with any content."""
+        return torch.library.register_fake(self.name, fake, lib=_LIBRARY)
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """As `torch.library.register_autograd`; holds for both ways of calling."""
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_LIBRARY)
+        function = self.function
+
+        class Function(torch.autograd.Function):
+            # Not the form with a `setup_context` of its own, for which PyTorch inspects a signature at every call.
+            @staticmethod
+            def forward(ctx, *args):
+                output = function(*args)
+                setup_context(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx, *grads):
+                return backward(ctx, *grads)
+
+        Function.__name__ = Function.__qualname__ = self.name.replace("::", "_")  # what anomaly mode and graphs show
+        self.autograd = Function
+
+
+def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Operator]:
+    """Make a function of tensors an `Operator` of this copy, `name` without a namespace."""
+    return lambda function: Operator(name, function, mutates_args)
+
+
+def _is_ordinary(args: tuple) -> bool:
+    """Whether a call means no more than to compute: no subclass, mode or transform has a say in it."""
+    for x in args:
+        if isinstance(x, Tensor) and (type(x) not in _PLAIN_TENSORS or x.is_meta):
+            return False
+    return not torch._C._len_torch_dispatch_stack() and not is_transformed()
 
 
 def is_transformed() -> bool:

@@ -39,7 +39,7 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
     raise
 
 from .grouped_linear import in_token_order
-from .kernel_launch import cdiv, device_properties, next_power_of_2, on_its_device, pdl_options, wait
+from .kernel_launch import cdiv, device_properties, kernel, next_power_of_2, on_its_device, pdl_options, wait
 from .kernel_reference import sorted_mlp_reference
 from .op_registration import custom_op, differentiable_gradients
 
@@ -102,7 +102,7 @@ def activate(gate, ACTIVATION: tl.constexpr):
     return value, derivative
 
 
-@triton.jit
+@kernel("num_rows")
 def gather_rows_kernel(source, order, out, num_rows, size, PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[r] = source[order[r]], rows of `size`."""
     wait(PDL)
@@ -114,7 +114,7 @@ def gather_rows_kernel(source, order, out, num_rows, size, PDL: tl.constexpr, RO
     tl.store(out + rows.to(tl.int64)[:, None] * size + cols[None, :], values, mask=mask)
 
 
-@triton.jit
+@kernel()
 def gate_up_fwd_kernel(
     x, weight, order, offsets, act_out, gate_up, num_experts, hidden, inter,
     EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, GATHER: tl.constexpr,
@@ -156,7 +156,7 @@ def gate_up_fwd_kernel(
             tl.store(pointers + inter, up.to(gate_up.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel()
 def routed_linear_kernel(
     a_source, weight, order, offsets, out, num_experts, in_size, out_size,
     EXPERTS: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
@@ -211,7 +211,7 @@ def _gate_up_grad(grad, gate_up, act_out, grad_gate_up, rows, end, column, inter
     tl.store(act_out + row_start + cols[None, :], (value * up).to(dtype), mask=mask)
 
 
-@triton.jit
+@kernel()
 def gate_up_bwd_kernel(
     grad, weight, offsets, gate_up, act_out, grad_gate_up, num_experts, hidden, inter,
     EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
@@ -244,7 +244,7 @@ def gate_up_bwd_kernel(
         _gate_up_grad(piece3, gate_up, act_out, grad_gate_up, rows, end, column + BLOCK_N // 4 * 3, inter, ACTIVATION)
 
 
-@triton.jit
+@kernel()
 def weight_grad_bwd_kernel(
     left, right, left_tma, right_tma, offsets, out, size_m, size_n,
     TMA: tl.constexpr, PDL: tl.constexpr,
@@ -290,7 +290,7 @@ def _locate_hit(offsets, slot, num_experts, EXPERTS: tl.constexpr):
     return tl.sum(tl.where(chosen, experts, 0)), tl.sum(tl.where(chosen, start, 0)), tl.sum(tl.where(chosen, end, 0))
 
 
-@triton.jit
+@kernel()
 def gate_up_decode_kernel(
     x, weight, order, offsets, act_out, num_experts, hidden, inter,
     EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -311,7 +311,7 @@ def gate_up_decode_kernel(
             tl.store(act_out + r * inter + n, value.to(act_out.dtype.element_ty), mask=n < inter)
 
 
-@triton.jit
+@kernel()
 def down_decode_kernel(
     act, weight, order, offsets, out, num_experts, hidden, inter,
     EXPERTS: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -363,6 +363,13 @@ def _config(op: str, tokens: int, experts: int, dtype: torch.dtype, tma: bool) -
     return dict(zip(names, tile)) | {"GROUP_M": 8}
 
 
+def token_classes(experts: int) -> list[int]:
+    """Numbers of tokens above FEW_TOKENS of the other kernels, at least one for every choice of tiles by `_config`."""
+    per_expert = [1, 17, TMA_ROWS, 257, 512, 2048]  # tokens from which on another tile is taken, times experts
+    counts = {33, COPY_TOKENS, 8192, *(experts * rows for rows in per_expert)}
+    return sorted(count for count in counts if count >= 33)
+
+
 def _use_tma(tokens: int, hidden: int, inter: int, experts: int, *tensors: Tensor) -> bool:
     """TMA path: a Hopper card (tiles fill its 227 KB), 2-byte elements, 16-byte aligned rows, whole tiles in K."""
     return (
@@ -393,8 +400,8 @@ def _gather_rows(source: Tensor, order: Tensor) -> Tensor:
     out = torch.empty_like(source)
     block = min(next_power_of_2(source.shape[1]), 2048)
     grid = (cdiv(source.shape[0], 2), cdiv(source.shape[1], block))
-    gather_rows_kernel[grid](
-        source, order, out, *source.shape, ROWS=2, BLOCK=block, num_warps=8, **pdl_options(source.device)
+    gather_rows_kernel.launch(
+        grid, source, order, out, *source.shape, ROWS=2, BLOCK=block, num_warps=8, **pdl_options(source.device)
     )
     return out
 
@@ -407,7 +414,8 @@ def _gate_up(x, weight, order, offsets, act_out, gate_up, activation, gather, tm
         block = [2, config["BLOCK_N"], config["BLOCK_K"]]
         weight = TensorDescriptor.from_tensor(weight.view(-1, inter, hidden), block)
         x = x if gather else _matrix(x, config["BLOCK_M"], config["BLOCK_K"])
-    gate_up_fwd_kernel[grid](
+    gate_up_fwd_kernel.launch(
+        grid,
         x, weight, order, offsets, act_out, gate_up, experts, hidden, inter,
         EXPERTS=next_power_of_2(experts), ACTIVATION=activation, KEEP=gate_up.numel() > 0, GATHER=gather,
         TMA=tma, EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **pdl_options(act_out.device),
@@ -422,7 +430,8 @@ def _routed_linear(a, weight, order, offsets, out, transposed, tma):
         rows, cols = ("BLOCK_K", "BLOCK_N") if transposed else ("BLOCK_N", "BLOCK_K")
         weight = _matrix(weight, config[rows], config[cols])
         a = _matrix(a, config["BLOCK_M"], config["BLOCK_K"])
-    routed_linear_kernel[grid](
+    routed_linear_kernel.launch(
+        grid,
         a, weight, order, offsets, out, experts, in_size, out_size, EXPERTS=next_power_of_2(experts),
         TRANSPOSED=transposed, TMA=tma, EVEN_K=in_size % config["BLOCK_K"] == 0, **config, **pdl_options(out.device),
     )  # fmt: skip
@@ -434,8 +443,8 @@ def _weight_grad(left, right, offsets, out, tma):
     grid = (experts * cdiv(size_m, config["BLOCK_M"]) * cdiv(size_n, config["BLOCK_N"]),)
     left_tma = _matrix(left, config["BLOCK_K"], config["BLOCK_M"]) if tma else left
     right_tma = _matrix(right, config["BLOCK_K"], config["BLOCK_N"]) if tma else right
-    options = config | pdl_options(out.device)
-    weight_grad_bwd_kernel[grid](left, right, left_tma, right_tma, offsets, out, size_m, size_n, TMA=tma, **options)
+    operands, options = (left, right, left_tma, right_tma), config | pdl_options(out.device)
+    weight_grad_bwd_kernel.launch(grid, *operands, offsets, out, size_m, size_n, TMA=tma, **options)
 
 
 def _decode(x, gate_up_proj, down_proj, order, offsets, act_out, out, activation):
@@ -443,11 +452,13 @@ def _decode(x, gate_up_proj, down_proj, order, offsets, act_out, out, activation
     slots, blocks = min(tokens, experts), (next_power_of_2(hidden), next_power_of_2(inter))
     rows = [max(1, 4096 // block) for block in blocks]  # 8 KB a matrix and program: all its loads are in flight at once
     options = {"EXPERTS": next_power_of_2(experts)} | pdl_options(x.device)
-    gate_up_decode_kernel[(cdiv(inter, rows[0]), slots)](
+    gate_up_decode_kernel.launch(
+        (cdiv(inter, rows[0]), slots),
         x, gate_up_proj, order, offsets, act_out, experts, hidden, inter,
         ACTIVATION=activation, BLOCK_N=rows[0], BLOCK_K=blocks[0], num_warps=max(2, blocks[0] // 2048), **options,
     )  # fmt: skip
-    down_decode_kernel[(cdiv(hidden, rows[1]), slots)](
+    down_decode_kernel.launch(
+        (cdiv(hidden, rows[1]), slots),
         act_out, down_proj, order, offsets, out, experts, hidden, inter,
         BLOCK_N=rows[1], BLOCK_K=blocks[1], num_warps=max(1, blocks[1] // 4096), **options,
     )  # fmt: skip
@@ -459,26 +470,29 @@ def token_routed_mlp_forward(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, order: Tensor, offsets: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`token_routed_mlp` and, if `keep`, what its backward needs: x sorted [T, H] and gate_up [T, 2I] (else empty)."""
-    (tokens, hidden), inter = x.shape, down_proj.shape[2]
+    shape, (_, hidden, inter) = x.shape, down_proj.shape
+    x = x.view(-1, hidden)
+    tokens = x.shape[0]
     out, act = torch.empty_like(x), x.new_empty(tokens, inter)
-    gate_up = x.new_empty((tokens, 2 * inter) if keep else 0)
+    whole, gate_up = out.view(shape), x.new_empty((tokens, 2 * inter) if keep else 0)
     if tokens == 0:
-        return out, x.new_empty((tokens, hidden) if keep else 0), gate_up
+        return whole, x.new_empty((tokens, hidden) if keep else 0), gate_up
     if tokens <= DECODE_TOKENS and not keep and max(hidden, inter) <= 16384:  # a weight row must fit in registers
         _decode(x, gate_up_proj, down_proj, order, offsets, act, out, activation)
-        return out, x.new_empty(0), gate_up
+        return whole, x.new_empty(0), gate_up
     tma = _use_tma(tokens, hidden, inter, len(down_proj), x, gate_up_proj, down_proj)
     x_sorted = _gather_rows(x, order) if keep or (tma and tokens >= COPY_TOKENS) else x
     _gate_up(x_sorted, gate_up_proj, order, offsets, act, gate_up, activation, x_sorted is x, tma)
     _routed_linear(act, down_proj, order, offsets, out, False, tma)
-    return out, x_sorted if keep else x.new_empty(0), gate_up
+    return whole, x_sorted if keep else x.new_empty(0), gate_up
 
 
 @token_routed_mlp_forward.register_fake
 def _(x, gate_up_proj, down_proj, order, offsets, activation, keep):
     if not keep:
         return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[0], gate_up_proj.shape[1])
+    tokens = x.shape[:-1].numel()
+    return torch.empty_like(x), x.new_empty(tokens, x.shape[-1]), x.new_empty(tokens, gate_up_proj.shape[1])
 
 
 @custom_op("token_routed_mlp_backward")
@@ -488,12 +502,14 @@ def token_routed_mlp_backward(
     order: Tensor, offsets: Tensor, activation: str, need_x: bool, need_gate_up_proj: bool, need_down_proj: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, gate_up_proj and down_proj; an unneeded one is empty."""
-    (tokens, hidden), (experts, _, inter) = grad.shape, down_proj.shape
+    shape, (experts, hidden, inter) = grad.shape, down_proj.shape
+    grad = grad.view(-1, hidden)
+    tokens = grad.shape[0]
     grad_x = grad.new_empty((tokens, hidden) if need_x else 0)
     grad_gate_up_proj = torch.empty_like(gate_up_proj) if need_gate_up_proj else grad.new_empty(0)
     grad_down_proj = torch.empty_like(down_proj) if need_down_proj else grad.new_empty(0)
     if tokens == 0:
-        return grad_x, grad_gate_up_proj.zero_(), grad_down_proj.zero_()
+        return grad_x.view(shape) if need_x else grad_x, grad_gate_up_proj.zero_(), grad_down_proj.zero_()
     tma = _use_tma(tokens, hidden, inter, experts, x_sorted, gate_up_proj, down_proj)
     grad_sorted, act, grad_gate_up = _gather_rows(grad, order), grad.new_empty(tokens, inter), torch.empty_like(gate_up)
     config = _config("gate_up_bwd", tokens, experts, grad.dtype, tma)
@@ -501,7 +517,8 @@ def token_routed_mlp_backward(
     if tma:
         source = _matrix(grad_sorted, config["BLOCK_M"], config["BLOCK_K"])
         weight = _matrix(down_proj, config["BLOCK_K"], config["BLOCK_N"])
-    gate_up_bwd_kernel[_grid(tokens, experts, inter, config, grad.device, tma)](
+    gate_up_bwd_kernel.launch(
+        _grid(tokens, experts, inter, config, grad.device, tma),
         source, weight, offsets, gate_up, act, grad_gate_up, experts, hidden, inter,
         EXPERTS=next_power_of_2(experts), ACTIVATION=activation, TMA=tma,
         EVEN_K=hidden % config["BLOCK_K"] == 0, **config, **pdl_options(grad.device),
@@ -512,7 +529,7 @@ def token_routed_mlp_backward(
         _routed_linear(grad_gate_up, gate_up_proj, order, offsets, grad_x, True, tma)
     if need_gate_up_proj:
         _weight_grad(grad_gate_up, x_sorted, offsets, grad_gate_up_proj, tma)
-    return grad_x, grad_gate_up_proj, grad_down_proj
+    return grad_x.view(shape) if need_x else grad_x, grad_gate_up_proj, grad_down_proj
 
 
 @token_routed_mlp_backward.register_fake
@@ -522,7 +539,8 @@ def _(grad, x_sorted, gate_up, gate_up_proj, down_proj, order, offsets, activati
 
 
 def _save_for_backward(ctx, inputs, output):
-    _, gate_up_proj, down_proj, order, offsets, ctx.activation, _ = inputs
+    x, gate_up_proj, down_proj, order, offsets, ctx.activation, _ = inputs
+    ctx.shape = x.shape
     ctx.save_for_backward(*output[1:], gate_up_proj, down_proj, order, offsets)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
@@ -538,7 +556,7 @@ def _token_routed_mlp_grad(ctx, grad, grad_x_sorted, _gate_up):
         found = token_routed_mlp_backward(grad.contiguous(), *saved, ctx.activation, *needs)
         grads = [value if need else None for value, need in zip(found, needs)]
     if grad_x_sorted is not None and needs[0]:
-        grad_x = in_token_order(grad_x_sorted, order)
+        grad_x = in_token_order(grad_x_sorted, order).view(ctx.shape)
         grads[0] = grad_x if grads[0] is None else grads[0] + grad_x
     return *grads, None, None, None, None
 
@@ -547,9 +565,9 @@ def _differentiable_token_routed_mlp_grad(
     grad, x_sorted, _gate_up, gate_up_proj, down_proj, order, offsets, activation
 ):
     mlp = lambda *tensors: sorted_mlp_reference(*tensors, offsets, activation)  # noqa: E731
-    grads = differentiable_gradients(mlp, (x_sorted, gate_up_proj, down_proj), (grad[order],))
+    grads = differentiable_gradients(mlp, (x_sorted, gate_up_proj, down_proj), (grad.reshape(x_sorted.shape)[order],))
     if grads[0] is not None:
-        grads[0] = in_token_order(grads[0], order)
+        grads[0] = in_token_order(grads[0], order).view(grad.shape)
     return grads
 
 
@@ -562,24 +580,24 @@ def token_routed_mlp(
     """Token-routed gated MLP: y[t] = down[e] (act(gate[e] x[t]) * (up[e] x[t])), e the expert of token t.
 
     Args:
-        x: [T, H]. gate_up_proj: [E, 2I, H], gate rows first. down_proj: [E, H, I]. All of one floating dtype.
+        x: [..., H], T tokens. gate_up_proj: [E, 2I, H], gate rows first. down_proj: [E, H, I]. All of one dtype.
         order, offsets: the routing plan of `routing_plan`.
         activation: one of `ACTIVATIONS`.
 
-    Returns: [T, H] in token order, differentiable in x, gate_up_proj and down_proj.
+    Returns: [..., H] in token order, differentiable in x, gate_up_proj and down_proj.
     """
     experts, hidden, inter = down_proj.shape
-    if x.ndim != 2 or x.shape[1] != hidden or gate_up_proj.shape != (experts, 2 * inter, hidden):
+    if x.shape[-1] != hidden or gate_up_proj.shape != (experts, 2 * inter, hidden):
         raise ValueError(
-            "expected x [T, H], gate_up_proj [E, 2I, H], down_proj [E, H, I], got "
+            "expected x [..., H], gate_up_proj [E, 2I, H], down_proj [E, H, I], got "
             f"{tuple(x.shape)}, {tuple(gate_up_proj.shape)}, {tuple(down_proj.shape)}"
         )
     dtypes = {x.dtype, gate_up_proj.dtype, down_proj.dtype}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(f"expected fp32, bf16 or fp16, the same for all three tensors, got {dtypes}")
-    if order.shape[0] != x.shape[0] or offsets.shape[0] != experts + 1:
+    if order.shape[0] * hidden != x.numel() or offsets.shape[0] != experts + 1:
         plan = f"{order.shape[0]} tokens and {offsets.shape[0] - 1} experts"
-        raise ValueError(f"plan of {plan} for {x.shape[0]} tokens and {experts} experts")
+        raise ValueError(f"plan of {plan} for {x.shape[:-1].numel()} tokens and {experts} experts")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     keep = torch.is_grad_enabled() and (x.requires_grad or gate_up_proj.requires_grad or down_proj.requires_grad)

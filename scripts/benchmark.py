@@ -3,6 +3,7 @@
     python scripts/benchmark.py generate --model-config configs/30m.json             forward and decode, CPU or GPU
     python scripts/benchmark.py train --model-config configs/1.5b.json --batch-size 8 --sequence-length 2048
     python scripts/benchmark.py kernels                                               needs a CUDA device
+    python scripts/benchmark.py users --model-config configs/1.5b.json                what comes without being asked for
 
 The peers are Qwen3-MoE and Llama of the same shape (Llama as wide as all experts together), from transformers. Prints a
 markdown table for people and one JSON line last; adds rows to benchmarks/results.csv with device, versions and commit,
@@ -24,6 +25,7 @@ with needs("train"):
     from complexity_deep.workflow.benchmarks.model_speed import benchmark_generate, benchmark_train
     from complexity_deep.workflow.benchmarks.results import check_results, report
     from complexity_deep.workflow.benchmarks.timing import ceilings
+    from complexity_deep.workflow.benchmarks.user_paths import PARTS, benchmark_users
 
 
 def default_output() -> str:
@@ -33,7 +35,7 @@ def default_output() -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("benchmark", choices=("kernels", "train", "generate"), help="what to measure")
+    parser.add_argument("benchmark", choices=("kernels", "train", "generate", "users"), help="what to measure")
     parser.add_argument("--model-config", default=str(REPOSITORY / "configs/30m.json"), help="shape of every model")
     parser.add_argument("--batch-size", type=int, default=1, help="rows per step")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row")
@@ -48,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--output-dir", default=default_output(), help="where results.csv and charts go")
     parser.add_argument("--only", choices=("complexity-deep", "qwen3-moe", "llama"), help="measure one model")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which to measure (users)")
     parser.add_argument("--skip-tests", action="store_true", help="do not run the kernel tests first")
     return parser.parse_args()
 
@@ -56,6 +59,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
     """The rows of the benchmark that was asked for."""
     if args.benchmark == "kernels":
         return benchmark_kernels(args.device)
+    if args.benchmark == "users":
+        return benchmark_users(args.model_config, parts=args.parts, repeats=args.repeats, only=args.only)
     names = ("batch_size", "sequence_length", "repeats", "device", "attn_implementation", "only")
     shared = {name: getattr(args, name) for name in names}
     if args.benchmark == "generate":
