@@ -67,6 +67,8 @@ ACCELERATED: dict[str, dict[str, Callable]] = {"eager": {}}
 
 def setting(config, name: str):
     """A field of a configuration. By a dot it would pass through several functions of the library, in every layer."""
+    if torch.compiler.is_compiling():  # which cannot trace the short way
+        return getattr(config, name)
     return object.__getattribute__(config, "__dict__")[name]
 
 
