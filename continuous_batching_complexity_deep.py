@@ -19,11 +19,8 @@ from .accelerated_complexity_deep import TRITON_DEVICES
 from .compatibility_complexity_deep import PAGED_ATTENTION
 from .decode_graph_complexity_deep import is_recordable
 
-try:
+if TRITON_DEVICES:
     from .kernels.paged_attention import paged_attention, paged_decode_attention
-except ImportError:  # Triton is not installed: nothing calls these
-    pass
-
 if TYPE_CHECKING:  # what the mixin of this file is mixed into
     from transformers import GenerationMixin
 else:
@@ -70,10 +67,6 @@ def paged_attention_forward(
     return paged_attention(*new, key_cache, value_cache, index, write_index, cu_q, cu_k, scaling)[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register(PAGED_ATTENTION, paged_attention_forward)
-ALL_MASK_ATTENTION_FUNCTIONS.register(PAGED_ATTENTION, sdpa_mask)
-
-
 class ContinuousBatchingMixin(GenerationMixin):
     """Continuous batching of a model whose attention is "sdpa" and that runs on the Triton kernels."""
 
@@ -117,3 +110,8 @@ class ContinuousBatchingMixin(GenerationMixin):
             config.max_blocks_per_request = -(-self.config.max_position_embeddings // page)
         manager.warmed_up = True
         return manager
+
+
+if TRITON_DEVICES:
+    ALL_ATTENTION_FUNCTIONS.register(PAGED_ATTENTION, paged_attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PAGED_ATTENTION, sdpa_mask)
