@@ -12,13 +12,15 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
+from complexity_deep import accelerated_complexity_deep as accelerated  # noqa: E402
 from complexity_deep import continuous_batching_complexity_deep as batching  # noqa: E402
 from complexity_deep.compatibility_complexity_deep import PAGED_ATTENTION  # noqa: E402
+from complexity_deep.kernels import paged_attention as kernels  # noqa: E402
 from support import random_ids, tiny_model  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 PAGE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # since Transformers 5.18
-NEW = 4
+NEW = 3
 GREEDY = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=1)
 PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (4, 19, 1)]
 
@@ -26,7 +28,7 @@ PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (4, 19, 1)]
 def triton_model(**options):
     model = tiny_model(std=0.15, **{"num_hidden_layers": 1, **options}).to(DEVICE)
     model.set_kernels_implementation("triton")
-    model.set_experts_implementation("cggr")
+    model.set_experts_implementation("cggr" if accelerated.ACCELERATED["triton"] else "eager")
     return model
 
 
@@ -35,16 +37,28 @@ def small_cache(**options) -> ContinuousBatchingConfig:
     return ContinuousBatchingConfig(**{"num_blocks": 16, "max_batch_tokens": 16, PAGE: 8} | options)
 
 
-def batched(model, config=None):
-    results = model.generate_batch(inputs=PROMPTS, generation_config=GREEDY, continuous_batching_config=config)
+def batched(model, config, prompts=PROMPTS):
+    results = model.generate_batch(inputs=prompts, generation_config=GREEDY, continuous_batching_config=config)
     tokens = {tuple(result.prompt_ids): result.generated_tokens for result in results.values()}
-    return [tokens[tuple(prompt)] for prompt in PROMPTS]
+    return [tokens[tuple(prompt)] for prompt in prompts]
 
 
-def alone(model):
-    rows = (torch.tensor([prompt], device=DEVICE) for prompt in PROMPTS)
+def alone(model, prompts=PROMPTS):
+    rows = (torch.tensor([prompt], device=DEVICE) for prompt in prompts)
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     return [model.generate(ids, **options)[0, ids.shape[1] :].tolist() for ids in rows]
+
+
+@pytest.fixture(autouse=True)
+def few_parts(monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_PARTS", 2)  # the interpreter runs programs one after the other
+
+
+@pytest.fixture
+def only_paged(monkeypatch):
+    """The other kernels, which take seconds a step in the interpreter, give way to PyTorch."""
+    if not CUDA:
+        monkeypatch.setitem(accelerated.ACCELERATED, "triton", {})
 
 
 @pytest.fixture
@@ -57,7 +71,7 @@ def calls(monkeypatch) -> list:
     return names
 
 
-def test_tokens_are_those_of_generate(calls, monkeypatch):
+def test_tokens_are_those_of_generate(only_paged, calls, monkeypatch):
     masks, plain = [], batching.paged_attention_forward
     monkeypatch.setitem(
         batching.ALL_ATTENTION_FUNCTIONS,
@@ -71,7 +85,16 @@ def test_tokens_are_those_of_generate(calls, monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_without_block_tables_all_steps_go_by_slots(calls):
+def test_beside_the_other_kernels(calls):
+    model = triton_model()
+    tokens = batched(model, small_cache(), PROMPTS[:1])
+    model.set_kernels_implementation("eager")
+    model.set_experts_implementation("eager")
+    assert tokens == alone(model, PROMPTS[:1])
+    assert calls == ["paged_attention", *["paged_decode_attention"] * (NEW - 1)]
+
+
+def test_without_block_tables_all_steps_go_by_slots(only_paged, calls):
     model = triton_model()
     assert batched(model, small_cache(max_blocks_per_request=0)) == alone(model)
     assert set(calls) == {"paged_attention"}
@@ -90,7 +113,7 @@ def test_other_models_take_the_path_of_the_library(calls, change):
     assert not calls and not manager.continuous_batching_config.max_blocks_per_request
 
 
-def test_the_model_can_be_called_while_a_manager_holds_it():
+def test_the_model_can_be_called_while_a_manager_holds_it(only_paged):
     model, ids = triton_model(), random_ids(2, 9).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -117,7 +140,7 @@ def test_a_manager_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_kept_manager_serves_the_next_call(calls):
+def test_a_kept_manager_serves_the_next_call(only_paged, calls):
     model, tokens = triton_model(), alone(triton_model())
     for _ in range(2):
         calls.clear()
