@@ -19,7 +19,7 @@ fp32 and round once. There is no backward, because generation needs no gradient.
 
 | argument | shape | meaning |
 |---|---|---|
-| cu_q, cu_k | [S + 1] int32 | where the new tokens, and all tokens, of each sequence begin; the end repeats for padding |
+| cu_q, cu_k | [S + 1] int32 | where new tokens, and all tokens, of each sequence begin; the end repeats for padding |
 | index | [total tokens] int64 | slots of all positions of all sequences |
 | write_index | [N] int64 | slots of the new tokens |
 | block_table | [S, pages] int32 | pages of each sequence in order |

@@ -109,13 +109,12 @@ def error(found, truth):
     return float((found.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("parts", ["one", "many"])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("sequences, A, K, D, page, padding, dtype", SHAPES)
 def test_matches_fp64_and_writes_the_cache(monkeypatch, sequences, A, K, D, page, padding, dtype, parts):
-    if parts == "one":
-        if any(new > 1 for _, new in sequences):
-            pytest.skip("only decoding splits the positions")
-        monkeypatch.setattr(kernels, "MAX_PARTS", 1)
+    if parts == 1 and any(new > 1 for _, new in sequences):
+        pytest.skip("only decoding splits the positions")
+    monkeypatch.setattr(kernels, "MAX_PARTS", parts)
     batch = Batch(sequences, A, K, D, page, padding).to(dtype)
     truth, *_ = batch.reference(torch.float64)
     rounded, *expected = batch.reference(dtype)
@@ -127,7 +126,8 @@ def test_matches_fp64_and_writes_the_cache(monkeypatch, sequences, A, K, D, page
     assert torch.equal(batch.caches(batch.key_cache, batch.value_cache), batch.caches(*expected))
 
 
-def test_single_tokens_give_the_same_in_both_kernels():
+def test_single_tokens_give_the_same_in_both_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_PARTS", 3)
     batch, twin = (Batch(DECODE, 8, 4, 32, 16, 0).to(torch.float32) for _ in range(2))
     places = twin.index, twin.write_index, twin.cu_q, twin.cu_k
     mixed = paged_attention(twin.query, twin.key, twin.value, twin.key_cache, twin.value_cache, *places, 32**-0.5)
@@ -135,8 +135,9 @@ def test_single_tokens_give_the_same_in_both_kernels():
     assert torch.equal(batch.key_cache, twin.key_cache) and torch.equal(batch.value_cache, twin.value_cache)
 
 
-def test_only_the_slots_of_a_sequence_count():
+def test_only_the_slots_of_a_sequence_count(monkeypatch):
     """Other slots of a cache, such as unused ones, may hold NaN."""
+    monkeypatch.setattr(kernels, "MAX_PARTS", 3)
     for sequences in (DECODE, MIXED):
         clean = Batch(sequences, 4, 2, 16, 16, 2).to(torch.float32)
         batch = Batch(sequences, 4, 2, 16, 16, 2).to(torch.float32)
