@@ -1,22 +1,24 @@
-"""A small corpus, tokenizer and recipe for scripts/pretrain.py, and two ways to run it."""
+"""A small corpus, tokenizer and recipe for scripts/pretrain.py, and how to run it in other processes."""
 
 import contextlib
 import json
 import multiprocessing
 import os
 import resource
-import runpy
 import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp
 import transformers
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 
 from complexity_deep.workflow.data.text_sources import embedded_documents
 from complexity_deep.workflow.data.tokenizer_training import train_bpe
-from support import REPOSITORY
+from support import REPOSITORY, run_command
 
 ROW = 48
 
@@ -66,30 +68,49 @@ def write_recipe(folder: Path, shape: dict, **options) -> Path:
     return path
 
 
-def run_here(*options: object) -> None:
-    """The script in this process, which saves its imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain.py", *map(str, options)])
-        runpy.run_module("complexity_deep.scripts.pretrain", run_name="__main__")
-
-
-def start(log: Path, *options: object, file_limit: int | None = None, environment: dict[str, str] | None = None):
+def start(
+    log: Path,
+    *options: object,
+    file_limit: int | None = None,
+    environment: dict[str, str] | None = None,
+    as_on_gpus: bool = False,
+):
     """The script in a new process, forked from one that has done the imports.
 
     What it prints goes to `log`, and the rows of every forward and backward pass, with their step, to `log`.rows.
-    `file_limit` bytes is the most that it may write into one file.
+    `file_limit` bytes is the most that it may write into one file. See `take_cpu_for_gpus` for `as_on_gpus`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pretraining", "complexity_deep.scripts.pretrain"])
-    process = context.Process(target=_run, args=(log, options, file_limit, environment or {}))
+    process = context.Process(target=_run, args=(log, options, file_limit, environment or {}, as_on_gpus))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the imports of the first start
         process.start()
     return process
 
 
-def _run(log: Path, options: tuple, file_limit: int | None, environment: dict[str, str]) -> None:
+def take_cpu_for_gpus() -> None:
+    """Let accelerate take gloo processes on the CPU for GPUs, and count how often FSDP2 gathers weights.
+
+    accelerate turns to FSDP and DeepSpeed, and Trainer to bf16, only where they found an accelerator. These choices
+    aside, everything is as on GPUs: the shipped config, the wrapping of the model, gathering weights for a checkpoint.
+    """
+    PartialState._prepare_backend = lambda self, *arguments: ("gloo", DistributedType.MULTI_GPU)
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    gather = fsdp.foreach_all_gather
+
+    def count(*arguments, **options):
+        count.calls += 1
+        return gather(*arguments, **options)
+
+    count.calls = 0
+    fsdp.foreach_all_gather = count
+
+
+def _run(log: Path, options: tuple, file_limit: int | None, environment: dict[str, str], as_on_gpus: bool) -> None:
     os.environ.update(environment)
+    if as_on_gpus:
+        take_cpu_for_gpus()
     multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; matters to DataLoader workers
     torch.set_num_threads(1)
     if file_limit:
@@ -105,7 +126,9 @@ def _run(log: Path, options: tuple, file_limit: int | None, environment: dict[st
     with open(log, "w") as output, open(f"{log}.rows", "w") as rows:
         os.dup2(output.fileno(), 2)
         with contextlib.redirect_stdout(output):
-            run_here(*options)
+            run_command("pretrain", *options)
+            if as_on_gpus:
+                print(f"weights gathered {fsdp.foreach_all_gather.calls} times")
 
 
 def finish(process, log: Path, exitcode: int = 0) -> str:

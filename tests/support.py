@@ -1,7 +1,12 @@
-"""Builders of small models, and how near a kernel must come to the truth: what tests share."""
+"""What tests share: small models, commands run in this process, and how near a kernel must come to the truth."""
 
+import contextlib
+import io
+import runpy
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -39,6 +44,25 @@ def tiny_tokenizer(vocab_size: int = 257) -> PreTrainedTokenizerFast:
 
 def random_ids(*shape: int, vocab_size: int = 257, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run_command(name: str, *options: object) -> None:
+    """A command of scripts/ in this process, which has done the imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+        runpy.run_path(str(REPOSITORY / "scripts" / f"{name}.py"), run_name="__main__")
+
+
+def outcome_of(name: str, *options: object) -> tuple[int, str, str]:
+    """`run_command` as a shell sees it: exit status, what was printed on stdout, and on stderr."""
+    status = 0
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            run_command(name, *options)
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+            errors.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
+    return status, output.getvalue(), errors.getvalue()
 
 
 def relative_rms(found: torch.Tensor, truth: torch.Tensor) -> float:

@@ -80,21 +80,34 @@ def test_a_command_parses_calls_and_prints(name):
     assert early <= {"command", "provenance", "flops", "saved_model"}
 
 
+# One process for all of them, because they import the same libraries. The folder of the scripts is first on the path,
+# as in `python scripts/x.py`, and each of them has to hide it again.
+AS_SCRIPTS = """
+import contextlib, pathlib, runpy, sys
+for path in pathlib.Path("scripts.txt").read_text().splitlines():
+    sys.path_importer_cache.pop(str(pathlib.Path(path).parent), None)
+    sys.modules.pop("complexity_deep.workflow.command", None)
+    sys.argv = [path, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(path, run_name="__main__")
+"""
+
+
 def test_commands_run_beside_modules_of_the_same_names(tmp_path):
     """From a folder with modules named like ours and like libraries, every command shows its help, in both forms."""
     for name in ("benchmark", "evaluate", "data", "kernels", "command", "training", "main", "generate", "workflow"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('a module of somebody else was imported')")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
-    lists = [[sys.executable, str(SCRIPTS / name), "--help"] for name in COMMANDS]
+    (tmp_path / "scripts.txt").write_text("\n".join(str(SCRIPTS / name) for name in COMMANDS))
     entry = "import sys; from complexity_deep.workflow.main import main; sys.exit(main())"
-    lists += [[sys.executable, "-P", "-c", entry, "train-tokenizer", "--help"]]
-    for first in range(0, len(lists), 2):  # two at a time, for each start takes seconds
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running = [subprocess.Popen(c, cwd=tmp_path, env=environment, **options) for c in lists[first : first + 2]]
-        for process in running:
-            output, errors = process.communicate()
-            assert process.returncode == 0 and output.startswith("usage: "), (process.args, errors)
+    first = os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")]))
+    for code, options, variables, shown in (
+        (AS_SCRIPTS, [], {"PYTHONPATH": first}, [name[:-3] for name in COMMANDS]),
+        (entry, ["evaluate", "--help"], {}, ["evaluate"]),
+    ):
+        command = [sys.executable, "-P", "-c", code, *options]
+        result = subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert re.findall(r"^usage: (?:complexity-deep )?(\w+)", result.stdout, flags=re.MULTILINE) == shown
 
 
 def test_the_entry_point(monkeypatch, capsys):

@@ -24,8 +24,8 @@ import pytest
 
 from complexity_deep.workflow.data.conversation_formats import FORMATS
 from complexity_deep.workflow.main import list_of_commands
-from pretraining import run_here, write_recipe
-from support import GOLDEN, REPOSITORY
+from pretraining import write_recipe
+from support import GOLDEN, REPOSITORY, run_command
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -46,7 +46,9 @@ def clone(tmp_path_factory):
     (folder / "benchmarks").mkdir()
     shutil.copy(REPOSITORY / "benchmarks" / "results.csv", folder / "benchmarks")
     small = tmp_path_factory.mktemp("small")
-    run_here("--config", write_recipe(small, {}), "--output-dir", folder / "runs/demo/model", "--max-steps", 2)
+    run_command(
+        "pretrain", "--config", write_recipe(small, {}), "--output-dir", folder / "runs/demo/model", "--max-steps", 2
+    )
     shutil.copytree(folder / "runs/demo/model", folder / "runs/30m")
     shutil.copytree(GOLDEN / "v0.13-tiny", folder / "path/to/published")
     return folder

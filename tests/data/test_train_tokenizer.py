@@ -1,7 +1,5 @@
 """Ids, template, losslessness and errors of the tokenizer that the script writes."""
 
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ from complexity_deep.scripts import train_tokenizer
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.text_sources import embedded_documents, load_sources, read_documents
 from complexity_deep.workflow.data.tokenizer_training import SPECIAL_TOKENS, fertility, save_whole, train_bpe
-from support import REPOSITORY
+from support import outcome_of
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -24,11 +22,6 @@ CHAT = [
     {"role": "user", "content": "Thanks"},
     {"role": "assistant", "content": "Any time."},
 ]
-
-
-def run(*options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "train_tokenizer.py"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +36,10 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("written") / "tokenizer"
-    result = run("--sources", corpus / "*.txt", "--vocab-size", 600, "--held-out-fraction", 0.2, "--output-dir", folder)
-    assert result.returncode == 0, result.stderr
-    return folder, result.stdout
+    options = ["--sources", corpus / "*.txt", "--vocab-size", 600, "--held-out-fraction", 0.2, "--output-dir", folder]
+    status, output, errors = outcome_of("train_tokenizer", *options)
+    assert status == 0, errors
+    return folder, output
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +136,11 @@ def test_unusable_requests(tmp_path):
     ]:
         with pytest.raises(InputError, match=sentence):
             load_sources(sources)
+    (tmp_path / "one.txt").write_text("One document.")
     with pytest.raises(InputError, match="as many positive weights"):
-        load_sources(["embedded"], [0.5, 0.5])
-    result = run("--vocab-size", 100, "--output-dir", tmp_path / "small")
-    assert result.returncode == 2 and "--vocab-size 100 is too small" in result.stderr.splitlines()[-1]
+        load_sources([str(tmp_path / "one.txt")], [0.5, 0.5])
+    status, _, errors = outcome_of("train_tokenizer", "--vocab-size", 100, "--output-dir", tmp_path / "small")
+    assert status == 2 and "--vocab-size 100 is too small" in errors.splitlines()[-1]
 
 
 @pytest.fixture
@@ -189,12 +184,14 @@ def test_a_split_without_one_side_is_refused_before_training(tmp_path, monkeypat
 
 
 def test_errors_of_the_command_line_come_without_the_usage(tmp_path):
-    result = run("--vocab-size", "many")
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("train_tokenizer.py: error: argument --vocab-size")
+    status, _, errors = outcome_of("train_tokenizer", "--vocab-size", "many")
+    assert status == 2 and len(errors.splitlines()) == 1
+    assert errors.startswith("train_tokenizer.py: error: argument --vocab-size")
     (tmp_path / "null.jsonl").write_text('{"text": null}\n')
-    result = run("--sources", tmp_path / "null.jsonl", "--output-dir", tmp_path / "out")
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "holds no text" in result.stderr
+    status, _, errors = outcome_of(
+        "train_tokenizer", "--sources", tmp_path / "null.jsonl", "--output-dir", tmp_path / "x"
+    )
+    assert status == 1 and len(errors.splitlines()) == 1 and "holds no text" in errors
 
 
 def test_file_that_turns_out_bad_later_is_reported(tmp_path):

@@ -32,7 +32,7 @@ from complexity_deep.workflow.publishing.exported_folder import STRANGER, python
 from complexity_deep.workflow.publishing.model_card import TEMPLATE, write_card
 from complexity_deep.workflow.publishing.run_reports import Run, is_hub_id
 from complexity_deep.workflow.saved_model import load_model, load_tokenizer_of
-from support import GOLDEN, REPOSITORY
+from support import GOLDEN, REPOSITORY, outcome_of, run_command
 
 TOKEN = "hf_" + "x" * 34
 EVALUATION = {
@@ -97,13 +97,11 @@ def pretrained(tmp_path_factory):
     train_bpe(iter(documents), vocab_size=280, model_max_length=64).save_pretrained(root / "tokenizer")
     shape = json.loads((REPOSITORY / "configs" / "tiny.json").read_text())
     (root / "shape.json").write_text(json.dumps({**shape, "vocab_size": None}))
-    command = [sys.executable, REPOSITORY / "scripts" / "pretrain.py", "--model-config", root / "shape.json"]
-    command += ["--tokenizer", root / "tokenizer", "--sources", root / "*.txt", "--held-out-fraction", 0.2]
-    command += ["--row-length", 64, "--max-steps", 3, "--save-steps", 2, "--logging-steps", 1, "--monitor-steps", 1]
-    command += ["--per-device-train-batch-size", 2, "--held-out-rows", 4, "--output-dir", root / "run"]
-    command += ["--learning-rate", 0.0123, "--report-to", "none", "--use-cpu", "true"]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    options = ["--model-config", root / "shape.json", "--tokenizer", root / "tokenizer", "--sources", root / "*.txt"]
+    options += ["--row-length", 64, "--max-steps", 3, "--save-steps", 2, "--logging-steps", 1, "--monitor-steps", 1]
+    options += ["--per-device-train-batch-size", 2, "--held-out-rows", 4, "--output-dir", root / "run"]
+    options += ["--held-out-fraction", 0.2, "--learning-rate", 0.0123, "--report-to", "none", "--use-cpu", "true"]
+    run_command("pretrain", *options)
     return root / "run"
 
 
@@ -146,12 +144,15 @@ def exported(pretrained, tmp_path_factory):
     shutil.copytree(pretrained, run)
     write_json(run / "sft_data.json", SFT_DATA)
     write_json(run / "evaluation" / "evaluation.json", EVALUATION)
-    command = [sys.executable, REPOSITORY / "scripts" / "export_to_hub.py", run, "--repo-id", "somebody/small-model"]
-    command += ["--license", "apache-2.0", "--language", "en", "--base-model", "somebody/base"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    for step in ("loading ", "writing weights", "Snippet 2 of the card is tried in a process without this package"):
-        assert step in result.stderr, "a person sees what takes so long"
+    options = [run, "--repo-id", "somebody/small-model", "--license", "apache-2.0", "--language", "en"]
+    status, _, errors = outcome_of("export_to_hub", *options, "--base-model", "somebody/base")
+    assert status == 0, errors
+    for step in (
+        "loading ",
+        "writing weights",
+        "the 2 snippets of its card are tried in a process without this package",
+    ):
+        assert step in errors, "a person sees what takes so long"
     return run.with_name("run-hub")
 
 
@@ -560,7 +561,7 @@ def test_push(chat_run, hub, public, capsys):
 
 
 def test_push_is_refused_before_the_work(chat_run, hub, monkeypatch, tmp_path):
-    monkeypatch.setattr(export_to_hub, "load", lambda *args: pytest.fail("the work began"))
+    monkeypatch.setattr(export_to_hub, "load_model", lambda *args: pytest.fail("the work began"))
     hub.repos |= {"somebody/open": {"private": False, "tags": []}, "somebody/tagged": {"private": True, "tags": ["v1"]}}
     push = {"push": "somebody/new", "repo_id": None}
     assert "is public" in refusal(chat_run, **{**push, "push": "somebody/open"})

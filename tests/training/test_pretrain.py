@@ -22,7 +22,8 @@ from complexity_deep.workflow.data.packed_rows import PackedCollator, held_out_r
 from complexity_deep.workflow.data.text_sources import is_held_out, load_sources
 from complexity_deep.workflow.training.atomic_checkpoint import UNFINISHED, damage, last_good_checkpoint, write_manifest
 from complexity_deep.workflow.training.new_model import new_model
-from pretraining import ROW, documents_in, finish, run_here, small_texts, small_tokenizer, start, write_recipe
+from pretraining import ROW, documents_in, finish, small_texts, small_tokenizer, start, write_recipe
+from support import run_command
 
 STEPS = 100  # of the recipe below: two passes over its text and a little more
 
@@ -153,7 +154,7 @@ def test_killed_ten_times_the_run_ends_with_the_same_bytes(recipe, uninterrupted
 def test_finished_run_given_again_changes_nothing(recipe, uninterrupted, capsys):
     folder, output = uninterrupted
     before = (folder / "model.safetensors").read_bytes()
-    run_here("--config", recipe, "--output-dir", folder)
+    run_command("pretrain", "--config", recipe, "--output-dir", folder)
     assert capsys.readouterr().out.splitlines()[-1] == output.splitlines()[-1]
     assert (folder / "model.safetensors").read_bytes() == before
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == STEPS
@@ -208,7 +209,7 @@ def test_bad_input_gives_one_sentence(recipe, options, sentence, monkeypatch, ca
     Path("number.jsonl").write_text('{"text": "one"}\n{"text": 3}\n')
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(SystemExit) as stop:
-        run_here("--config", recipe, "--output-dir", recipe.parent / "bad", *options)
+        run_command("pretrain", "--config", recipe, "--output-dir", recipe.parent / "bad", *options)
     printed = capsys.readouterr().err
     (line,) = (stop.value.code if isinstance(stop.value.code, str) else printed).splitlines()  # without the usage
     assert sentence in line and line.startswith("pretrain.py: error: ")
@@ -220,7 +221,7 @@ def test_unusable_recipe(recipe, content, sentence, capsys):
     path = recipe.with_name("typo.yaml")
     path.write_text(json.dumps({**json.loads(recipe.read_text()), **content} if isinstance(content, dict) else content))
     with pytest.raises(SystemExit) as stop:
-        run_here("--config", path)
+        run_command("pretrain", "--config", path)
     assert stop.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -240,7 +241,7 @@ def test_vocabulary_of_model_and_tokenizer(recipe, vocab_size, fits):
 
 def test_changed_data_options_are_refused_on_resume(recipe, uninterrupted):
     with pytest.raises(SystemExit, match="shuffle_buffer = 7, but it is now 8"):
-        run_here("--config", recipe, "--output-dir", uninterrupted[0], "--shuffle-buffer", 8)
+        run_command("pretrain", "--config", recipe, "--output-dir", uninterrupted[0], "--shuffle-buffer", 8)
 
 
 OTHER_RUNS = {
@@ -279,7 +280,7 @@ def as_before_this_check(checkpoint: Path) -> None:
 def run_with_shape(recipe: Path, folder: Path, shape: dict, *options: object) -> None:
     path = folder / "other_model.json"
     path.write_text(json.dumps({**json.loads((recipe.parent / "model.json").read_text()), **shape}))
-    run_here("--config", recipe, "--output-dir", folder / "run", "--model-config", path, *options)
+    run_command("pretrain", "--config", recipe, "--output-dir", folder / "run", "--model-config", path, *options)
 
 
 @pytest.mark.parametrize("name", OTHER_RUNS)
@@ -319,32 +320,33 @@ def test_tokens_are_those_that_were_trained(recipe, tmp_path):
         1,
     )
     common += ("--per-device-train-batch-size", 2, "--lr-scheduler-type", "constant_with_warmup", "--warmup-steps", 2)
-    run_here(*common, "--max-tokens", 6 * 2 * ROW)
+    run_command("pretrain", *common, "--max-tokens", 6 * 2 * ROW)
     summary = tmp_path / "run" / "training_summary.json"
     assert json.loads(summary.read_text())["tokens"] == 6 * 2 * ROW
     with pytest.raises(SystemExit, match="rows per step = 2, but it is now 4"):
-        run_here(*common, "--max-tokens", 12 * 2 * ROW, "--per-device-train-batch-size", 4)
+        run_command("pretrain", *common, "--max-tokens", 12 * 2 * ROW, "--per-device-train-batch-size", 4)
     assert json.loads(summary.read_text())["tokens"] == 6 * 2 * ROW
-    run_here(*common, "--max-tokens", 12 * 2 * ROW)  # a schedule that does not span all steps lets a run go on
+    # a schedule that does not span all steps lets a run go on
+    run_command("pretrain", *common, "--max-tokens", 12 * 2 * ROW)
     report = json.loads(summary.read_text())
     assert (report["tokens"], report["steps"]) == (12 * 2 * ROW, 12)
     whole = tmp_path / "whole"
-    run_here(*common, "--max-tokens", 12 * 2 * ROW, "--output-dir", whole)
+    run_command("pretrain", *common, "--max-tokens", 12 * 2 * ROW, "--output-dir", whole)
     weights, expected = load_file(tmp_path / "run" / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(weights[name], expected[name]) for name in expected), (
         "as if it had been as long from the start"
     )
     with pytest.raises(SystemExit, match="is at step 12 already, and max_steps is 6"):
-        run_here(*common, "--max-tokens", 6 * 2 * ROW)
+        run_command("pretrain", *common, "--max-tokens", 6 * 2 * ROW)
 
 
 def test_checkpoints_without_optimizer_are_not_resumed(recipe, tmp_path, capsys):
     options = ("--config", recipe, "--output-dir", tmp_path / "run", "--max-steps", 4, "--save-only-model", "true")
-    run_here(*options)
+    run_command("pretrain", *options)
     assert "this run cannot be resumed" in capsys.readouterr().out
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     with pytest.raises(SystemExit, match=r"checkpoint-4 holds no state of the optimizer \(save_only_model\)"):
-        run_here(*options)
+        run_command("pretrain", *options)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
@@ -443,5 +445,5 @@ def test_text_that_turns_out_bad_during_training(recipe, workers, capsys):
     (folder / "1.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     options = ["--sources", f"{folder}/*.jsonl", "--held-out-rows", 1, "--dataloader-num-workers", workers]
     with pytest.raises(SystemExit) as stop:
-        run_here("--config", recipe, "--output-dir", folder / "run", *options)
+        run_command("pretrain", "--config", recipe, "--output-dir", folder / "run", *options)
     assert "not UTF-8 text" in stop.value.code and len(stop.value.code.splitlines()) == 1

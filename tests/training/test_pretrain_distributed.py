@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 import transformers
+from accelerate.commands.launch import launch_command, launch_command_parser
 from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import TrainingArguments
@@ -58,17 +58,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_on_two(recipe: Path, folder: Path, *options: object, **environment: str) -> list[str]:
-    """What each of the two processes printed."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= environment
-    logs = [folder.with_suffix(f".rank{rank}.log") for rank in range(2)]
+def run_on_several(
+    recipe: Path, folder: Path, *options: object, processes: int = 2, as_on_gpus: bool = False, **environment: str
+) -> list[str]:
+    """What each of the processes printed."""
+    shared = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    logs = [folder.with_suffix(f".rank{rank}.log") for rank in range(processes)]
     options = ["--config", recipe, "--output-dir", folder, *options]
-    processes = [
-        start(log, *options, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank, log in enumerate(logs)
+    started = [
+        start(log, *options, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}, as_on_gpus=as_on_gpus)
+        for log, rank in zip(logs, map(str, range(processes)))
     ]
-    return [finish(process, log) for process, log in zip(processes, logs)]
+    return [finish(process, log) for process, log in zip(started, logs)]
 
 
 def assert_same_training(folder: Path, reference: Path) -> None:
@@ -81,21 +83,27 @@ def assert_same_training(folder: Path, reference: Path) -> None:
         torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [[], [RECOMPUTE, "true"]], ids=["DDP", "DDP with activation checkpointing"])
-def test_ddp_trains_like_one_process(recipe, one_process, options, tmp_path):
-    run_on_two(recipe, tmp_path / "run", *options)
-    assert_same_training(tmp_path / "run", one_process)
-
-
-@pytest.mark.skipif(not RENAMED, reason="transformers 5.17 loads no optimizer onto more than one CPU process")
-def test_ddp_resumes(recipe, one_process, tmp_path):
-    folder = tmp_path / "run"
-    run_on_two(recipe, folder)
+def forget_the_end(folder: Path) -> bytes:
+    """Leave of a finished run what it had at step 4; returns its weights."""
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").unlink()
     shutil.rmtree(folder / f"checkpoint-{STEPS}")
-    assert "checkpoint-4" in run_on_two(recipe, folder)[0]
-    assert (folder / "model.safetensors").read_bytes() == weights
+    return weights
+
+
+def test_ddp_trains_like_one_process_and_resumes(recipe, one_process, tmp_path):
+    folder = tmp_path / "run"
+    run_on_several(recipe, folder)
+    assert_same_training(folder, one_process)
+    if RENAMED:  # transformers 5.17 loads no optimizer onto more than one CPU process
+        weights = forget_the_end(folder)
+        assert "checkpoint-4" in run_on_several(recipe, folder)[0]
+        assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_ddp_with_activation_checkpointing_is_one_process(recipe, one_process, tmp_path):
+    run_on_several(recipe, tmp_path / "run", RECOMPUTE, "true")
+    assert_same_training(tmp_path / "run", one_process)
 
 
 def test_other_number_of_processes_is_refused_on_resume(recipe, one_process, tmp_path):
@@ -103,6 +111,25 @@ def test_other_number_of_processes_is_refused_on_resume(recipe, one_process, tmp
     log = tmp_path / "log"
     printed = finish(start(log, "--config", recipe, "--output-dir", tmp_path / "run"), log, exitcode=1)
     assert "was written with processes x dataloader workers = 2, but it is now 1" in printed.splitlines()[-1]
+
+
+def environment_of(config: str, processes: int, precision: str, sizes: dict[str, int]) -> dict[str, str]:
+    """What `accelerate launch` with a shipped config sets for the processes that it would start now by torchrun."""
+    words = ["--config_file", str(REPOSITORY / "recipes" / "accelerate" / f"{config}.yaml")]
+    words += [
+        "--num_processes",
+        str(processes),
+        "--mixed_precision",
+        precision,
+        "--main_process_port",
+        str(free_port()),
+    ]
+    words += [f"--parallelism_config_{name}_size={size}" for name, size in sizes.items()]
+    environment = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed.run, "run", lambda _: environment.update(os.environ))
+        launch_command(launch_command_parser().parse_args([*words, "scripts/pretrain.py"]))
+    return environment
 
 
 def launch(
@@ -114,36 +141,22 @@ def launch(
     sizes: dict[str, int] | None = None,
     precision: str = "no",
     **environment: str,
-) -> subprocess.CompletedProcess:
-    """By accelerate and a shipped config, as on GPUs; see accelerated_on_cpu.py for the one thing that is not."""
-    path = str(REPOSITORY / "recipes" / "accelerate" / f"{config}.yaml")
-    environment = {**os.environ, **environment, "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
-    command += [
-        "--mixed_precision",
-        precision,
-        "--num_processes",
-        str(processes),
-        "--main_process_port",
-        str(free_port()),
-    ]
-    command += [f"--parallelism_config_{name}_size={size}" for name, size in (sizes or {}).items()]
-    command += [
-        str(REPOSITORY / "tests" / "accelerated_on_cpu.py"),
-        "--config",
-        str(recipe),
-        "--output-dir",
-        str(folder),
-    ]
-    command += ["--use-cpu", "false", *map(str, options)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+) -> list[str]:
+    """What each process printed, run as `accelerate launch` runs it with a shipped config on GPUs.
+
+    They are forked from a process that has done the imports; see `take_cpu_for_gpus` for what else is not as on GPUs.
+    """
+    environment = {**environment_of(config, processes, precision, sizes or {}), **environment}
+    environment |= {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    return run_on_several(
+        recipe, folder, "--use-cpu", "false", *options, processes=processes, as_on_gpus=True, **environment
+    )
 
 
 def test_ddp_compiled_layer_by_layer_is_one_process(recipe, one_process, tmp_path):
     """As recipes/accelerate/ddp.yaml says; gloo processes on the CPU cannot start by that file."""
     options = ["--torch-compile-backend", "aot_eager", "--save-strategy", "no"]
-    run_on_two(recipe, tmp_path / "run", *options, ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION="true")
+    run_on_several(recipe, tmp_path / "run", *options, ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION="true")
     assert_same_training(tmp_path / "run", one_process)
 
 
@@ -152,24 +165,21 @@ def test_sharded_training_is_that_of_one_process(recipe, one_process, name, writ
     if name == "zero2":
         pytest.importorskip("deepspeed", reason="needs `pip install deepspeed` and a C++ compiler")
     folder = tmp_path / "run"
-    process = launch(name, recipe, folder, DS_ACCELERATOR="cpu")
-    assert process.returncode == 0, process.stderr
+    launch(name, recipe, folder, DS_ACCELERATOR="cpu")
     assert (folder / "checkpoint-4" / written).exists(), "it was not DDP that ran"
     assert_same_training(folder, one_process)
 
 
 def test_fsdp2_gathers_weights_once_a_step(recipe, tmp_path):
     """Not for each of its two batches: two layers and what is around them, in four steps and the last evaluation."""
-    process = launch("fsdp2", recipe, tmp_path / "run", "--max-steps", 4, "--save-strategy", "no")
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count(f"weights gathered {3 * (4 + 1)} times") == 2
+    printed = launch("fsdp2", recipe, tmp_path / "run", "--max-steps", 4, "--save-strategy", "no")
+    assert all(f"weights gathered {3 * (4 + 1)} times" in text for text in printed)
 
 
 def test_compiled_fsdp2_in_bf16(recipe, one_process, tmp_path):
     """As the recipes train on GPUs: weights are rounded to bf16 for the computation, but not the loss."""
     options = ["--bf16", "true", "--torch-compile-backend", "aot_eager", "--save-strategy", "no"]
-    process = launch("fsdp2", recipe, tmp_path / "run", *options, precision="bf16")
-    assert process.returncode == 0, process.stderr
+    launch("fsdp2", recipe, tmp_path / "run", *options, precision="bf16")
     folders = tmp_path / "run", one_process
     logs = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in folders]
     for name in ("loss", "eval_loss"):
@@ -201,27 +211,25 @@ def assert_same_monitors(folder: Path, reference: Path) -> None:
 @needs_sharded_trainer
 @pytest.mark.parametrize(
     "options",
-    [[], ["--expert-parallel-size", 2], ["--chunked-loss", "false", RECOMPUTE, "true"]],
-    ids=["tensor", "tensor and expert", "plain loss, activation checkpointing"],
+    [["--expert-parallel-size", 2], ["--chunked-loss", "false", RECOMPUTE, "true"]],
+    ids=["tensor and expert", "plain loss, activation checkpointing"],
 )
 def test_tensor_parallel_training_is_that_of_one_process(recipe, one_process_with_one_share, options, tmp_path):
     folder = tmp_path / "run"
-    process = launch("tp", recipe, folder, *WATCHED, *options, sizes={"tp": 2, "dp_shard": 1})
-    assert process.returncode == 0, process.stderr
+    launch("tp", recipe, folder, *WATCHED, *options, sizes={"tp": 2, "dp_shard": 1})
     assert_same_training(folder, one_process_with_one_share)
     assert_same_monitors(folder, one_process_with_one_share)
 
 
 @needs_sharded_trainer
-def test_tensor_parallel_training_resumes(recipe, tmp_path):
+def test_tensor_parallel_training_is_that_of_one_process_and_resumes(recipe, one_process_with_one_share, tmp_path):
     folder = tmp_path / "run"
-    process = launch("tp", recipe, folder, sizes={"tp": 2, "dp_shard": 1})
-    assert process.returncode == 0, process.stderr
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").unlink()
-    shutil.rmtree(folder / f"checkpoint-{STEPS}")
-    process = launch("tp", recipe, folder, sizes={"tp": 2, "dp_shard": 1})
-    assert "checkpoint-4" in process.stdout, process.stderr
+    launch("tp", recipe, folder, *WATCHED, sizes={"tp": 2, "dp_shard": 1})
+    assert_same_training(folder, one_process_with_one_share)
+    assert_same_monitors(folder, one_process_with_one_share)
+    weights = forget_the_end(folder)
+    printed = launch("tp", recipe, folder, *WATCHED, sizes={"tp": 2, "dp_shard": 1})
+    assert "checkpoint-4" in printed[0]
     assert (folder / "model.safetensors").read_bytes() == weights
 
     log = tmp_path / "log"
@@ -238,8 +246,7 @@ def test_tensor_parallel_training_resumes(recipe, tmp_path):
 def test_parallelism_of_both_kinds_is_that_of_one_process(recipe, one_process, processes, tensor, options, tmp_path):
     folder = tmp_path / "run"
     sizes = {"tp": tensor, "dp_shard": 2}
-    process = launch("tp", recipe, folder, *options, processes=processes, sizes=sizes)
-    assert process.returncode == 0, process.stderr
+    launch("tp", recipe, folder, *options, processes=processes, sizes=sizes)
     assert_same_training(folder, one_process)
 
 
@@ -252,8 +259,7 @@ def test_tensor_parallel_training_of_a_dense_llama_is_that_of_one_process(recipe
     model.write_text(json.dumps({**shape, "max_position_embeddings": 64}))
     log, options = tmp_path / "log", ["--model-config", model, "--max-grad-norm", 0.5]
     finish(start(log, "--config", recipe, "--output-dir", tmp_path / "one", *options), log)
-    process = launch("tp", recipe, tmp_path / "run", *options, sizes={"tp": 2, "dp_shard": 1})
-    assert process.returncode == 0, process.stderr
+    launch("tp", recipe, tmp_path / "run", *options, sizes={"tp": 2, "dp_shard": 1})
     assert_same_training(tmp_path / "run", tmp_path / "one")
 
 

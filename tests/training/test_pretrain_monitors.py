@@ -24,8 +24,8 @@ from complexity_deep.workflow.training.architecture_monitors import (
 )
 from complexity_deep.workflow.training.new_model import load_tokenizer, new_model
 from complexity_deep.workflow.training.pretraining_arguments import PretrainingArguments
-from pretraining import ROW, run_here, small_texts, write_recipe
-from support import REPOSITORY, random_ids, tiny_model
+from pretraining import ROW, small_texts, write_recipe
+from support import REPOSITORY, random_ids, run_command, tiny_model
 
 RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").glob("*.yaml") if not path.name.startswith("sft_"))
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 
 def pretrain(folder: Path, *options: object) -> None:
-    run_here("--config", folder / "recipe.yaml", *options)
+    run_command("pretrain", "--config", folder / "recipe.yaml", *options)
 
 
 def log_of(run: Path) -> list[dict]:

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -36,7 +35,7 @@ from complexity_deep.workflow.training.atomic_checkpoint import write_manifest
 from complexity_deep.workflow.training.fine_tuning import ChatTrainer
 from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
 from complexity_deep.workflow.training.training_arguments import RENAMED, RecipeParser
-from support import REPOSITORY
+from support import REPOSITORY, run_command
 
 LENGTH = 96
 
@@ -463,13 +462,6 @@ def options(folder: Path, recipe: str = "sft_chat", **changed: object) -> list[s
     return listed
 
 
-def run_here(listed: list[str]) -> None:
-    """The script in this process, which saves its imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["sft.py", *listed])
-        runpy.run_module("complexity_deep.scripts.sft", run_name="__main__")
-
-
 LORA = {"use_peft": "true", "lora_r": 4, "merge_adapter": "true"}
 RUNS = {"full": {}, "lora": LORA, "full, unpacked": {"packing": "false"}}
 
@@ -481,7 +473,7 @@ def finished(folder):
     def output(name: str) -> Path:
         place = folder / f"finished {name}"
         if not place.exists():
-            run_here(options(folder, output_dir=place, **RUNS[name]))
+            run_command("sft", *options(folder, output_dir=place, **RUNS[name]))
         return place
 
     return output
@@ -559,7 +551,7 @@ def assert_same_weights(output: Path, expected: Path) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_resumed_run_ends_with_the_same_bytes(folder, finished, tmp_path, capsys, name, step):
     shutil.copytree(finished(name) / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    run_here(options(folder, output_dir=tmp_path, **RUNS[name]))
+    run_command("sft", *options(folder, output_dir=tmp_path, **RUNS[name]))
     assert f"Resuming from {tmp_path / f'checkpoint-{step}'}" in capsys.readouterr().out
     assert_same_weights(tmp_path, finished(name))
     states = [json.loads((run / "checkpoint-12/trainer_state.json").read_text()) for run in (tmp_path, finished(name))]
@@ -575,13 +567,13 @@ def test_killed_run_ends_with_the_same_bytes(folder, finished, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    run_here(listed)
+    run_command("sft", *listed)
     assert_same_weights(tmp_path, finished("full"))
 
 
 def test_finished_run_given_again_changes_nothing(folder, finished):
     before = (finished("full") / "model.safetensors").read_bytes()
-    run_here(options(folder, output_dir=finished("full")))
+    run_command("sft", *options(folder, output_dir=finished("full")))
     assert (finished("full") / "model.safetensors").read_bytes() == before
     assert json.loads((finished("full") / "trainer_state.json").read_text())["global_step"] == 12
 
@@ -637,7 +629,7 @@ def test_academic_recipe_on_another_architecture(folder, tmp_path):
     names = ["MMLU", "SciQ", "HellaSwag", "ARC", "WinoGrande", "ARC"]  # in the order of the recipe
     sources = [write_jsonl(tmp_path / f"{i}.jsonl", [rows[name]] * (i + 3)) for i, name in enumerate(names)]
     changed = {"sources": sources, "max_steps": 2, "max_length": 2 * LENGTH, "model_name_or_path": folder / "llama"}
-    run_here(options(folder, "sft_academic", **changed, output_dir=tmp_path / "out"))
+    run_command("sft", *options(folder, "sft_academic", **changed, output_dir=tmp_path / "out"))
     recorded = json.loads((tmp_path / "out" / "sft_data.json").read_text())
     assert [(r["name"], r["format"], r["weight"], r["rows"]) for r in recorded] == [
         (str(source), name, weight, index + 3)
@@ -667,7 +659,9 @@ def marks_before_the_end(template: str) -> str:
 def test_unusable_templates(folder, tokenizer, tmp_path, change, sentence):
     (tmp_path / "template.jinja").write_text(change(tokenizer.chat_template))
     with pytest.raises(SystemExit) as stop:
-        run_here(options(folder, output_dir=tmp_path / "out", chat_template_path=tmp_path / "template.jinja"))
+        run_command(
+            "sft", *options(folder, output_dir=tmp_path / "out", chat_template_path=tmp_path / "template.jinja")
+        )
     assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -696,7 +690,7 @@ def test_unusable_conversations(folder, tmp_path, name):
     rows, sentence = BAD_ROWS[name]
     changed = {"sources": write_jsonl(tmp_path / "rows.jsonl", rows), "output_dir": tmp_path / "out"}
     with pytest.raises(SystemExit) as stop:
-        run_here(options(folder, **changed, drop_long_conversations="false"))
+        run_command("sft", *options(folder, **changed, drop_long_conversations="false"))
     assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -736,7 +730,7 @@ def test_unusable_options(folder, tmp_path, monkeypatch, name):
     changed, sentence = BAD_OPTIONS[name]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        run_here(options(folder, **{"output_dir": tmp_path / "out", **changed}))
+        run_command("sft", *options(folder, **{"output_dir": tmp_path / "out", **changed}))
     assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -744,7 +738,7 @@ def test_unusable_options(folder, tmp_path, monkeypatch, name):
 def test_the_folder_of_another_model_is_not_written_over(folder, tmp_path):
     shutil.copytree(folder / "llama", tmp_path / "model")
     with pytest.raises(SystemExit, match=r"holds 'config\.json', which no run of this script wrote"):
-        run_here(options(folder, output_dir=tmp_path / "model"))
+        run_command("sft", *options(folder, output_dir=tmp_path / "model"))
 
 
 def parsed(*listed: str):
@@ -772,7 +766,7 @@ def test_recipes_warn_of_nothing_and_recompute_nothing(folder, recipe, recwarn):
 def test_perplexity_is_that_of_the_plain_cross_entropy(folder, tmp_path, capsys):
     """Though the training loss has smoothed labels, and conversations are packed."""
     changed = {"max_steps": 2, "label_smoothing_factor": 0.1, "output_dir": tmp_path / "out"}
-    run_here(options(folder, **changed))
+    run_command("sft", *options(folder, **changed))
     model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
     sums, counts = [], []
     for row in exchanges(90)[60:]:
@@ -809,13 +803,13 @@ def test_another_run_is_refused_on_resume(folder, finished, tmp_path):
         ({"per_device_train_batch_size": 4}, "rows per step = 4, but it is now 8"),
     ):
         with pytest.raises(SystemExit, match=sentence):
-            run_here(options(folder, output_dir=tmp_path, **changed))
+            run_command("sft", *options(folder, output_dir=tmp_path, **changed))
     changed_model = tmp_path / "changed"
     shutil.copytree(folder / "complexity-deep", changed_model)
     config = json.loads((changed_model / "config.json").read_text())
     (changed_model / "config.json").write_text(json.dumps({**config, "dynamics_dt": 0.3}))
     with pytest.raises(SystemExit, match=r"dynamics_dt = 0.1, but it is now 0.3"):
-        run_here(options(folder, output_dir=tmp_path, model_name_or_path=changed_model))
+        run_command("sft", *options(folder, output_dir=tmp_path, model_name_or_path=changed_model))
     state = json.loads((checkpoint / "sft_state.json").read_text())  # as before these were compared
     kept = ("model", "lora", "data", "tokens", "max_length", "packing", "rows per step", "seed")
     state["settings"] = {name: state["settings"][name] for name in kept}
@@ -823,16 +817,17 @@ def test_another_run_is_refused_on_resume(folder, finished, tmp_path):
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint)
     with pytest.raises(SystemExit, match="max_steps = 12, but it is now 20"):
-        run_here(options(folder, output_dir=tmp_path, max_steps=20))
-    run_here(options(folder, output_dir=tmp_path))
+        run_command("sft", *options(folder, output_dir=tmp_path, max_steps=20))
+    run_command("sft", *options(folder, output_dir=tmp_path))
     assert_same_weights(tmp_path, finished("full"))
 
 
 def test_unknown_recipe_key(folder, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("learning_rat: 0.1\n")
     with pytest.raises(SystemExit) as stop:
-        run_here(
-            [*options(folder)[2:], "--config", str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "out")]
+        run_command(
+            "sft",
+            *[*options(folder)[2:], "--config", str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "out")],
         )
     (line,) = capsys.readouterr().err.splitlines()  # without pages of usage before it
     assert stop.value.code == 2 and line.startswith("sft.py: error: ") and "learning_rat" in line
@@ -850,9 +845,9 @@ def test_help_says_which_columns_are_taken(capsys):
 
 def test_folders_of_other_runs_are_left_alone(folder, finished, tmp_path):
     with pytest.raises(SystemExit, match="output_dir is the folder of the model"):
-        run_here(options(folder, output_dir=folder / "complexity-deep"))
+        run_command("sft", *options(folder, output_dir=folder / "complexity-deep"))
     shutil.copytree(finished("full") / "checkpoint-12", tmp_path / "checkpoint-12")
     with pytest.raises(SystemExit, match="written with seed = 0, but it is now 1"):
-        run_here(options(folder, output_dir=tmp_path, seed=1))
+        run_command("sft", *options(folder, output_dir=tmp_path, seed=1))
     with pytest.raises(SystemExit, match="is a LoRA adapter: merge it"):
-        run_here(options(folder, output_dir=tmp_path / "out", model_name_or_path=finished("lora")))
+        run_command("sft", *options(folder, output_dir=tmp_path / "out", model_name_or_path=finished("lora")))

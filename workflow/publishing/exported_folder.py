@@ -14,8 +14,15 @@ from complexity_deep.workflow.command import InputError, say
 
 PROBE_TOKENS = 16  # enough for every part of the architecture to show in the logits
 LOGITS_TOLERANCE = 1e-4  # relative; another process may choose another kernel
-# Runs a file that cannot import this package, whatever the environment has installed.
-STRANGER = "import runpy, sys; sys.modules['complexity_deep'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+# Runs files that cannot import this package, whatever the environment has installed. Each is named before it runs.
+STRANGER = """\
+import gc, runpy, sys
+sys.modules["complexity_deep"] = None
+for path in sys.argv[1:]:
+    print(path, file=sys.stderr)
+    runpy.run_path(path, run_name="__main__")
+    gc.collect()
+"""
 LOAD_CHECK = """\
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,9 +44,10 @@ def python_snippets(card: str) -> list[str]:
 
 
 def check_folder(folder: Path, repo_id: str, revision: str, expected: dict[str, torch.Tensor]) -> None:
-    """Load the folder, and run the snippets of its card as they stand, each in a process without this package.
+    """Load the folder, and run the snippets of its card as they stand, in a process without this package.
 
-    The folder is put where the Hub's client would have downloaded it, so that repo_id and revision mean it.
+    The folder is put where the Hub's client would have downloaded it, so that repo_id and revision mean it. Raises
+    `InputError` with the name and the error of what fails.
     """
     with tempfile.TemporaryDirectory(prefix="export-") as scratch:
         scratch = Path(scratch).resolve()
@@ -63,16 +71,21 @@ def check_folder(folder: Path, repo_id: str, revision: str, expected: dict[str, 
         caches = {"HF_HOME": "", "HF_HUB_CACHE": "hub", "HF_MODULES_CACHE": "modules"}
         environment = {**os.environ, **{name: str(scratch / place) for name, place in caches.items()}}
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        for name, code in checks.items():
-            say(f"{name} is tried in a process without this package")
-            (scratch / "check.py").write_text(code, encoding="utf-8")
-            command = [sys.executable, "-P", "-c", STRANGER, str(scratch / "check.py")]
-            result = subprocess.run(
-                command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-            )
-            if result.returncode:
-                lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-                raise InputError(f"{name} does not work for somebody else, so nothing was written: {lines[-1]}")
+        names = {}
+        for number, (name, code) in enumerate(checks.items()):
+            path = scratch / f"check_{number}.py"
+            path.write_text(code, encoding="utf-8")
+            names[str(path)] = name
+        say(f"the folder and the {len(checks) - 1} snippets of its card are tried in a process without this package")
+        command = [sys.executable, "-P", "-c", STRANGER, *names]
+        result = subprocess.run(
+            command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        if result.returncode:
+            lines = result.stderr.strip().splitlines()
+            failed = [names[line] for line in lines if line in names][-1]
+            reason = f"exit status {result.returncode}" if lines[-1] in names else lines[-1]
+            raise InputError(f"{failed} does not work for somebody else, so nothing was written: {reason}")
 
 
 @torch.no_grad()
