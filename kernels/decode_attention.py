@@ -136,7 +136,9 @@ def launch_decode_attention(
         UNIT=unit, BR=max(16, next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4, **options,
     )  # fmt: skip
     if parts > 1:
-        join_parts_kernel.launch((B * A,), acc, stats, out, parts, D, BP=MAX_PARTS, BD=BD, num_warps=4, **options)
+        join_parts_kernel.launch(
+            (B * A,), acc, stats, out, parts, D, BP=next_power_of_2(MAX_PARTS), BD=BD, num_warps=4, **options
+        )
     return out
 
 

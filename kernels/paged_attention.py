@@ -29,20 +29,19 @@ import torch
 from torch import Tensor
 
 try:
-    import triton
     import triton.language as tl
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
 from .decode_attention import MAX_PARTS, PROGRAMS, join_parts_kernel
-from .kernel_launch import cdiv, next_power_of_2, on_its_device, pdl_options, wait
+from .kernel_launch import cdiv, kernel, next_power_of_2, on_its_device, pdl_options, wait
 
 BLOCK_L = 64  # positions that a program takes at once
 BLOCK_M = 64  # rows of a tile of `paged_attention`: new tokens times the query heads of one key/value head
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@kernel()
 def store_kv_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, index_ptr, D, width,
     k_stride_n, k_stride_h, v_stride_n, v_stride_h, PDL: tl.constexpr, BW: tl.constexpr,
@@ -58,7 +57,7 @@ def store_kv_kernel(
     tl.store(v_cache_ptr + slot, v.to(v_cache_ptr.dtype.element_ty), mask=m_w)
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel("S")
 def paged_attention_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, index_ptr, cu_q_ptr, cu_k_ptr, out_ptr, scale, S, K, R, D,
     q_stride_n, q_stride_a, PDL: tl.constexpr,
@@ -108,7 +107,7 @@ def paged_attention_kernel(
         tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=m_q)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@kernel("table_stride")
 def paged_decode_kernel(
     q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, cu_k_ptr, out_ptr, parts_ptr, stats_ptr,
     scale, K, R, D, page, table_stride,
@@ -212,14 +211,16 @@ def paged_attention(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     (N, A, D), K, S = query.shape, key.shape[1], len(cu_q) - 1
     options = pdl_options(query.device)
-    store_kv_kernel[(N,)](
+    store_kv_kernel.launch(
+        (N,),
         key, value, key_cache, value_cache, write_index, D, K * D, *key.stride()[:2], *value.stride()[:2],
         BW=next_power_of_2(K * D), num_warps=4, **options,
     )  # fmt: skip
     BR = next_power_of_2(A // K)
     BQ = max(1, BLOCK_M // BR)
     out = torch.zeros(N, A, D, dtype=query.dtype, device=query.device)
-    paged_attention_kernel[(N // BQ + S, K)](
+    paged_attention_kernel.launch(
+        (N // BQ + S, K),
         query, key_cache, value_cache, index, cu_q, cu_k, out, scale, S, K, A // K, D, *query.stride()[:2],
         BQ=BQ, BR=BR, BL=BLOCK_L, BD=max(16, next_power_of_2(D)), num_warps=4, **options,
     )  # fmt: skip
@@ -257,13 +258,15 @@ def paged_decode_attention(
     acc = torch.empty(N, A, parts, D, dtype=torch.float32, device=query.device) if parts > 1 else out
     stats = torch.empty(N, A, parts, 2, dtype=torch.float32, device=query.device) if parts > 1 else out
     BD, options = max(16, next_power_of_2(D)), pdl_options(query.device)  # 16 is the least that tl.dot takes
-    paged_decode_kernel[(N * K, parts)](
+    paged_decode_kernel.launch(
+        (N * K, parts),
         query, key, value, key_cache, value_cache, block_table, cu_k, out, acc, stats,
         scale, K, A // K, D, page, block_table.stride(0),
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         BR=max(16, next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4, **options,
     )  # fmt: skip
     if parts > 1:
-        BP = next_power_of_2(parts)
-        join_parts_kernel[(N * A,)](acc, stats, out, parts, D, BP=BP, BD=BD, num_warps=4, **options)
+        join_parts_kernel.launch(
+            (N * A,), acc, stats, out, parts, D, BP=next_power_of_2(MAX_PARTS), BD=BD, num_warps=4, **options
+        )
     return out
