@@ -67,6 +67,8 @@ ACCELERATED: dict[str, dict[str, Callable]] = {"eager": {}}
 
 def setting(config, name: str):
     """A field of a configuration. By a dot it would pass through several functions of the library, in every layer."""
+    if torch.compiler.is_compiling():  # which cannot trace the short way
+        return getattr(config, name)
     return object.__getattribute__(config, "__dict__")[name]
 
 
@@ -361,7 +363,7 @@ def triton_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward of a decoder layer; a step of one new token in each of few rows runs in a few fused kernels."""
     mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
-    if layer.self_attn.layer_idx == 0 and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and layer.self_attn.layer_idx == 0:
         _compile_ahead(layer, hidden_states)
     if not _takes_decode_kernels(layer, hidden_states, mask, cache):
         return plain(layer, hidden_states, velocity, guidance, highway, expert_ids, **kwargs)

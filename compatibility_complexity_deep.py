@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers.cache_utils import Cache
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
     packed_sequence_mask_function,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .kernels.op_registration import NAMESPACE
 
 # The library's name of the key/value cache: "cache" from 5.24 on, "past_key_values" before.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+# Attention by paged_attention.py while continuous batching runs. By "flash" in the name, the library knows that a paged
+# cache needs no mask. Its first releases mark every name that takes a paged cache, and put the mark before others.
+PAGED_ATTENTION = ("paged|" if "paged|sdpa" in ALL_ATTENTION_FUNCTIONS else "") + f"{NAMESPACE}_flash"
 
 
 def accepts_both_cache_names(forward: Callable) -> Callable:
@@ -54,16 +61,17 @@ def accepts_both_cache_names(forward: Callable) -> Callable:
     return forward_with_either_name
 
 
-def update_cache(cache, key, value, layer_idx: int, attention_kwargs: dict):
+def update_cache(cache, key, value, attention: nn.Module, attention_kwargs: dict):
     """Write key and value [B, K, S, D] of a layer into `cache`; returns those of all positions so far [B, K, L, D].
 
     The paged cache of continuous batching takes what it needs from `attention_kwargs` and changes them for the
-    attention function. Before Transformers 5.23 that function updates the paged cache itself.
+    attention function. Before Transformers 5.23, and on our kernels, that function updates the paged cache itself.
     """
     if isinstance(cache, Cache):
-        return cache.update(key, value, layer_idx)
-    if "kwargs" in inspect.signature(cache.update).parameters:
-        return cache.update(key, value, layer_idx, kwargs=attention_kwargs)
+        return cache.update(key, value, attention.layer_idx)
+    is_ours = attention.config._attn_implementation == PAGED_ATTENTION
+    if not is_ours and "kwargs" in inspect.signature(cache.update).parameters:
+        return cache.update(key, value, attention.layer_idx, kwargs=attention_kwargs)
     attention_kwargs["cache"] = cache
     return key, value
 
@@ -90,6 +98,8 @@ def causal_mask(config, inputs_embeds: Tensor, attention_mask: Tensor | None, ca
     those that the caller of the model gave. With a cache, the library takes a packed row for one document. With
     positions, it looks for packed rows, and waits for the device to answer.
     """
+    if isinstance(cache, PagedAttentionCache):  # continuous batching brings the mask, if one is needed
+        return attention_mask
     is_first = attention_mask is None and cache is None
     # Plain causal rows need no mask with SDPA. Under compile the library would make one and lose the fast kernel.
     is_plain = is_first and position_ids is None and config.sliding_window is None

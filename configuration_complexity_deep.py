@@ -41,6 +41,7 @@ SHIPPED_FILES = (
     "modeling_complexity_deep.py",
     "checkpoint_complexity_deep.py",
     "compatibility_complexity_deep.py",
+    "continuous_batching_complexity_deep.py",
     "accelerated_complexity_deep.py",
     "decode_graph_complexity_deep.py",
     "registration_complexity_deep.py",
@@ -56,6 +57,7 @@ SHIPPED_FILES = (
     "kernels/mu_guided_qkv.py",
     "kernels/decode_attention.py",
     "kernels/decode_layer.py",
+    "kernels/paged_attention.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_complexity_deep.ComplexityDeepConfig",

@@ -60,6 +60,7 @@ from .compatibility_complexity_deep import (
     update_cache,
 )
 from .configuration_complexity_deep import ComplexityDeepConfig
+from .continuous_batching_complexity_deep import ContinuousBatchingMixin
 from .decode_graph_complexity_deep import DecodeGraphMixin
 from .kernels.grouped_linear import experts_one_by_one, grouped_linear, in_token_order, takes_grouped_linear
 from .kernels.kernel_reference import BETA_LIMIT, HIGHWAY_SHARE, VELOCITY_LIMIT, routing_plan_reference
@@ -255,7 +256,7 @@ class ComplexityDeepAttention(nn.Module):
         """hidden_states, guidance [B, S, H], (cos, sin) [B or 1, S, D] -> (output [B, S, H], attention weights)."""
         query, key, value = self.heads(hidden_states, guidance, position_embeddings, token_ids)
         if cache is not None:
-            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
+            key, value = update_cache(cache, key, value, self, kwargs)
         # vLLM reads the source of this method. It wants one such look-up in it, and one call of what was looked up.
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -728,7 +729,9 @@ class ComplexityDeepModel(TokenRoutingMixin, ComplexityDeepPreTrainedModel):
         )
 
 
-class ComplexityDeepForCausalLM(DecodeGraphMixin, ComplexityDeepPreTrainedModel, GenerationMixin):
+class ComplexityDeepForCausalLM(
+    ContinuousBatchingMixin, DecodeGraphMixin, ComplexityDeepPreTrainedModel, GenerationMixin
+):
     """Complexity-Deep with a language-model head, tied to the embedding by default."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

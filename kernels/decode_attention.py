@@ -109,11 +109,11 @@ def _split(rows: int, positions: int) -> tuple[int, int]:
 
 
 def decode_attention_variant(key: Tensor, value: Tensor) -> tuple:
-    """What Triton compiles the kernels for, of key and value [B, K, L, D]: not L, but what L makes of the launches."""
+    """What Triton compiles the kernels for, of key and value [B, K, L, D]: not L, but whether it is split."""
     B, K, L, D = key.shape
-    parts = next_power_of_2(_split(B * K, L)[1])
     aligned = strides_of(key, value)[0], key.data_ptr() % 16, value.data_ptr() % 16
-    return B, K, D, key.dtype, value.dtype, key.device, key.stride(3), value.stride(3), parts, aligned
+    has_parts = _split(B * K, L)[1] > 1
+    return B, K, D, key.dtype, value.dtype, key.device, key.stride(3), value.stride(3), has_parts, aligned
 
 
 def launch_decode_attention(
@@ -136,8 +136,9 @@ def launch_decode_attention(
         UNIT=unit, BR=max(16, next_power_of_2(A // K)), BL=BLOCK_L, BD=BD, num_warps=4, **options,
     )  # fmt: skip
     if parts > 1:
-        BP = next_power_of_2(parts)
-        join_parts_kernel.launch((B * A,), acc, stats, out, parts, D, BP=BP, BD=BD, num_warps=4, **options)
+        join_parts_kernel.launch(
+            (B * A,), acc, stats, out, parts, D, BP=next_power_of_2(MAX_PARTS), BD=BD, num_warps=4, **options
+        )
     return out
 
 

@@ -156,7 +156,8 @@ class Kernel:
 
     def _compile(self, device: int, grid: tuple[int, ...], args: tuple, constants: dict) -> None:
         with torch.cuda.device(device):
-            self.jit.warmup(*args, grid=grid, **constants)
+            kernel = self.jit.warmup(*args, grid=grid, **constants)
+            kernel[grid]  # loads it; some releases of Triton compile what passes the arguments here, in C
 
 
 _ONES = (1, 1, 1)

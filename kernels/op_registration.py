@@ -13,6 +13,7 @@ from torch import Tensor
 
 _COPY = (__package__ or "").removesuffix(".kernels")
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # what `torch.autograd.grad(is_grads_batched=True)` passes
 
 
 def _own_library() -> torch.library.Library:
@@ -86,7 +87,7 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
 def _is_ordinary(args: tuple) -> bool:
     """Whether a call means no more than to compute: no subclass, mode or transform has a say in it."""
     for x in args:
-        if isinstance(x, Tensor) and (type(x) not in _PLAIN_TENSORS or x.is_meta):
+        if isinstance(x, Tensor) and (type(x) not in _PLAIN_TENSORS or x.is_meta or _is_batched(x)):
             return False
     return not torch._C._len_torch_dispatch_stack() and not is_transformed()
 

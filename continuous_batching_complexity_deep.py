@@ -1,0 +1,117 @@
+"""Continuous batching (`generate_batch` and its manager) on the Triton kernels.
+
+With "sdpa", the library makes a mask of all new tokens x all keys for every step, copies all keys out of the cache, and
+records no steps. While its manager holds a model on the kernels, attention has another name (`PAGED_ATTENTION`). The
+library takes that for a function that needs no mask, and prepares steps while the GPU computes. Steps in which every
+sequence has one new token run on block tables and are CUDA graphs of the library.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .accelerated_complexity_deep import TRITON_DEVICES
+from .compatibility_complexity_deep import PAGED_ATTENTION
+from .decode_graph_complexity_deep import is_recordable
+
+if TRITON_DEVICES:
+    from .kernels.paged_attention import paged_attention, paged_decode_attention
+if TYPE_CHECKING:  # what the mixin of this file is mixed into
+    from transformers import GenerationMixin
+else:
+    GenerationMixin = object
+
+
+def _layer_cache(cache, layer_idx: int) -> tuple[Tensor, Tensor, int]:
+    """Keys and values of one layer, each [slots, K, D], and how many slots a page has."""
+    if hasattr(cache, "layer_to_allocator"):
+        keys, values = cache.layer_to_allocator[layer_idx].get_cache_for_block_table(layer_idx)
+        return keys.flatten(0, 1), values.flatten(0, 1), keys.shape[1]
+    _, index = cache.layer_index_to_group_indices[layer_idx]  # Transformers 5.17
+    return cache.key_cache[index], cache.value_cache[index], cache.block_size
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    cache=None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention over the library's paged cache, which it writes itself; without such a cache it is "sdpa".
+
+    query [1, A, N, D], key and value [1, K, N, D] of N new tokens. `kwargs` are those of the library's model call; all
+    layers have full attention, so that each of its lists and dictionaries has one entry. Returns [1, N, A, D].
+    """
+    if cache is None:  # the caller uses the model while a manager holds it
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    key_cache, value_cache, page = _layer_cache(cache, module.layer_idx)
+    new = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, heads, D]
+    cu_q, cu_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+    if isinstance(cu_k, dict):
+        (cu_k,) = cu_k.values()
+    if kwargs.get("block_table") is not None:
+        table = kwargs["block_table"][0]
+        return paged_decode_attention(*new, key_cache, value_cache, table, page, cu_k, scaling)[None], None
+    (read_index,), (write_index,) = kwargs["read_index"], kwargs["write_index"]
+    # The library reads nothing back where all sequences are new.
+    index = read_index if read_index.numel() else write_index
+    return paged_attention(*new, key_cache, value_cache, index, write_index, cu_q, cu_k, scaling)[None], None
+
+
+class ContinuousBatchingMixin(GenerationMixin):
+    """Continuous batching of a model whose attention is "sdpa" and that runs on the Triton kernels."""
+
+    def _takes_paged_kernels(self) -> bool:
+        return (
+            self.config._attn_implementation in ("sdpa", "paged|sdpa")
+            and self.config._kernels_implementation == "triton"
+            and self.config.sliding_window is None
+            and self.device.type in TRITON_DEVICES
+            and self.dtype != torch.float64
+        )
+
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
+        """The library's manager, on the kernels where attention is "sdpa"; what the caller configures stays as it is.
+
+        Steps with prompts come in too many sizes for graphs, and are not recorded by default. The others are recorded
+        when they first come, because recording all sizes beforehand takes longer than most calls of `generate_batch`.
+        """
+        arguments = generation_config, continuous_batching_config, workload_hints
+        if not self._takes_paged_kernels():
+            return super().init_continuous_batching(*arguments)
+        given = continuous_batching_config
+        if given is None:
+            given = getattr(generation_config or self.generation_config, "continuous_batching_config", None)
+        given = given or ContinuousBatchingConfig()
+        attention, is_known = self.config._attn_implementation, is_recordable(self)
+        self.config._attn_implementation = PAGED_ATTENTION
+        try:
+            manager = super().init_continuous_batching(*arguments)
+        except BaseException:
+            self.config._attn_implementation = attention
+            raise
+        manager._original_attn_impl = attention  # for the manager to restore when it stops
+        config = manager.continuous_batching_config
+        if given.use_cuda_graph is None and not (given.q_padding_interval_size or given.kv_padding_interval_size):
+            config.use_cuda_graph = (False, is_known and config.cuda_graph_booleans[1])
+        # The library believes that only FlashAttention takes block tables.
+        config.max_blocks_per_request = given.max_blocks_per_request
+        if config.max_blocks_per_request is None:
+            page = getattr(config, "page_size", None) or config.block_size
+            config.max_blocks_per_request = -(-self.config.max_position_embeddings // page)
+        manager.warmed_up = True
+        return manager
+
+
+if TRITON_DEVICES:
+    ALL_ATTENTION_FUNCTIONS.register(PAGED_ATTENTION, paged_attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PAGED_ATTENTION, sdpa_mask)
