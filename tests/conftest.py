@@ -53,6 +53,7 @@ if not torch.cuda.is_available():
     interpret_kernels()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
 
 
 def pytest_collection_modifyitems(items):

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
+from transformers import (
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from transformers.generation import GenerationConfig
 from transformers.utils import is_optimum_quanto_available
 
@@ -136,7 +142,8 @@ def test_assisted_decoding_with_a_smaller_draft_model(model):
 def test_continuous_batching(model):
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (4, 9, 6)]
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=1)
-    results = model.generate_batch(inputs=prompts, generation_config=config)
+    cache = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=16)  # else it takes what memory there is
+    results = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=cache)
     tokens = {tuple(result.prompt_ids): result.generated_tokens for result in results.values()}
     assert len(tokens) == 3
     for prompt in prompts:
