@@ -77,10 +77,14 @@ def load_sources(
     return mix(streams, weights, seed)
 
 
+@functools.cache  # parsing the standard library takes seconds, and a command opens its sources several times
+def _embedded_dataset() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": list(embedded_documents())})
+
+
 def _load_source(source: str, text_column: str) -> datasets.IterableDataset:
     if source == "embedded":
-        documents = datasets.Dataset.from_dict({"text": list(embedded_documents())})
-        return documents.to_iterable_dataset()
+        return _embedded_dataset().to_iterable_dataset()
 
     if path := builder_of(source):
         options = {"data_files": files_of_pattern(source)}
