@@ -27,12 +27,15 @@ demo: $(VENV)/.installed
 
 test: check test-main test-floor test-quantization
 
+# Each takes a file at a time, in the order of tests/conftest.py.
+TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
+
 test-main: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q $(TWO_PROCESSES)
 
 # The tests of what differs between versions of transformers, with the oldest.
 test-floor: .venv-floor/.installed
-	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -q -n 2 --dist loadfile $(FLOOR_TESTS)
+	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -q $(TWO_PROCESSES) $(FLOOR_TESTS)
 
 FLOOR_TESTS := tests/test_compatibility.py tests/test_golden.py tests/test_modeling.py tests/test_generation.py tests/test_checkpoints.py \
 	tests/test_remote_code.py tests/test_distributed.py tests/test_continuous_batching.py
@@ -61,7 +64,7 @@ $(OTHER)/.installed:
 	@touch $@
 
 test-versions: $(OTHER)/.installed
-	$(OTHER)/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+	$(OTHER)/bin/python -m pytest -q $(TWO_PROCESSES) $(TESTS)
 
 # The built wheel in an empty environment that has its base dependencies only. It downloads torch, so CI does not run it.
 test-wheel: $(VENV)/.installed

@@ -56,7 +56,19 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
 
 
+# With two processes that take a file at a time (`make test`), a long file at the end would have one of them wait.
+LONGEST_FILES = (
+    "test_kernels_in_model",
+    "test_pretrain_distributed",
+    "test_docs",
+    "test_evaluate",
+    "test_export_to_hub",
+)
+
+
 def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -88,3 +100,15 @@ def nan_filled_memory(monkeypatch):
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         make = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, make=make, **k: nan(make(*a, **k)))
+
+
+@pytest.fixture(scope="module")
+def dataset_cache(tmp_path_factory):
+    """What `datasets` keeps of the files of these tests goes where the files are."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setenv("HF_DATASETS_CACHE", cache)
+        yield
