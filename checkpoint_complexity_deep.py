@@ -11,6 +11,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -397,7 +398,13 @@ def published_config(config) -> dict:
     }
 
 
-class CheckpointMixin:
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Model  # what it is mixed into
+else:
+    _Model = object
+
+
+class CheckpointMixin(_Model):
     """`from_pretrained` and `save_pretrained` of every Complexity-Deep class: native and published layouts."""
 
     @classmethod
@@ -410,7 +417,8 @@ class CheckpointMixin:
         """
         kernels_implementation = kwargs.pop("kernels_implementation", None)
         output_loading_info = kwargs.pop("output_loading_info", False)
-        path, checkpoint, config = pretrained_model_name_or_path, None, kwargs.get("config")
+        path, checkpoint = pretrained_model_name_or_path, None
+        config: Any = kwargs.get("config")
         if path is not None and kwargs.get("gguf_file") is None:
             hub_keys = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
             hub = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
