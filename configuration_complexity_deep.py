@@ -57,6 +57,7 @@ SHIPPED_FILES = (
     "kernels/mu_guided_qkv.py",
     "kernels/decode_attention.py",
     "kernels/decode_layer.py",
+    "kernels/layer_tail.py",
     "kernels/paged_attention.py",
 )
 AUTO_MAP = {
