@@ -35,8 +35,11 @@ class TokenTexts:
         text = self._decode(self.tokens[self.context :])
         if text.endswith(INCOMPLETE) and not is_last:
             return ""
-        self.context, self.told = self.told, len(self.tokens)
-        return text[len(before) :]
+        new = text[len(before) :]
+        if new:  # a token without a text is no context
+            self.context = self.told
+        self.told = len(self.tokens)
+        return new
 
 
 class AnswerText:

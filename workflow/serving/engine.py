@@ -113,7 +113,8 @@ class Engine:
         if self.closed or self.death():
             raise Refusal(503, self.closed or "The server's model has stopped working.", "unavailable")
         if len(self.answers) >= self.most_running + self.most_waiting:
-            raise Refusal(429, f"{self.waiting} requests are waiting already: try again later.", "too_many_requests")
+            sentence = f"There are {self.running} requests running and {self.waiting} waiting already: try again later."
+            raise Refusal(429, sentence, "too_many_requests")
         answer = Answer(f"cmpl-{uuid.uuid4().hex}", prompt, most_tokens)
         self.answers[answer.id] = answer
         self.manager.register_result_handler(answer.id, lambda output: self._take(answer, output))
