@@ -37,7 +37,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-running", type=at_least(1), default=64, help="requests that are computed together")
     parser.add_argument("--max-waiting", type=at_least(0), default=64, help="requests that wait; further ones get 429")
     parser.add_argument(
-        "--cache-tokens", type=at_least(1), default=2**15, help="tokens of all prompts and answers that are kept at once"
+        "--cache-tokens",
+        type=at_least(1),
+        default=2**15,
+        help="tokens of all prompts and answers that are kept at once",
     )
     return parser.parse_args()
 

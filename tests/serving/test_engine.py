@@ -4,7 +4,6 @@ import asyncio
 
 import pytest
 import torch
-from starlette.testclient import TestClient
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.serving import gate
@@ -124,7 +123,10 @@ def test_the_choice_at_the_borders():
         ({"temperature": 0}, {}),
         ({"temperature": 1e-30}, {}),
         ({"seed": 1}, {"temperature": 0.7, "top_k": 50, "top_p": 1.0, "seed": 1}),
-        ({"seed": 1, "temperature": 2, "top_k": 0, "top_p": 0}, {"temperature": 2.0, "top_k": 257, "top_p": 0.0, "seed": 1}),
+        (
+            {"seed": 1, "temperature": 2, "top_k": 0, "top_p": 0},
+            {"temperature": 2.0, "top_k": 257, "top_p": 0.0, "seed": 1},
+        ),
         ({"seed": -1, "top_k": 10**18}, {"temperature": 0.7, "top_k": 257, "top_p": 1.0, "seed": -1}),
     ],
 )

@@ -81,7 +81,9 @@ class AnswerText:
         if found:
             self.is_stopped, self.held = True, ""
             return text[: min(found)]
-        begun = (n for stop in self.stop for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+        begun = (
+            n for stop in self.stop for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])
+        )
         certain = len(text) - max(begun, default=0)
         self.held = text[certain:]
         return text[:certain]

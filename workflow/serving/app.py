@@ -131,24 +131,22 @@ class Service:
             pieces = [piece async for piece in self.text(answer, text)]
             more = await self.extras(request, answer, text)
             reply = Reply(request, answer.id, len(answer.prompt))
-            return reply.whole(
-                "".join(pieces), self.reason(answer, text), self.num_tokens(answer, text), **more
-            )
+            return reply.whole("".join(pieces), self.reason(answer, text), self.num_tokens(answer, text), **more)
 
         work = asyncio.ensure_future(answered())
         left = asyncio.ensure_future(disconnection(http))
         try:
             await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                self.counts["cancelled"] += 1
                 return Response(status_code=499)  # nobody reads it
+            answer.outcome = "failed"
             body = work.result()
-            self.counts["answered"] += 1
+            answer.outcome = "answered"
             return JSONResponse(body)
         finally:
             work.cancel()
             left.cancel()
-            self.engine.cancel(answer)
+            self.over(answer)
 
     async def events(self, request: ChatRequest | TextRequest, answer: Answer) -> AsyncIterator[str]:
         text = AnswerText(self.tokenizer, request.stops)
@@ -164,15 +162,15 @@ class Service:
             yield event(reply.chunk(None, self.reason(answer, text), **more))
             if request.wants_usage:
                 yield event(reply.usage_chunk(self.num_tokens(answer, text)))
-            self.counts["answered"] += 1
+            answer.outcome = "answered"
             yield "data: [DONE]\n\n"
         except Refusal as refusal:  # the status has been sent, so the sentence follows as an event
-            self.counts["failed"] += 1
+            answer.outcome = "failed"
             yield event(refusal.body())
 
     def over(self, answer: Answer) -> None:
-        """The connection of a stream has ended."""
-        self.counts["cancelled"] += not answer.is_finished
+        """The request has ended, perhaps before its answer."""
+        self.counts[answer.outcome] += 1
         self.engine.cancel(answer)
 
     # Endpoints
@@ -236,7 +234,8 @@ class Service:
         if isinstance(error, HTTPException):  # of the router: no such path, or no such method
             error = Refusal(error.status_code, f"{http.method} {http.url.path} is not served.", "not_found")
         assert isinstance(error, Refusal)
-        self.refused(error.status)
+        if error.status < 500:
+            self.refused(error.status)
         headers = {"Retry-After": "1"} if error.status == 429 else None
         return JSONResponse(error.body(), error.status, headers)
 
@@ -299,7 +298,11 @@ def build_app(
     ]
     if has_page:
         page = page_response()
-        routes.append(Route("/", lambda http: page))
+
+        async def show_page(http: Request) -> Response:
+            return page
+
+        routes.append(Route("/", show_page))
     return Starlette(
         routes=routes,
         middleware=[Middleware(Gate, refused=service.refused, key=key, hosts=hosts)],

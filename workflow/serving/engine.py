@@ -36,6 +36,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     error: str | None = None
     is_finished: bool = False
+    outcome: str = "cancelled"  # until somebody has it
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
