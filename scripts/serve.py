@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         "--cache-tokens",
         type=at_least(1),
         default=2**15,
-        help="tokens of all prompts and answers that are kept at once",
+        help="tokens of all prompts and answers kept at once",
     )
     return parser.parse_args()
 

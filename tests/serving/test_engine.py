@@ -1,9 +1,11 @@
 """The engine in this process: the ends of an answer, its sampling, and a model that fails."""
 
 import asyncio
+import json
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.serving import gate
@@ -132,18 +134,12 @@ def test_the_choice_at_the_borders():
 )
 def test_sampling_of_a_request(body, expected):
     """What it leaves out comes from the model's generation_config.json."""
-    import json
-
-    from transformers import GenerationConfig
-
     request = parse(TextRequest, json.dumps({"model": "m", "prompt": "w", **body}).encode())
     assert request.sampling(GenerationConfig(temperature=0.7, top_k=50), 257) == expected
 
 
 def test_a_chat_without_a_seed_is_drawn_anew():
     request = parse(ChatRequest, b'{"model": "m", "messages": [{"role": "developer", "content": "w"}]}')
-    from transformers import GenerationConfig
-
     first, second = (request.sampling(GenerationConfig(), 257) for _ in range(2))
     assert first["temperature"] == 1.0 and first["seed"] != second["seed"]
     assert request.messages[0].for_template() == {"role": "system", "content": "w"}

@@ -172,9 +172,8 @@ def test_type_stream_stop_and_reload(server, browser):
     # A wrong value is told as the server says it, and the prompt is there to be sent again.
     browser.value("document.getElementById('tokens').value = 5000")
     browser.type("w60")
-    assert "The model's context is 2048 tokens" in browser.wait(
-        "!running && document.querySelector('.note.error')?.textContent"
-    )
+    refusal = browser.wait("!running && document.querySelector('.note.error')?.textContent")
+    assert "The model's context is 2048 tokens" in refusal
     assert browser.value("document.getElementById('prompt').value") == "w60"
 
     # Reload: a new conversation that works.

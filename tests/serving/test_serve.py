@@ -1,4 +1,4 @@
-"""scripts/serve.py over loopback, with OpenAI's client where it can send what is tested and with bare HTTP elsewhere."""
+"""scripts/serve.py over loopback: by OpenAI's client, and by bare HTTP where it would not send what is tested."""
 
 import asyncio
 import http.client

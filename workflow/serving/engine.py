@@ -1,8 +1,8 @@
 """Requests in, tokens out: the library's continuous batching under the rules of a server.
 
-The library's own server (transformers.cli.serving) finds no model that is not a class of the library, takes the sampling
-of all requests from the first, leaves out stop strings, and does not check what would end its worker. This one uses the
-part below it, `ContinuousBatchingManager`, as it is.
+The library's own server (transformers.cli.serving) finds no model that is not a class of the library, takes the
+sampling of all requests from the first, leaves out stop strings, and does not check what would end its worker. Each of
+these would need a patch of its handlers. This one uses the part below them, `ContinuousBatchingManager`, as it is.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from complexity_deep.workflow.command import InputError, one_line
 from complexity_deep.workflow.serving.refusal import Refusal
 from complexity_deep.workflow.serving.sampling import request_processors
 
-PAGE = 256  # tokens of a block of the cache; the least that FlashAttention takes
+PAGE = 256  # tokens of a block of the cache, the library's default and the least that FlashAttention takes
 BATCH_TOKENS = 1024  # of one step: longer prompts take several, between which the other requests go on
 
 
@@ -77,7 +77,7 @@ class Engine:
             self.manager: ContinuousBatchingManager = model.init_continuous_batching(
                 generation_config=GenerationConfig(do_sample=False, eos_token_id=sorted(self.end_tokens) or -1),
                 continuous_batching_config=ContinuousBatchingConfig(
-                    page_size=PAGE, num_blocks=pages, max_batch_tokens=BATCH_TOKENS, max_requests_per_batch=most_running
+                    num_blocks=pages, max_batch_tokens=BATCH_TOKENS, max_requests_per_batch=most_running
                 ),
             )
             self.manager.logit_processor = request_processors(self.vocabulary)

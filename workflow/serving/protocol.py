@@ -70,7 +70,7 @@ class GenerationRequest(Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, defaults: GenerationConfig, vocabulary: int) -> dict:
-        """Options for `Engine.submit`. What the request leaves out is the model's, and else OpenAI's (temperature 1)."""
+        """Options for `Engine.submit`. What the request leaves out is the model's, else OpenAI's (temperature 1)."""
 
         def chosen(name: str, otherwise):
             value = getattr(self, name)
