@@ -39,7 +39,7 @@ class Served:
     def __init__(self, folder: Path, log: Path, *options: str):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["served"])
-        arguments = ["serve.py", str(folder), "--port", "0", "--device", "cpu", *options]
+        arguments = ["serve.py", str(folder), *options, "--port", "0", "--device", "cpu"]
         self.log_file = log
         self.process = context.Process(target=_run, args=(log, arguments))
         with pytest.MonkeyPatch.context() as patch:
