@@ -48,7 +48,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=128)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        # Python adds the address to the reason, in parentheses.
+        reason = (getattr(error, "strerror", None) or str(error)).split(" (")[0]
         raise InputError(f"--host {host} --port {port} cannot be listened on ({reason}): give others.") from error
 
 
