@@ -428,5 +428,5 @@ def test_too_many_requests_are_refused_and_sigterm_tells_the_others(small_server
     full, seconds = asyncio.run(five_and_one())
     assert is_sentence({"error": full.body}) and full.response.headers["retry-after"] == "1"
     assert small_server.process.exitcode == -signal.SIGTERM and seconds < 5
-    assert "Shutting down; 5 unfinished requests are told." in small_server.log
+    assert "Shutting down. Unfinished requests, which are told: 5." in small_server.log
     assert small_server.log.splitlines()[-1].endswith("Ended.")

@@ -51,7 +51,7 @@ def test_where_nobody_can_listen_is_a_sentence():
     taken = r"--port \d+ cannot be listened on \(Address already in use\)"
     with listen("127.0.0.1", 0) as first, pytest.raises(InputError, match=taken):
         listen("127.0.0.1", first.getsockname()[1])
-    for host, port in ("no.such.host.invalid", 0), ("127.0.0.1", 70_000), ("8.8.8.8", 0):
+    for host, port in ("no.such.host.invalid", 0), ("127.0.0.1", 70_000):
         with pytest.raises(InputError, match=f"--host {host} --port {port} cannot be listened on"):
             listen(host, port)
 

@@ -45,6 +45,8 @@ def read_key(path: str | None) -> bytes | None:
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there; port 0 is any that is free."""
     try:
+        if port > 65535:  # which would silently become another
+            raise OverflowError("ports end at 65535")
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=128)
     except (OSError, OverflowError) as error:
@@ -59,10 +61,11 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self.service = service
+        self.death: str | None = None  # of the model
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         told = self.service.engine.close("The server is shutting down: send the request again later.")
-        log.info("Shutting down; %d unfinished requests are told.", told)
+        log.info("Shutting down. Unfinished requests, which are told: %d.", told)
         await super().shutdown(sockets)
         if not await asyncio.to_thread(self.service.engine.stop, SECONDS_TO_STOP):
             log.info("The step that is being computed is not waited for.")
@@ -73,8 +76,9 @@ class Server(uvicorn.Server):
         engine, counts, told = self.service.engine, Counter(), 0
         while not self.should_exit:
             await asyncio.sleep(1)
-            if reason := engine.death():
-                log.error("The model has stopped working, and the server ends: %s", reason)
+            self.death = engine.death()
+            if self.death:
+                log.error("The model has stopped working, and the server ends: %s", self.death)
                 self.should_exit = True
             generated, told = engine.tokens_generated - told, engine.tokens_generated
             if engine.answers or generated or counts != self.service.counts:
@@ -112,4 +116,5 @@ def serve(service: Service, listener: socket.socket, key: bytes | None, has_page
     )
     server = Server(config, service)
     server.run(sockets=[listener])
-    raise InputError("The model has stopped working; the log above says why.")
+    if server.death:
+        raise InputError("The model has stopped working; the log above says why.")
