@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.serving import gate
@@ -13,7 +14,7 @@ from complexity_deep.workflow.serving.engine import Engine
 from complexity_deep.workflow.serving.gate import Gate
 from complexity_deep.workflow.serving.protocol import ChatRequest, TextRequest, parse
 from complexity_deep.workflow.serving.refusal import Refusal
-from complexity_deep.workflow.serving.sampling import GREEDY, choose, share
+from complexity_deep.workflow.serving.sampling import GREEDY, choose, request_processors, share
 from support import tiny_model
 
 PROMPT = [20, 30, 40]
@@ -117,6 +118,24 @@ def test_the_choice_at_the_borders():
         assert choose(scores, torch.tensor([given])).item() == token, given
     broken = choose(torch.full((2, 4), torch.nan), torch.tensor([0.5, GREEDY]))
     assert ((broken >= 0) & (broken < 4)).all()
+
+
+def test_sorts_of_all_scores_are_for_steps_that_ask_for_them():
+    """Skipping them changes no score; under CUDA graphs, which would keep the choice, nothing is skipped."""
+    scores = torch.randn(2, 257, generator=torch.Generator().manual_seed(0))
+    plain, asking = {"temperature": 1.0, "top_k": 257, "top_p": 1.0, "seed": 1}, {"top_k": 5, "top_p": 0.5, "seed": 2}
+    for options, is_asked in (({}, plain), False), ((plain, asking), True):
+        kept = []
+        for may_skip in (True, False):
+            listed = request_processors(257, may_skip)
+            states = [RequestState("id", [20], position_offset=1, logit_processor_kwargs=one) for one in options]
+            batch = [FutureRequestState(state, True, {}, 1) for state in states]
+            arguments = listed.prepare_tensor_args(batch, torch.zeros(listed.tensors_required, 2, dtype=torch.int32))
+            with torch.profiler.profile() as profile:
+                kept.append(listed(None, scores, arguments))
+            counted = sum(event.count for event in profile.key_averages() if event.key == "aten::sort")
+            assert (counted > 0) == (is_asked or not may_skip)
+        assert torch.equal(*kept)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ class Engine:
                     num_blocks=pages, max_batch_tokens=BATCH_TOKENS, max_requests_per_batch=most_running
                 ),
             )
-            self.manager.logit_processor = request_processors(self.vocabulary)
+            has_graphs = any(self.manager.continuous_batching_config.use_cuda_graph)
+            self.manager.logit_processor = request_processors(self.vocabulary, may_skip=not has_graphs)
             self.manager.output_router = AnswersOnly()
             self.manager.warmup()  # allocates the cache
         except (ValueError, MemoryError, RuntimeError) as error:
