@@ -28,7 +28,7 @@ def use(engine: Engine, act):
     """Run `act(engine)` while the engine is running."""
 
     async def run():
-        engine.start()
+        await engine.start()
         try:
             return await act(engine)
         finally:
@@ -57,10 +57,29 @@ def test_an_answer_may_fill_the_context():
     assert use(Engine(small, 4, 4, 1), lambda engine: answer(engine, PROMPT, 37)) == expected
 
 
+def test_a_full_cache_changes_no_answer(monkeypatch):
+    """4 requests of 3 pages each, where the cache has 9: some are computed again, and all end as they would."""
+    served = model(eos_token_id=None, max_position_embeddings=2048)
+    prompts = torch.randint(20, 257, (3, 490), generator=torch.Generator().manual_seed(0))
+    expected = served.generate(prompts, max_new_tokens=50, do_sample=False)[:, 490:].tolist()
+    engine, seeded = Engine(served, 4, 4, 1), {"temperature": 1.0, "seed": 3}
+    manager, emptied = engine.manager.batch_processor.offloading_manager, []
+    offload = manager.offload_requests
+    monkeypatch.setattr(manager, "offload_requests", lambda: emptied.append(offload()) or emptied[-1])
+
+    async def act(engine):
+        one = answer(engine, prompts[0].tolist(), 50, **seeded)
+        together = await asyncio.gather(*(answer(engine, prompt, 50) for prompt in prompts.tolist()), one)
+        return together, await answer(engine, prompts[0].tolist(), 50, **seeded)
+
+    (*greedy, sampled), alone = use(engine, act)
+    assert greedy == expected and sampled == alone and any(emptied)
+
+
 def test_a_model_that_fails_is_told_and_admits_no_more():
     broken = model()
     engine = Engine(broken, 4, 4, 1)
-    steps = iter(range(3))
+    steps = iter(range(5))
     forward = broken.forward
 
     def failing(*arguments, **options):

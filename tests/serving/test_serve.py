@@ -51,10 +51,10 @@ def server(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_server(folder, tmp_path_factory):
-    """Little room: 4 requests at once and 1 that waits, and a cache of 2,304 tokens. It asks for a key."""
+    """Room for 4 requests at once and 1 that waits. It asks for a key."""
     place = tmp_path_factory.mktemp("small")
     (place / "key").write_text(f"{KEY}\n")
-    options = ("--max-running", "4", "--max-waiting", "1", "--cache-tokens", "1", "--api-key-file", place / "key")
+    options = ("--max-running", "4", "--max-waiting", "1", "--api-key-file", place / "key")
     server = Served(folder, place / "log", *map(str, options))
     yield server
     server.stop()
@@ -375,26 +375,6 @@ def test_a_key_is_asked_for(small_server):
         client(small_server, key="another").models.list()
     assert client(small_server, key=KEY).models.list().data[0].id == "words"
     assert health(small_server)["status"] == "ok"
-
-
-def test_a_full_cache_changes_no_answer(small_server, offline):
-    """5 requests of 3 pages each, where the cache has 9: some are computed again, and all end as they would."""
-
-    async def all_at_once():
-        async with client(small_server, AsyncOpenAI, KEY) as api:
-            options = {"model": "words", "max_tokens": 250}
-            greedy = [api.completions.create(prompt=prompt, temperature=0, **options) for prompt in prompts]
-            sampled = api.completions.create(prompt=prompts[0], temperature=1, seed=7, **options)
-            return await asyncio.gather(*greedy, sampled)
-
-    prompts = [prompt_ids(i, 300) for i in range(4)]
-    *greedy, sampled = asyncio.run(all_at_once())
-    for prompt, answer in zip(prompts, greedy):
-        assert answer.choices[0].text == offline.text(offline.greedy(prompt, 250))
-    again = client(small_server, key=KEY).completions.create(
-        model="words", prompt=prompts[0], temperature=1, seed=7, max_tokens=250
-    )
-    assert again.choices[0].text == sampled.choices[0].text
 
 
 def test_too_many_requests_are_refused_and_sigterm_tells_the_others(small_server):

@@ -16,16 +16,24 @@ from complexity_deep.workflow.serving.server import listen, load_line, read_key,
 from support import tiny_model, tiny_tokenizer
 
 
+def broken_service(steps: int) -> Service:
+    """A model that fails after so many steps."""
+    broken, left = tiny_model(eos_token_id=None), iter(range(steps))
+    forward = broken.forward
+
+    def fail(*arguments, **options):
+        if next(left, None) is None:
+            raise RuntimeError("no memory")
+        return forward(*arguments, **options)
+
+    engine = Engine(broken, 4, 4, 1)
+    broken.forward = fail
+    return Service("broken", engine, tiny_tokenizer(), broken.generation_config)
+
+
 def test_a_server_whose_model_fails_ends(caplog):
     """The request is told, and the process ends with a sentence. Without a key on every address it warns before."""
     caplog.set_level(logging.INFO, "complexity_deep.serve")
-    broken = tiny_model()
-    engine = Engine(broken, 4, 4, 1)
-
-    def fail(*arguments, **options):
-        raise RuntimeError("no memory")
-
-    broken.forward = fail
     listener = listen("0.0.0.0", 0)
     port = listener.getsockname()[1]
 
@@ -36,7 +44,7 @@ def test_a_server_whose_model_fails_ends(caplog):
         response = connection.getresponse()
         return response.status, json.loads(response.read())
 
-    service = Service("broken", engine, tiny_tokenizer(), broken.generation_config)
+    service = broken_service(steps=5)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
         with pytest.raises(InputError, match="The model has stopped working"):
@@ -45,6 +53,13 @@ def test_a_server_whose_model_fails_ends(caplog):
     assert status == 503 and refusal["error"]["message"] == "The model failed while it answered this request."
     assert re.search(r"Everybody who reaches http://0\.0\.0\.0:\d+ can use the model", caplog.text)
     assert "The model has stopped working, and the server ends: no memory" in caplog.text
+
+
+def test_a_model_that_does_not_work_is_not_served(caplog):
+    caplog.set_level(logging.INFO, "complexity_deep.serve")
+    with pytest.raises(InputError, match="The model has stopped working"):
+        serve(broken_service(steps=1), listen("127.0.0.1", 0), key=None, has_page=False)
+    assert "the server ends: no memory" in caplog.text and "Serving" not in caplog.text
 
 
 def test_where_nobody_can_listen_is_a_sentence():

@@ -90,8 +90,11 @@ class Engine:
                 "--cache-tokens a smaller number, or --device another device."
             ) from error
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """Begin to answer, after one request of its own: it compiles kernels, and shows whether the model works."""
         self.manager.start()
+        async for _ in self.tokens(self.submit([0], min(2, self.context - 1), {})):
+            pass
 
     def death(self) -> str | None:
         """Why the thread that generates has ended without being asked to, or None where it runs."""

@@ -13,6 +13,7 @@ import uvicorn
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.serving.app import Service, build_app
+from complexity_deep.workflow.serving.refusal import Refusal
 
 SECONDS_TO_TELL = 2  # for clients to take the last event, at the end
 SECONDS_TO_STOP = 2  # for the step that is being computed
@@ -71,15 +72,19 @@ class Server(uvicorn.Server):
             log.info("The step that is being computed is not waited for.")
         log.info("Ended.")
 
+    def end_with_the_model(self) -> None:
+        self.death = self.service.engine.death()
+        if self.death:
+            log.error("The model has stopped working, and the server ends: %s", self.death)
+            self.should_exit = True
+
     async def report(self) -> None:
         """One line a second at most: the load, where there is any or something has changed."""
-        engine, counts, told = self.service.engine, Counter(), 0
+        engine, counts = self.service.engine, Counter()
+        told = engine.tokens_generated
         while not self.should_exit:
             await asyncio.sleep(1)
-            self.death = engine.death()
-            if self.death:
-                log.error("The model has stopped working, and the server ends: %s", self.death)
-                self.should_exit = True
+            self.end_with_the_model()
             generated, told = engine.tokens_generated - told, engine.tokens_generated
             if engine.answers or generated or counts != self.service.counts:
                 counts = self.service.counts.copy()
@@ -102,9 +107,13 @@ def serve(service: Service, listener: socket.socket, key: bytes | None, has_page
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
-        service.engine.start()
+        try:
+            await service.engine.start()
+        except Refusal:
+            server.end_with_the_model()
+        else:
+            log.info("Serving '%s' at %s%s", service.name, url, ", with a page at /" if has_page else "/v1")
         reporting = asyncio.create_task(server.report())
-        log.info("Serving '%s' at %s%s", service.name, url, ", with a page at /" if has_page else "/v1")
         yield
         reporting.cancel()
 
