@@ -67,6 +67,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         told = self.service.engine.close("The server is shutting down: send the request again later.")
         log.info("Shutting down. Unfinished requests, which are told: %d.", told)
+        # What uvicorn logs from here on are connections that it cuts off.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
         if not await asyncio.to_thread(self.service.engine.stop, SECONDS_TO_STOP):
             log.info("The step that is being computed is not waited for.")
@@ -93,10 +95,10 @@ class Server(uvicorn.Server):
 
 def load_line(running: int, waiting: int, tokens_per_second: int, counts: Counter) -> str:
     """The load of the last second, and how requests have ended since the start."""
-    ends = [f"{counts[end]:,} {end}" for end in ("answered", "cancelled", "refused", "failed") if counts[end]]
     statuses = ", ".join(f"{status}: {counts[status]:,}" for status in sorted(counts) if status.isdecimal())
-    since = ", ".join(ends) + (f" ({statuses})" if statuses else "")
-    return f"{running} running, {waiting} waiting, {tokens_per_second:,} tokens/s; so far {since or 'none answered'}"
+    ends = [f"{counts[end]:,} {end}" for end in ("answered", "cancelled", "failed", "refused") if counts[end]]
+    so_far = (", ".join(ends) or "none answered") + (f" ({statuses})" if statuses else "")
+    return f"{running} running, {waiting} waiting, {tokens_per_second:,} tokens/s; so far {so_far}"
 
 
 def serve(service: Service, listener: socket.socket, key: bytes | None, has_page: bool) -> None:
