@@ -1,5 +1,6 @@
 """The process around the endpoints: where it listens, its key, and its end when the model fails."""
 
+import contextlib
 import http.client
 import json
 import logging
@@ -8,9 +9,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from starlette.testclient import TestClient
+from transformers import GenerationConfig
 
 from complexity_deep.workflow.command import InputError
-from complexity_deep.workflow.serving.app import Service
+from complexity_deep.workflow.serving.app import Service, build_app
 from complexity_deep.workflow.serving.engine import Engine
 from complexity_deep.workflow.serving.server import listen, load_line, read_key, serve
 from support import tiny_model, tiny_tokenizer
@@ -88,3 +91,31 @@ def test_the_line_of_a_second():
     line = "4 running, 1 waiting, 1,500 tokens/s; so far 1,200 answered, 3 refused (400: 2, 429: 1)"
     assert load_line(4, 1, 1500, counts) == line
     assert load_line(1, 0, 0, Counter()) == "1 running, 0 waiting, 0 tokens/s; so far none answered"
+
+
+def test_experts_that_cannot_be_computed_are_told_and_end_nothing(monkeypatch):
+    """Whole with a status, and in a stream with an event after the text."""
+    service = Service("words", Engine(tiny_model(), 4, 4, 1), tiny_tokenizer(), GenerationConfig(do_sample=False))
+
+    def fail(tokens):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(service.engine, "experts", fail)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        await service.engine.start()
+        yield
+        service.engine.close("over")
+        assert service.engine.stop(10)
+
+    app = build_app(service, key=None, hosts=None, has_page=False, lifespan=lifespan)
+    options = {"model": "words", "prompt": [20], "max_tokens": 3, "experts": True}
+    with TestClient(app) as client:
+        whole = client.post("/v1/completions", json=options)
+        assert whole.status_code == 503 and "'experts'" in whole.json()["error"]["message"]
+        *pieces, last, rest = client.post("/v1/completions", json={**options, "stream": True}).text.split("\n\n")
+        assert (
+            len(pieces) == 3 and "'experts'" in json.loads(last.removeprefix("data: "))["error"]["message"] and not rest
+        )
+        assert client.post("/v1/completions", json={**options, "experts": False}).status_code == 200

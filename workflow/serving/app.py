@@ -117,7 +117,11 @@ class Service:
         """
         tokens = answer.prompt + answer.tokens[: self.num_tokens(answer, text)]
         loop = asyncio.get_running_loop()
-        experts = await loop.run_in_executor(self.observer, self.engine.experts, tokens)
+        try:
+            experts = await loop.run_in_executor(self.observer, self.engine.experts, tokens)
+        except RuntimeError as error:  # no memory, as a rule
+            sentence = "The experts of this answer could not be computed: ask without the field 'experts'."
+            raise Refusal(503, sentence, "unavailable", "experts") from error
         texts, start = TokenTexts(self.tokenizer), len(answer.prompt)
         return [{"text": texts.text_of(token), "experts": row} for token, row in zip(tokens[start:], experts[start:])]
 
