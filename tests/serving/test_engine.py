@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from transformers import GenerationConfig
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.serving import gate
@@ -115,6 +115,7 @@ def test_outputs_of_cancelled_requests_are_kept_nowhere():
             left = engine.submit(PROMPT, 100, {})
             await anext(engine.tokens(left))
             engine.cancel(left)
+            engine.manager.output_router.deliver(GenerationOutput(left.id))  # of the step that was under way
         await answer(engine, PROMPT, 10)
         assert engine.manager.output_router.output_queue.empty() and not engine.manager.output_router.result_handlers
         assert not engine.manager.batch_processor.scheduler.active_requests

@@ -115,7 +115,6 @@ def test_experts_that_cannot_be_computed_are_told_and_end_nothing(monkeypatch):
         whole = client.post("/v1/completions", json=options)
         assert whole.status_code == 503 and "'experts'" in whole.json()["error"]["message"]
         *pieces, last, rest = client.post("/v1/completions", json={**options, "stream": True}).text.split("\n\n")
-        assert (
-            len(pieces) == 3 and "'experts'" in json.loads(last.removeprefix("data: "))["error"]["message"] and not rest
-        )
+        told = json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert len(pieces) == 3 and "'experts'" in told and not rest
         assert client.post("/v1/completions", json={**options, "experts": False}).status_code == 200
