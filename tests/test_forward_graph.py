@@ -1,4 +1,4 @@
-"""Repeated forward passes as a CUDA graph. Without a GPU a stand-in records, which runs the pass again when replayed."""
+"""Repeated forward passes as a CUDA graph. Without a GPU a stand-in records, which runs the pass at every replay."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def recordings(monkeypatch) -> list:
 
 
 def triton_model(**options):
-    model = tiny_model(std=0.1, **{"num_hidden_layers": 2, **options}).to(DEVICE)
+    model = tiny_model(std=0.1, **{"num_hidden_layers": 1, **options}).to(DEVICE)
     model.set_kernels_implementation("triton")
     model.set_experts_implementation("cggr")
     return model
@@ -40,64 +40,66 @@ def logits(model, ids, **more):
 @torch.no_grad()
 def test_a_repeated_shape_is_recorded_once_and_results_stay(recordings):
     model = triton_model()
-    batches = [random_ids(2, 5, seed=seed).to(DEVICE) for seed in range(5)]
-    expected = [logits(model, ids[:1].expand(2, -1).contiguous()) for ids in batches[:1]]
-    found = [logits(model, ids) for ids in batches]
-    assert len(recordings) == 1 and len(expected) == 1
+    batches = [random_ids(2, 5, seed=seed).to(DEVICE) for seed in range(4)]
+    counts, found = [], []
+    for ids in batches:
+        found.append(logits(model, ids))
+        counts.append(len(recordings))
+    assert counts == [0, 0, 1, 1]
     model.set_kernels_implementation("eager")
     for ids, result in zip(batches, found, strict=True):
         torch.testing.assert_close(result, logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_what_changes_the_model_is_seen(recordings):
-    """Weights in place or replaced, a number of a module, a module, a hook, a setting."""
-    model, ids = triton_model(), random_ids(1, 5).to(DEVICE)
-    before = [logits(model, ids) for _ in range(4)][-1]
+def test_what_changes_the_model_is_seen(recordings, monkeypatch):
+    """Weights in place or replaced, a number of a module, a module, a hook."""
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
+    before, layer = logits(model, ids), model.model.layers[0]
     assert len(recordings) == 1
-    layer = model.model.layers[0]
 
-    def change_follows(change) -> bool:
-        change()
-        found = [logits(model, ids) for _ in range(4)]
+    def is_followed() -> bool:
+        found = logits(model, ids)
         model.set_kernels_implementation("eager")
         truth = logits(model, ids)
         model.set_kernels_implementation("triton")
-        return all(torch.allclose(x, truth, rtol=1e-4, atol=1e-4) for x in found) and not torch.equal(truth, before)
+        return torch.allclose(found, truth, rtol=1e-4, atol=1e-4) and not torch.allclose(truth, before, rtol=1e-3)
 
-    assert change_follows(lambda: layer.self_attn.o_proj.weight.mul_(0.5)) and len(recordings) == 1
-    assert change_follows(lambda: setattr(layer.dynamics, "dt", 0.7)) and len(recordings) == 2
-    assert change_follows(lambda: setattr(layer.self_attn.o_proj, "weight", nn.Parameter(torch.eye(64, device=DEVICE))))
-    norm = type(layer.input_layernorm)(64, 1e-2).to(DEVICE)
-    assert change_follows(lambda: setattr(layer, "input_layernorm", norm)) and len(recordings) == 4
+    layer.self_attn.o_proj.weight.mul_(0.5)
+    assert is_followed() and len(recordings) == 1
+    layer.dynamics.dt = 0.7
+    assert is_followed() and len(recordings) == 2
+    layer.self_attn.o_proj.weight = nn.Parameter(torch.eye(64, device=DEVICE))
+    assert is_followed() and len(recordings) == 3
+    layer.input_layernorm = type(layer.input_layernorm)(64, 1e-2).to(DEVICE)
+    assert is_followed() and len(recordings) == 4
     seen = []
     layer.mlp.register_forward_hook(lambda *_: seen.append(1))
     logits(model, ids)
     assert seen and len(recordings) == 4
 
 
-def test_calls_that_ask_for_more_run_as_they_are(recordings):
-    model, ids = triton_model(), random_ids(1, 5).to(DEVICE)
-    mask, positions = torch.ones_like(ids), torch.arange(5, device=DEVICE)[None]
-    for more in ({"use_cache": True}, {"attention_mask": mask}, {"position_ids": positions}, {"routing_ids": ids}):
-        with torch.no_grad():
-            for _ in range(4):
-                logits(model, ids, **more)
-    for _ in range(4):
-        logits(model, ids).sum().backward()
+def test_calls_that_ask_for_more_run_as_they_are(recordings, monkeypatch):
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
+    mask, positions = torch.ones_like(ids), torch.arange(3, device=DEVICE)[None]
     with torch.no_grad():
-        for length in range(2, 9):
-            logits(model, random_ids(1, length).to(DEVICE))
-        for _ in range(4):
-            model(ids, use_cache=False, output_hidden_states=True)
+        for more in ({"use_cache": True}, {"attention_mask": mask}, {"position_ids": positions}, {"routing_ids": ids}):
+            logits(model, ids, **more)
+        model(ids, use_cache=False, output_hidden_states=True)
+    model = triton_model()
+    logits(model, ids).sum().backward()
+    with torch.no_grad():
+        logits(model.train(), ids)
     assert not recordings
 
 
 @torch.no_grad()
-def test_few_graphs_are_kept(recordings):
+def test_few_graphs_are_kept(recordings, monkeypatch):
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     model = triton_model()
-    for length in range(2, 2 + graphs.MAX_GRAPHS + 1):
-        for _ in range(4):
-            logits(model, random_ids(1, length).to(DEVICE))
-    assert len(recordings) == graphs.MAX_GRAPHS + 1
-    assert len(graphs._GRAPHS[model.model].recorded) == graphs.MAX_GRAPHS
+    for length in (2, 3, 4, 2):
+        logits(model, random_ids(1, length).to(DEVICE))
+    assert len(recordings) == 4 and len(graphs._GRAPHS[model.model].recorded) == 2
