@@ -38,7 +38,7 @@ test-floor: .venv-floor/.installed
 	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -q $(TWO_PROCESSES) $(FLOOR_TESTS)
 
 FLOOR_TESTS := tests/test_compatibility.py tests/test_golden.py tests/test_modeling.py tests/test_generation.py tests/test_checkpoints.py \
-	tests/test_remote_code.py tests/test_distributed.py tests/test_continuous_batching.py
+	tests/test_remote_code.py tests/test_distributed.py tests/test_continuous_batching.py tests/serving/test_engine.py
 
 # torchao lies apart, because transformers imports it, for seconds and with warnings, in every process that finds it.
 .venv-torchao/.installed: $(VENV)/.installed
@@ -76,7 +76,7 @@ test-wheel: $(VENV)/.installed
 
 # The same environment with the extras of the commands: each runs in a folder whose modules have the names of ours.
 test-commands: test-wheel
-	build/wheel/venv/bin/pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[train,eval]"
+	build/wheel/venv/bin/pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[train,eval,serve]"
 	cd build/wheel && HF_HOME=$$PWD/hub venv/bin/python -I ../../tests/installed_commands.py
 
 check: $(VENV)/.installed typecheck

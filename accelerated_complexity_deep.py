@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .kernels.grouped_linear import compute_dtype, takes_grouped_linear
 from .kernels.kernel_reference import routing_plan_reference
-from .kernels.op_registration import is_transformed
+from .kernels.op_registration import is_ordinary, is_transformed
 from .routing_complexity_deep import ROUTING_PLANS, RoutingPlan
 
 try:
@@ -40,6 +40,7 @@ try:
     )
     from .kernels.first_call import compile_layer_kernels
     from .kernels.fused_dynamics import inl_dynamics_block
+    from .kernels.layer_tail import MAX_HIDDEN, layer_tail
     from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
     from .kernels.routing_plan import MAX_ROUTED, mu_route
     from .kernels.routing_plan import routing_plan as triton_routing_plan
@@ -351,6 +352,62 @@ def _compile_ahead(layer: nn.Module, hidden_states: Tensor) -> None:
     )
 
 
+def _takes_layer_tail(layer: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether layer_tail.py computes what this layer does after attention: eager mode, and plain modules.
+
+    It passes over the forward of every module after attention.
+    """
+    modules = layer._modules
+    dynamics, mlp, norm = modules.get("dynamics"), modules["mlp"], modules["post_attention_layernorm"]
+    if torch.compiler.is_compiling() or dynamics is None or "experts" not in mlp._modules:
+        return False
+    experts, router, linear = mlp._modules["experts"], mlp._modules.get("mu_router"), dynamics._modules
+    if mlp._modules.get("shared_expert") is not None or "controller_out" not in linear:
+        return False
+    if experts.config._experts_implementation != "cggr" or not _takes_cggr(experts, hidden_states):
+        return False
+    ours = [dynamics, mlp, norm, experts] if router is None else [dynamics, mlp, norm, experts, router]
+    origin = type(layer).__module__
+    return (
+        is_unhooked(*ours)
+        and is_ordinary((hidden_states, experts.gate_up_proj))
+        and all(type(module).__module__ == origin for module in ours)
+        and _plain_weights(linear["mu_proj"], linear["controller_in"], linear["controller_out"]) is not None
+        and (router is None or (not router.learns and router.num_experts <= MAX_ROUTED))
+        and hidden_states.shape[-1] <= MAX_HIDDEN
+        and linear["controller_in"].out_features <= MAX_CONTROLLER
+    )
+
+
+def _attention_and_tail(
+    layer: nn.Module,
+    hidden_states: Tensor,
+    velocity: Tensor,
+    guidance: Tensor | None,
+    highway: Tensor | None,
+    expert_ids: Tensor,
+    routing_plan: RoutingPlan | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward of a decoder layer: attention by its module, the rest by layer_tail.py."""
+    normed = layer.input_layernorm(hidden_states)
+    h, _ = layer.self_attn(normed, guidance if layer.use_mu_guidance else None, **kwargs)
+    dynamics, experts, router = layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
+    weights = [*_dynamics_weights(dynamics)[:6], experts.gate_up_proj, experts.down_proj]
+    weights.append(None if router is None else router.weight)
+    dtype = compute_dtype(weights[-2])
+    h, velocity, highway, *weights = (
+        None if x is None else x.to(dtype).contiguous() for x in (h, velocity, highway, *weights)
+    )
+    norm = layer.post_attention_layernorm
+    base_logit = 0.0 if router is None else router.base_logit
+    settings = dynamics.dt, norm.eps, base_logit, setting(experts.config, "hidden_act")
+    plan = routing_plan if router is None else None
+    ids = expert_ids.reshape(-1)
+    arguments = weights[:6], norm.weight, weights[6:8], weights[8], ids, plan, settings
+    return layer_tail(hidden_states.contiguous(), h, velocity, highway, *arguments)
+
+
 def triton_layer(
     plain: Callable,
     layer: nn.Module,
@@ -366,7 +423,10 @@ def triton_layer(
     if not torch.compiler.is_compiling() and layer.self_attn.layer_idx == 0:
         _compile_ahead(layer, hidden_states)
     if not _takes_decode_kernels(layer, hidden_states, mask, cache):
-        return plain(layer, hidden_states, velocity, guidance, highway, expert_ids, **kwargs)
+        states = hidden_states, velocity, guidance, highway
+        if _takes_layer_tail(layer, hidden_states):
+            return _attention_and_tail(layer, *states, expert_ids, **kwargs)
+        return plain(layer, *states, expert_ids, **kwargs)
     attention, dynamics, experts, router = layer.self_attn, layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
     B, _, H = hidden_states.shape  # one token in each row; a routing plan would not be worth following
     flat = lambda x: None if x is None else x.reshape(B, -1).contiguous()  # noqa: E731

@@ -44,6 +44,7 @@ SHIPPED_FILES = (
     "continuous_batching_complexity_deep.py",
     "accelerated_complexity_deep.py",
     "decode_graph_complexity_deep.py",
+    "forward_graph_complexity_deep.py",
     "registration_complexity_deep.py",
     "routing_complexity_deep.py",
     "kernels/first_call.py",
@@ -57,6 +58,7 @@ SHIPPED_FILES = (
     "kernels/mu_guided_qkv.py",
     "kernels/decode_attention.py",
     "kernels/decode_layer.py",
+    "kernels/layer_tail.py",
     "kernels/paged_attention.py",
 )
 AUTO_MAP = {

@@ -120,13 +120,13 @@ class DecodeGraph:
 
 
 def is_recordable(model: nn.Module) -> bool:
-    """Whether every operation of a decode step of `model` is known, so that a CUDA graph can hold it."""
+    """Whether every operation of `model` without gradient is known, so that a CUDA graph can hold it."""
     config = model.config
     names = (config._attn_implementation, config._kernels_implementation, config._experts_implementation)
     # The tables of these two kinds of RoPE depend on the largest position so far.
     if names != ("sdpa", "triton", "cggr") or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         return False
-    known = (type(model).__module__, type(model.model).__module__, "transformers.activations")
+    known = (type(model).__module__, type(model.base_model).__module__, "transformers.activations")
     origins = (type(module).__module__ for module in model.modules())
     return (
         all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
@@ -136,7 +136,7 @@ def is_recordable(model: nn.Module) -> bool:
     )
 
 
-def _free_bytes(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> float:
     """Memory of the device that a new tensor can have, what PyTorch holds and does not use included."""
     if device.type != "cuda":
         return float("inf")
@@ -208,7 +208,7 @@ class DecodeGraphMixin(GenerationMixin):
             and config.sliding_window is None
             and not torch.is_autocast_enabled(self.device.type)
             and is_recordable(self)
-            and cache_bytes < _free_bytes(self.device) / 2
+            and cache_bytes < free_bytes(self.device) / 2
         )
 
     def _prepare_cache_for_generation(

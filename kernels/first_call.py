@@ -12,6 +12,7 @@ from .decode_attention import launch_decode_attention
 from .decode_layer import MAX_ROWS, decode_attend, decode_layer_tail, decode_qkv
 from .fused_dynamics import MAX_CONTROLLER, _inl_dynamics_block, _inl_dynamics_block_backward
 from .kernel_launch import compiling_ahead
+from .layer_tail import MAX_HIDDEN, _add_norm, _add_norm_backward
 from .mu_guided_qkv import _mu_guided_qkv, _qk_norm_rope, _qk_norm_rope_backward
 from .routing_plan import MAX_ROUTED, mu_route, routing_plan
 from .token_routed_gemm import token_classes, token_routed_mlp_backward, token_routed_mlp_forward
@@ -79,6 +80,13 @@ class _Layer:
             for given, has_highway in ((grads, True), (grads, False), ((h, None, None, None, None), True)):
                 _inl_dynamics_block_backward.function(*given, *saved, self.config.dynamics_dt, has_highway)
 
+    def norm(self, trains: bool) -> None:
+        x, h = self.empty(1, self.hidden, dtype=self.dtype), self.empty(1, self.hidden)
+        weight, rstd = self.empty(self.hidden, dtype=self.dtype), self.empty(1, dtype=torch.float32)
+        _add_norm(x, h, weight, self.config.rms_norm_eps)
+        if trains:
+            _add_norm_backward.function(h, x, x, weight, rstd)
+
     def route(self, tokens: int) -> None:
         if self.config.use_mu_routing and self.experts <= MAX_ROUTED:
             mu, router = self.empty(tokens, self.hidden), self.empty(self.experts, self.hidden)
@@ -137,6 +145,8 @@ def compile_layer_kernels(
     has_dynamics = config.use_dynamics and layer.controller <= MAX_CONTROLLER
     counts = token_classes(layer.experts)
     with torch.cuda.device(device), torch.no_grad(), compiling_ahead():
+        if layer.hidden <= MAX_HIDDEN:
+            layer.norm(trains)
         for tokens in counts if trains else [*counts, rows]:
             layer.attention(tokens, trains)
             if has_dynamics:

@@ -46,7 +46,7 @@ class Operator:
         self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or not _is_ordinary(args):
+        if torch.compiler.is_compiling() or not is_ordinary(args):
             return self.op(*args)
         if self.autograd is not None and torch.is_grad_enabled():
             for x in args:
@@ -84,8 +84,8 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
     return lambda function: Operator(name, function, mutates_args)
 
 
-def _is_ordinary(args: tuple) -> bool:
-    """Whether a call means no more than to compute: no subclass, mode or transform has a say in it."""
+def is_ordinary(args: tuple) -> bool:
+    """Whether a call with `args` means no more than to compute: no subclass, mode or transform has a say in it."""
     for x in args:
         if isinstance(x, Tensor) and (type(x) not in _PLAIN_TENSORS or x.is_meta or _is_batched(x)):
             return False

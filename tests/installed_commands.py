@@ -1,4 +1,4 @@
-"""Use the installed wheel with its extras `train` and `eval`, in a folder that holds modules of other people.
+"""Use the installed wheel with the extras of its commands, in a folder that holds modules of other people.
 
 `make test-commands` runs this. Every command shows its help. Then a tokenizer and a small model are trained, evaluated
 and sampled from. The modules of the folder are named like ours and like libraries, and raise where they are imported.

@@ -27,7 +27,7 @@ from support import REPOSITORY
 SCRIPTS = REPOSITORY / "scripts"
 COMMANDS = sorted(path.name for path in SCRIPTS.glob("*.py"))
 # What may import what: a folder uses itself and those before it.
-ORDER = ["data", "evaluation", "training", "analysis", "publishing", "benchmarks", "evidence"]
+ORDER = ["data", "evaluation", "training", "analysis", "publishing", "serving", "benchmarks", "evidence"]
 
 
 def imports(path) -> set[str]:

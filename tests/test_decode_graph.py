@@ -315,7 +315,7 @@ def test_generate_keeps_the_librarys_cache_where_a_recording_cannot_be(
 ):
     model, ids = triton_model(sliding_window=4 if reason == "window" else None), random_ids(1, 6).to(DEVICE)
     if reason == "memory":
-        monkeypatch.setattr(graphs, "_free_bytes", lambda device: 1000)
+        monkeypatch.setattr(graphs, "free_bytes", lambda device: 1000)
     if reason == "hook":
         model.model.layers[0].register_forward_hook(lambda *_: None)
     if reason == "attention":

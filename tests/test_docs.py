@@ -1,8 +1,9 @@
 """What README.md and docs/ show is run: snippets, commands, the notebook. What they say agrees with the files.
 
 Every page is followed from top to bottom in an empty folder that looks like a clone, with tiny models where the page
-has real ones. Python blocks run one after the other. A bash block under `<!-- test: run -->` runs too. The commands of
-all other bash blocks need a GPU, the Hub or much time: their own parsers read them, and they stop there.
+has real ones. Python blocks run one after the other. A bash block under `<!-- test: run -->` runs too, and so does the
+server of one under `<!-- test: serve -->`, at a port that is free and until the page ends. The commands of all other
+bash blocks need a GPU, the Hub or much time: their own parsers read them, and they stop there.
 """
 
 import argparse
@@ -25,10 +26,11 @@ import pytest
 from complexity_deep.workflow.data.conversation_formats import FORMATS
 from complexity_deep.workflow.main import list_of_commands
 from pretraining import write_recipe
+from served import Served
 from support import GOLDEN, REPOSITORY, run_command
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"(?:<!-- test: (run|serve) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 SCRIPT = re.compile(r"\bscripts/\w+\.py$")
 
@@ -103,21 +105,26 @@ def parse_command(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_page_runs_from_top_to_bottom(page, clone, monkeypatch):
+def test_page_runs_from_top_to_bottom(page, clone, monkeypatch, tmp_path, request):
     monkeypatch.chdir(clone)
-    names = {"__name__": page.stem}
-    for is_run, language, code in BLOCK.findall(page.read_text()):
+    names, server = {"__name__": page.stem}, None
+    for marker, language, code in BLOCK.findall(page.read_text()):
         if "torchao" in code and importlib.util.find_spec("torchao") is None:
             continue  # `make test-quantization` runs this page where it is installed
         if language == "python":
+            code = code.replace("http://127.0.0.1:8000", server.url) if server else code
             exec(compile(code, f"{page.name}: {code.splitlines()[0]}", "exec"), names)
         for line in code.replace("\\\n", " ").splitlines() if language == "bash" else ():
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words = words[1:]
-            if is_run:
+            if marker == "run":
                 assert words[0] == "python" and SCRIPT.match(words[1]), f"{line} is not a script of ours"
                 run_script(words[1], words[2:])
+            elif marker == "serve":
+                assert words[:2] == ["python", "scripts/serve.py"], f"{line} is not the server"
+                server = Served(Path(words[2]).resolve(), tmp_path / f"{len(list(tmp_path.iterdir()))}.log", *words[3:])
+                request.addfinalizer(server.stop)
             elif words:
                 parse_command(words)
 

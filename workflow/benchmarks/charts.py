@@ -151,7 +151,40 @@ def tokens_per_s(results: list[dict]) -> Figure:
     return figure
 
 
-CHARTS = {"near_dense": near_dense, "near_limit": near_limit, "experts": experts, "tokens_per_s": tokens_per_s}
+USERS = {  # row of the table `users` -> its label
+    "1.5b generate, default cache, batch 1": "generate, batch 1",
+    "1.5b generate, default cache, batch 32": "generate, batch 32",
+    "1.5b forward 1x128": "forward, 1 x 128 tokens",
+    "1.5b forward 1x2048": "forward, 1 x 2,048",
+    "1.5b forward 8x2048": "forward, 8 x 2,048",
+    "1.5b train 1x2048, eager": "training step, 1 x 2,048",
+    "1.5b train 8x2048, eager": "training step, 8 x 2,048",
+    "1.5b first generate, nothing compiled": "first generate of a process",
+}
+
+
+def users(results: list[dict]) -> Figure:
+    keys = [(case, name) for case in USERS for name in ("complexity-deep", "llama")]
+    found = {}
+    for case in USERS:  # the parts of the table may come from several calls
+        found |= newest(results, [key for key in keys if key[0] == case])
+    title = "What comes without being asked for: times as fast as Llama"
+    figure, (axis,) = new_figure(title, [found[keys[0]]], 3.4, 1)
+    ratios = [float(found[case, "llama"]["median_ms"]) / float(found[case, keys[0][1]]["median_ms"]) for case in USERS]
+    colours = [OURS if ratio >= 1 else DENSE for ratio in ratios]
+    bars(axis, list(USERS.values()), ratios, colours, "{:.2g}x", 1.2 * max(ratios))
+    axis.axvline(1, color=DENSE, linewidth=1, linestyle="--")
+    axis.set_xlabel("Llama of equal total size, eager, the defaults of both; 1 is as fast")
+    return figure
+
+
+CHARTS = {
+    "near_dense": near_dense,
+    "near_limit": near_limit,
+    "experts": experts,
+    "tokens_per_s": tokens_per_s,
+    "users": users,
+}
 
 
 def draw(directory: Path) -> list[Path]:

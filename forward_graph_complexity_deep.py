@@ -1,0 +1,125 @@
+"""Forward passes of one shape, repeated without gradient, as a CUDA graph.
+
+A short prompt keeps the GPU busy for a few milliseconds and the host for many. Whoever scores texts or embeds them in
+batches of one shape calls the model with that shape again and again. The first calls of a shape run as they are. The
+next one is recorded, and from then on the ids are copied and the graph is launched. What it computes is copied before
+it is given away, so that a result stays what it was.
+
+Only ids are taken: no cache, mask or positions. Modules, weights and settings are compared before every replay.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .accelerated_complexity_deep import ACCELERATED, is_unhooked
+from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
+from .kernels.op_registration import is_ordinary
+
+CALLS_BEFORE = 2  # calls of a shape that run as they are; the second has all kernels compiled
+MAX_TOKENS = 8192  # with more, the GPU takes longer than the host
+MAX_GRAPHS = 4  # of a model; the one that was not used for longest makes room
+_GRAPHS = weakref.WeakKeyDictionary()  # model -> its graphs
+_LOCK = threading.Lock()
+
+
+class _Graphs:
+    """The recordings of one model, and what they depend on."""
+
+    def __init__(self, model: nn.Module):
+        self.calls: dict[tuple, int] = {}
+        self.recorded: dict[tuple, tuple] = {}
+        self.config, self.modules = dict(vars(model.config)), list(model.modules())
+        self.parts = [(list(module._modules.values()), _settings(module)) for module in self.modules]
+        self.tensors = [
+            (tensors, name, x.data_ptr())
+            for module in self.modules
+            for tensors in (module._parameters, module._buffers)
+            for name, x in tensors.items()
+            if x is not None
+        ]
+
+    def are_of(self, model: nn.Module) -> bool:
+        """Whether modules, weights and settings are those that were recorded."""
+        return (
+            vars(model.config) == self.config
+            and is_unhooked(*self.modules)
+            and all(tensors[name].data_ptr() == pointer for tensors, name, pointer in self.tensors)
+            and all(
+                list(module._modules.values()) == children and _settings(module) == settings
+                for module, (children, settings) in zip(self.modules, self.parts)
+            )
+        )
+
+    def record(self, key: tuple, model: nn.Module, plain: Callable, input_ids: Tensor) -> None:
+        while len(self.recorded) >= MAX_GRAPHS:
+            del self.recorded[next(iter(self.recorded))]
+        ids = input_ids.clone()
+        replay, outputs = record(lambda: plain(model, ids, use_cache=False), ids.device)
+        self.recorded[key] = ids, replay, outputs
+
+
+def _settings(module: nn.Module) -> list:
+    """Numbers and names that a module holds, such as the step size of the dynamics."""
+    return [value for value in module.__dict__.values() if type(value) in (int, float, bool, str)]
+
+
+def _takes_graph(model: nn.Module, input_ids: Tensor | None) -> bool:
+    return (
+        isinstance(input_ids, Tensor)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and input_ids.device.type in GRAPH_DEVICES
+        and input_ids.ndim == 2
+        and input_ids.numel() <= MAX_TOKENS
+        and not model.training
+        and not torch.is_autocast_enabled(input_ids.device.type)
+        and is_ordinary((input_ids, model.embed_tokens.weight))
+        and (input_ids.device.type != "cuda" or _is_default_stream(input_ids.device))
+    )
+
+
+def _is_default_stream(device: torch.device) -> bool:
+    """Whether work is queued where every other thread queues it, and is not being captured."""
+    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+
+
+def _has_room(model: nn.Module, tokens: int, device: torch.device) -> bool:
+    """Whether the memory that a recording holds is small beside what is free."""
+    config = model.config
+    needed = tokens * model.dtype.itemsize * (16 * config.hidden_size + 4 * config.intermediate_size)
+    return needed < free_bytes(device) / 4
+
+
+def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None = None, *args, **kwargs):
+    """The forward of the base model: replayed for ids [B, S] alone, without gradient, whose shape was seen before."""
+    asked = [value for name, value in kwargs.items() if value is not None and not (name == "use_cache" and not value)]
+    if args or asked or kwargs.get("use_cache") is None or not _takes_graph(model, input_ids):
+        return plain(model, input_ids, *args, **kwargs)
+    key = input_ids.shape, input_ids.dtype, input_ids.device, torch.is_inference_mode_enabled()
+    with _LOCK:
+        graphs = _GRAPHS.get(model)
+        if graphs is None or (key in graphs.recorded and not graphs.are_of(model)):
+            graphs = _GRAPHS[model] = _Graphs(model)
+        if key not in graphs.recorded and _is_to_be_recorded(graphs, key, model, input_ids):
+            graphs.record(key, model, plain, input_ids)
+        if key in graphs.recorded:
+            ids, replay, outputs = graphs.recorded[key] = graphs.recorded.pop(key)  # the newest comes last
+            ids.copy_(input_ids)
+            replay()
+            return type(outputs)(last_hidden_state=outputs.last_hidden_state.clone())
+    return plain(model, input_ids, use_cache=False)
+
+
+def _is_to_be_recorded(graphs: _Graphs, key: tuple, model: nn.Module, input_ids: Tensor) -> bool:
+    calls = graphs.calls[key] = graphs.calls.get(key, 0) + 1
+    if calls <= CALLS_BEFORE or not is_recordable(model) or not graphs.are_of(model):
+        return False
+    return _has_room(model, input_ids.numel(), input_ids.device)
+
+
+if "triton" in ACCELERATED:
+    ACCELERATED["triton"]["model"] = graphed_forward

@@ -1,0 +1,120 @@
+"""The process around the endpoints: where it listens, its key, and its end when the model fails."""
+
+import contextlib
+import http.client
+import json
+import logging
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from starlette.testclient import TestClient
+from transformers import GenerationConfig
+
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.serving.app import Service, build_app
+from complexity_deep.workflow.serving.engine import Engine
+from complexity_deep.workflow.serving.server import listen, load_line, read_key, serve
+from support import tiny_model, tiny_tokenizer
+
+
+def broken_service(steps: int) -> Service:
+    """A model that fails after so many steps."""
+    broken, left = tiny_model(eos_token_id=None), iter(range(steps))
+    forward = broken.forward
+
+    def fail(*arguments, **options):
+        if next(left, None) is None:
+            raise RuntimeError("no memory")
+        return forward(*arguments, **options)
+
+    engine = Engine(broken, 4, 4, 1)
+    broken.forward = fail
+    return Service("broken", engine, tiny_tokenizer(), broken.generation_config)
+
+
+def test_a_server_whose_model_fails_ends(caplog):
+    """The request is told, and the process ends with a sentence. Without a key on every address it warns before."""
+    caplog.set_level(logging.INFO, "complexity_deep.serve")
+    listener = listen("0.0.0.0", 0)
+    port = listener.getsockname()[1]
+
+    def ask() -> tuple[int, dict]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body = json.dumps({"model": "broken", "prompt": [20]})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json", "Host": "any.name"})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+    service = broken_service(steps=5)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        with pytest.raises(InputError, match="The model has stopped working"):
+            serve(service, listener, key=None, has_page=False)
+    status, refusal = asked.result()
+    assert status == 503 and refusal["error"]["message"] == "The model failed while it answered this request."
+    assert re.search(r"Everybody who reaches http://0\.0\.0\.0:\d+ can use the model", caplog.text)
+    assert "The model has stopped working, and the server ends: no memory" in caplog.text
+
+
+def test_a_model_that_does_not_work_is_not_served(caplog):
+    caplog.set_level(logging.INFO, "complexity_deep.serve")
+    with pytest.raises(InputError, match="The model has stopped working"):
+        serve(broken_service(steps=1), listen("127.0.0.1", 0), key=None, has_page=False)
+    assert "the server ends: no memory" in caplog.text and "Serving" not in caplog.text
+
+
+def test_where_nobody_can_listen_is_a_sentence():
+    taken = r"--port \d+ cannot be listened on \(Address already in use\)"
+    with listen("127.0.0.1", 0) as first, pytest.raises(InputError, match=taken):
+        listen("127.0.0.1", first.getsockname()[1])
+    for host, port in ("no.such.host.invalid", 0), ("127.0.0.1", 70_000):
+        with pytest.raises(InputError, match=f"--host {host} --port {port} cannot be listened on"):
+            listen(host, port)
+
+
+def test_keys(tmp_path):
+    assert read_key(None) is None
+    (tmp_path / "key").write_text("  secret é \nsecond line\n")
+    assert read_key(str(tmp_path / "key")) == "secret é".encode()
+    for content in (b"", b"\n", b"   \nkey\n"):
+        (tmp_path / "key").write_bytes(content)
+        with pytest.raises(InputError, match="first line"):
+            read_key(str(tmp_path / "key"))
+    with pytest.raises(InputError, match="has no key"):
+        read_key(str(tmp_path / "nothing"))
+
+
+def test_the_line_of_a_second():
+    counts = Counter({"answered": 1200, "refused": 3, "400": 2, "429": 1})
+    line = "4 running, 1 waiting, 1,500 tokens/s; so far 1,200 answered, 3 refused (400: 2, 429: 1)"
+    assert load_line(4, 1, 1500, counts) == line
+    assert load_line(1, 0, 0, Counter()) == "1 running, 0 waiting, 0 tokens/s; so far none answered"
+
+
+def test_experts_that_cannot_be_computed_are_told_and_end_nothing(monkeypatch):
+    """Whole with a status, and in a stream with an event after the text."""
+    service = Service("words", Engine(tiny_model(), 4, 4, 1), tiny_tokenizer(), GenerationConfig(do_sample=False))
+
+    def fail(tokens):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(service.engine, "experts", fail)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        await service.engine.start()
+        yield
+        service.engine.close("over")
+        assert service.engine.stop(10)
+
+    app = build_app(service, key=None, hosts=None, has_page=False, lifespan=lifespan)
+    options = {"model": "words", "prompt": [20], "max_tokens": 3, "experts": True}
+    with TestClient(app) as client:
+        whole = client.post("/v1/completions", json=options)
+        assert whole.status_code == 503 and "'experts'" in whole.json()["error"]["message"]
+        *pieces, last, rest = client.post("/v1/completions", json={**options, "stream": True}).text.split("\n\n")
+        told = json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert len(pieces) == 3 and "'experts'" in told and not rest
+        assert client.post("/v1/completions", json={**options, "experts": False}).status_code == 200

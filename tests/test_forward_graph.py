@@ -1,0 +1,105 @@
+"""Repeated forward passes as a CUDA graph. Without a GPU a stand-in records, which runs the pass at every replay."""
+
+import pytest
+import torch
+from torch import nn
+
+from complexity_deep import forward_graph_complexity_deep as graphs
+from support import random_ids, tiny_model
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@pytest.fixture
+def recordings(monkeypatch) -> list:
+    """One entry for each recording."""
+    made, record = [], graphs.record
+
+    def stand_in(step, device):
+        outputs = step()
+        return lambda: outputs.last_hidden_state.copy_(step().last_hidden_state), outputs
+
+    monkeypatch.setattr(graphs, "GRAPH_DEVICES", (DEVICE,))
+    monkeypatch.setattr(graphs, "record", lambda *a: made.append(1) or (record if CUDA else stand_in)(*a))
+    return made
+
+
+def triton_model(**options):
+    model = tiny_model(std=0.1, **{"num_hidden_layers": 1, **options}).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    return model
+
+
+def logits(model, ids, **more):
+    return model(ids, **{"use_cache": False, **more}).logits
+
+
+@torch.no_grad()
+def test_a_repeated_shape_is_recorded_once_and_results_stay(recordings):
+    model = triton_model()
+    batches = [random_ids(2, 5, seed=seed).to(DEVICE) for seed in range(4)]
+    counts, found = [], []
+    for ids in batches:
+        found.append(logits(model, ids))
+        counts.append(len(recordings))
+    assert counts == [0, 0, 1, 1]
+    model.set_kernels_implementation("eager")
+    for ids, result in zip(batches, found, strict=True):
+        torch.testing.assert_close(result, logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_changes_the_model_is_seen(recordings, monkeypatch):
+    """Weights in place or replaced, a number of a module, a module, a hook."""
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
+    before, layer = logits(model, ids), model.model.layers[0]
+    assert len(recordings) == 1
+
+    def is_followed() -> bool:
+        found = logits(model, ids)
+        model.set_kernels_implementation("eager")
+        truth = logits(model, ids)
+        model.set_kernels_implementation("triton")
+        return torch.allclose(found, truth, rtol=1e-4, atol=1e-4) and not torch.allclose(truth, before, rtol=1e-3)
+
+    layer.self_attn.o_proj.weight.mul_(0.5)
+    assert is_followed() and len(recordings) == 1
+    layer.dynamics.dt = 0.7
+    assert is_followed() and len(recordings) == 2
+    layer.self_attn.o_proj.weight = nn.Parameter(torch.eye(64, device=DEVICE))
+    assert is_followed() and len(recordings) == 3
+    layer.input_layernorm = type(layer.input_layernorm)(64, 1e-2).to(DEVICE)
+    assert is_followed() and len(recordings) == 4
+    seen = []
+    layer.mlp.register_forward_hook(lambda *_: seen.append(1))
+    logits(model, ids)
+    assert seen and len(recordings) == 4
+
+
+def test_calls_that_ask_for_more_run_as_they_are(recordings, monkeypatch):
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
+    mask, positions = torch.ones_like(ids), torch.arange(3, device=DEVICE)[None]
+    with torch.no_grad():
+        for more in ({"use_cache": True}, {"attention_mask": mask}, {"position_ids": positions}, {"routing_ids": ids}):
+            logits(model, ids, **more)
+        model(ids, use_cache=False, output_hidden_states=True)
+    model = triton_model()
+    logits(model, ids).sum().backward()
+    with torch.no_grad():
+        logits(model.train(), ids)
+    assert not recordings
+
+
+@torch.no_grad()
+def test_few_graphs_are_kept(recordings, monkeypatch):
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    model = triton_model()
+    for length in (2, 3, 4, 2):
+        logits(model, random_ids(1, length).to(DEVICE))
+    assert len(recordings) == 4 and len(graphs._GRAPHS[model.model].recorded) == 2

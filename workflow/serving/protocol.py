@@ -1,0 +1,194 @@
+"""Requests and responses of OpenAI's API, as far as they are served. Every value is checked here.
+
+A field that is not served is taken only where it asks for nothing, as `n: 1` does. Fields beyond OpenAI's: `top_k`, and
+`experts`, which asks for the expert that each token of the answer took in each layer.
+"""
+
+import math
+import secrets
+import time
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import GenerationConfig
+
+from complexity_deep.workflow.serving.refusal import Refusal
+
+INT64 = 2**63
+COLDEST = 1e-4  # temperatures below it choose the likeliest token, and would divide scores into infinity
+TEXT_TOKENS = 16  # of a text completion that names no number, in OpenAI's API
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Nothing = Literal[False, 0] | Annotated[list[Any], Field(max_length=0)] | None
+NoMapping = Annotated[dict[str, Any], Field(max_length=0)] | None
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]
+
+
+class GenerationRequest(Strict):
+    """What both endpoints take."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=INT64)
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    experts: bool = False
+    user: str | None = None  # taken and not used, as are the next
+    metadata: dict[str, Any] | None = None
+    # Not served:
+    n: Literal[1] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logit_bias: NoMapping = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, defaults: GenerationConfig, vocabulary: int) -> dict:
+        """Options for `Engine.submit`. What the request leaves out is the model's, else OpenAI's (temperature 1)."""
+
+        def chosen(name: str, otherwise):
+            value = getattr(self, name)
+            value = getattr(defaults, name, None) if value is None else value
+            return otherwise if value is None else value
+
+        temperature = float(chosen("temperature", 1.0))
+        if temperature < COLDEST:
+            return {}
+        top_k = int(chosen("top_k", 0))
+        return {
+            "temperature": temperature,
+            "top_k": vocabulary if top_k < 1 else min(top_k, vocabulary),
+            "top_p": float(chosen("top_p", 1.0)),
+            "seed": secrets.randbits(63) if self.seed is None else self.seed,
+        }
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: str | None = None
+
+    def for_template(self) -> dict:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": content} | ({"name": self.name} if self.name else {})
+
+
+class ChatRequest(GenerationRequest):
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    # Not served:
+    logprobs: Nothing = None
+    top_logprobs: Nothing = None
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    store: Literal[False] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TextRequest(GenerationRequest):
+    prompt: str | Annotated[list[int], Field(fail_fast=True)] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    # Not served:
+    logprobs: None = None
+    best_of: Literal[1] | None = None
+    echo: Nothing = None
+    suffix: Literal[""] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        return TEXT_TOKENS if self.max_tokens is None else self.max_tokens
+
+
+Parsed = TypeVar("Parsed", ChatRequest, TextRequest)
+
+
+def parse(kind: type[Parsed], body: bytes) -> Parsed:
+    """The request in `body`. Raises `Refusal` with a sentence about the first value that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> Refusal:
+    found = error.errors(include_url=False, include_context=False)
+    first = found[0]
+    place = [str(step) for step in first["loc"]]
+    if not place:
+        return Refusal(400, f"The body is not a JSON object that can be read: {first['msg']}.", "invalid_json")
+    name, path = place[0], ".".join(place)[:80]
+    if first["type"] == "extra_forbidden":
+        return Refusal(400, f"The field '{path}' is not known here: leave it out.", "unknown_field", path)
+    if first["type"] == "missing":
+        return Refusal(400, f"The field '{path}' is missing.", "missing_field", path)
+    # A field that takes several types has an error for each, and the last step of the path names the type.
+    reasons = dict.fromkeys(one["msg"][:1].lower() + one["msg"][1:] for one in found if one["loc"][0] == name)
+    return Refusal(400, f"The value of '{name}' cannot be used: {', or '.join(reasons)}.", "invalid_value", name)
+
+
+class Reply:
+    """Writes the objects of one answer, whole or in chunks of a stream, in the forms of chat and of text."""
+
+    def __init__(self, request: ChatRequest | TextRequest, id: str, prompt_tokens: int):
+        self.is_chat = isinstance(request, ChatRequest)
+        self.model, self.id, self.prompt_tokens = request.model, id, prompt_tokens
+        self.created = math.floor(time.time())
+
+    def _object(self, choices: list[dict], is_chunk: bool, **more) -> dict:
+        kind = ("chat.completion.chunk" if is_chunk else "chat.completion") if self.is_chat else "text_completion"
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**head, "choices": choices, **more}
+
+    def usage(self, num_tokens: int) -> dict:
+        total = self.prompt_tokens + num_tokens
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": num_tokens, "total_tokens": total}
+
+    def whole(self, text: str, reason: str, num_tokens: int, **more) -> dict:
+        content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
+        return self._object([choice], is_chunk=False, usage=self.usage(num_tokens), **more)
+
+    def chunk(self, text: str | None, reason: str | None = None, is_first: bool = False, **more) -> dict:
+        """A part of the answer; the first of a chat names the role, and the last has a `reason` and no text."""
+        delta = ({"role": "assistant"} if is_first else {}) | ({} if text is None else {"content": text})
+        content = {"delta": delta} if self.is_chat else {"text": text or ""}
+        return self._object([{"index": 0, **content, "logprobs": None, "finish_reason": reason}], is_chunk=True, **more)
+
+    def usage_chunk(self, num_tokens: int) -> dict:
+        return self._object([], is_chunk=True, usage=self.usage(num_tokens))
