@@ -8,10 +8,10 @@ Writes analysis.json (every number), one PNG per figure and analysis.html (one f
 Everything is measured on an untrained model too: the same config, fresh weights by the same initializer, the same text
 and routing table. Text that the model was not trained on is best.
 
-The verdict rests on the weights. A matrix of independent random entries has a largest singular value that is known to
-within a narrow law (Tracy-Widom) whatever the scale of the entries, so weight decay or another initializer_range do not
-disturb it; a gradient adds directions that stand far above it. What the loss does without the experts, with every
-token sent to the next expert, and with random experts in their place says whether the model relies on them.
+The verdict rests on the weights. The largest singular value of a matrix of independent random entries is known within
+narrow bounds (the Tracy-Widom law). They hold for entries of any scale, so weight decay and initializer_range do not
+matter. Training adds directions whose singular values lie far above. Whether the model relies on its experts is read
+off the loss: without them, with every token sent to the next expert, and with random experts in their place.
 """
 
 import argparse

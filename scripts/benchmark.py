@@ -7,7 +7,7 @@
 
 The peers are Qwen3-MoE and Llama of the same shape (Llama as wide as all experts together), from transformers. Prints a
 markdown table for people and one JSON line last; adds rows to benchmarks/results.csv with device, versions and commit,
-and draws the charts beside it. The kernel tests run first on a CUDA device: no figure is reported on red.
+and draws the charts beside it. On a CUDA device the kernel tests run first, and nothing is measured if one fails.
 """
 
 import argparse

@@ -5,9 +5,9 @@
     python scripts/export_to_hub.py path/to/published --tokenizer runs/tokenizer --repo-id user/model --language en
 
 MODEL is a folder that pretrain.py or sft.py wrote, with what evaluate.py and analyze.py left in it, or a folder in the
-layout of the published package, which is converted. The new folder gets its name only after it loaded, and every Python
-snippet of its card ran, in processes that cannot see this package, from a copy of the Hub's cache. --push then uploads
-it, to a private repository unless --public is given, and tags the revision that the card pins.
+layout of the published package, which is converted. The new folder is tried in a process without this package: it has
+to load, and every Python snippet of its card has to run. Only then does it get its name. --push uploads it, to a
+private repository unless --public is given, and tags the revision that the card pins.
 """
 
 import argparse

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from complexity_deep.workflow.command import ArgumentParser, InputError, at_least, needs, one_line, run_script
+from complexity_deep.workflow.command import ArgumentParser, at_least, needs, run_script
 from complexity_deep.workflow.flops import total_parameters
+from complexity_deep.workflow.saved_model import NAME_ONE, load_model, load_tokenizer_of
 
 with needs("serve"):
     from transformers.utils import logging as transformers_logging
 
-    from complexity_deep.workflow.publishing.run_folder import load, weights_folder
+    from complexity_deep.workflow.publishing.run_folder import weights_folder
     from complexity_deep.workflow.serving.app import Service
     from complexity_deep.workflow.serving.engine import Engine
     from complexity_deep.workflow.serving.server import listen, log, read_key, serve, start_log
@@ -52,11 +53,9 @@ def main(args: argparse.Namespace) -> None:
     key = read_key(args.api_key_file)
     listener = listen(args.host, args.port)  # before the model, which takes its time
     folder = Path(args.model)
-    model, tokenizer = load(weights_folder(folder) if folder.is_dir() else args.model, args.tokenizer)
-    try:
-        model.to(args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device '{args.device}' cannot be used: {one_line(error)}") from error
+    weights = weights_folder(folder) if folder.is_dir() else args.model
+    model = load_model(weights, args.device, dtype="auto")
+    tokenizer = load_tokenizer_of(model, args.tokenizer or weights, NAME_ONE)
     name = folder.resolve().name if folder.is_dir() else args.model
     engine = Engine(model, args.max_running, args.max_waiting, args.cache_tokens)
     log.info(

@@ -95,7 +95,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is anything of that name; other than `Path.exists`, a name that cannot be raises its error."""
+    """Whether anything has that name. A name that no file can have raises an error, which `Path.exists` hides."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -181,7 +181,7 @@ def benchmark_generate(
 
 
 def graph_replays(model, ids: torch.Tensor, new_tokens: int, repeats: int) -> list[float]:
-    """Milliseconds of one decode step as a CUDA graph, without the library's loop; reading the weights bounds it."""
+    """Milliseconds of one decode step as a CUDA graph, without the library's loop around it."""
     prompt = ids.shape[1]
     length = prompt + new_tokens
     cache = StaticCache(config=model.config, max_cache_len=length)

@@ -73,7 +73,7 @@ class Runner:
         sender.close()
         try:
             result = receiver.recv()
-        except EOFError:  # it was killed, or crashed below Python
+        except EOFError:  # it was killed, or crashed in compiled code
             process.join()
             result = {"status": "failed", "reason": f"the process ended with exit code {process.exitcode}"}
         process.join()

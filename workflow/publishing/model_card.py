@@ -61,7 +61,7 @@ def copy_figures(run: Run, folder: Path) -> dict[str, dict[str, str]]:
 
 
 def not_supported() -> list[str]:
-    """What does not run, but for the layouts of checkpoints: a card is about a single one."""
+    """What does not work, without the layouts that do not load: a card is about one checkpoint, which loads."""
     points = yaml.safe_load(NOT_SUPPORTED.read_text(encoding="utf-8"))
     return [point["text"] for point in points if point["on_cards"]]
 

@@ -1,4 +1,4 @@
-"""The folder that is exported: its weights, its tokenizer and their licence."""
+"""The folder that is exported: where its weights are, which layout they have, and their licence."""
 
 from pathlib import Path
 

@@ -38,7 +38,8 @@ class PretrainTrainer(ResumableTrainerMixin, ShardedModelMixin, Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
             device=self.args.device,
-            # Its own, because a starting loader draws from it, and a resumed run starts its loader once more.
+            # A loader draws a number when it starts, and a resumed run starts it once more. That must not move
+            # the global generator, from which dropout draws.
             generator=torch.Generator(),
         )
         return self.progress.loader
