@@ -28,7 +28,7 @@ def perplexity_scores(nll, tokens, total_bytes: int | None = None) -> dict[str, 
     """
     nll, tokens = np.asarray(nll, dtype=np.float64), np.asarray(tokens, dtype=np.int64)
     mean = float(nll.sum() / tokens.sum())
-    # Documents are independent of each other, their tokens are not. So it is the error of a ratio of sums over documents.
+    # Documents are independent of each other, but their tokens are not: the error of a ratio of sums over documents.
     documents, residuals = len(nll), nll - mean * tokens
     stderr = None
     if documents > 1:
