@@ -44,7 +44,7 @@ try:
     from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
     from .kernels.routing_plan import MAX_ROUTED, mu_route
     from .kernels.routing_plan import routing_plan as triton_routing_plan
-    from .kernels.token_routed_gemm import token_routed_mlp
+    from .kernels.token_routed_gemm import token_classes, token_routed_mlp
 except ImportError:  # Triton is not installed, and "eager" is all there is
     TRITON_DEVICES: tuple[str, ...] = ()
 else:
@@ -60,7 +60,7 @@ logger = logging.get_logger(__name__)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "mu_to_q", "mu_to_k", "mu_to_v")
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
-_COMPILED_AHEAD = weakref.WeakKeyDictionary()  # first layer of a model -> the kinds of calls it has kernels for
+_COMPILED_AHEAD = weakref.WeakKeyDictionary()  # first layer of a model -> kind of call -> numbers of tokens
 
 # kernels_implementation -> name of a marked method -> the function that stands in for it.
 ACCELERATED: dict[str, dict[str, Callable]] = {"eager": {}}
@@ -326,30 +326,34 @@ def _decode_heads(
 
 
 def _compile_ahead(layer: nn.Module, hidden_states: Tensor) -> None:
-    """Compile the kernels of a model at its first call, all at once, because one after another takes many seconds.
+    """Compile the kernels of a model together before its first call, as one after another takes many seconds.
 
-    They are those of every number of tokens, so that rows of another length find theirs compiled.
+    They are those of this number of tokens and of a decode step. The first call with a number of tokens that takes
+    other kernels compiles those of all numbers, so that rows of any further length find theirs compiled.
     """
     if hidden_states.device.type != "cuda" or not _runs_on_triton(hidden_states):
         return
-    rows = hidden_states.shape[0]
-    kind = hidden_states.dtype, torch.is_autocast_enabled("cuda"), hidden_states.device.index
-    kind += (None,) if torch.is_grad_enabled() else (rows,)
-    done = _COMPILED_AHEAD.setdefault(layer, set())
-    if kind in done or torch.cuda.is_current_stream_capturing():
+    rows, length, trains = *hidden_states.shape[:2], torch.is_grad_enabled()
+    experts = layer.config.num_experts
+    counts = token_classes(experts)
+    here = [count for count in counts if count <= rows * length][-1:]
+    kind = hidden_states.dtype, torch.is_autocast_enabled("cuda"), hidden_states.device.index, trains, trains or rows
+    done = _COMPILED_AHEAD.setdefault(layer, {}).setdefault(kind, [])
+    is_known = bool(done) and all(count in done for count in here)
+    if is_known or torch.cuda.is_current_stream_capturing():
         return
-    done.add(kind)
-    experts = getattr(layer.mlp, "experts", None)
-    takes_experts = experts is not None and layer.config._experts_implementation == "cggr"
+    missing = [count for count in counts if count not in done] if done else here
     compile_layer_kernels(
         layer.config,
-        rows,
+        missing,
+        0 if trains or done else rows,
         hidden_states.dtype,
         torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden_states.dtype,
         hidden_states.device,
-        trains=torch.is_grad_enabled(),
-        experts=takes_experts,
+        trains=trains,
+        experts=hasattr(layer.mlp, "experts") and layer.config._experts_implementation == "cggr",
     )
+    done += [0, *missing]  # never empty again
 
 
 def _takes_layer_tail(layer: nn.Module, hidden_states: Tensor) -> bool:

@@ -15,7 +15,7 @@ from .kernel_launch import compiling_ahead
 from .layer_tail import MAX_HIDDEN, _add_norm, _add_norm_backward
 from .mu_guided_qkv import _mu_guided_qkv, _qk_norm_rope, _qk_norm_rope_backward
 from .routing_plan import MAX_ROUTED, mu_route, routing_plan
-from .token_routed_gemm import token_classes, token_routed_mlp_backward, token_routed_mlp_forward
+from .token_routed_gemm import token_routed_mlp_backward, token_routed_mlp_forward
 
 
 class _Layer:
@@ -132,29 +132,35 @@ class _Layer:
 
 
 def compile_layer_kernels(
-    config, rows: int, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device, trains: bool, experts: bool
+    config,
+    counts: list[int],
+    rows: int,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    trains: bool,
+    experts: bool,
 ) -> None:
-    """Compile what the layers of a model will launch: for every number of tokens, and to decode.
+    """Compile what the layers of a model will launch.
 
     Args:
-        config: a ComplexityDeepConfig. rows: of the batch that is to be decoded.
+        config: a ComplexityDeepConfig. counts: numbers of tokens. rows: of a batch that is to be decoded, or 0.
         dtype: of the residual stream. compute_dtype: that of autocast, where it is on, else `dtype`. device: CUDA.
         trains: whether with gradients, and then without decoding. experts: whether the experts run on these kernels.
     """
     layer = _Layer(config, dtype, compute_dtype)
     has_dynamics = config.use_dynamics and layer.controller <= MAX_CONTROLLER
-    counts = token_classes(layer.experts)
     with torch.cuda.device(device), torch.no_grad(), compiling_ahead():
         if layer.hidden <= MAX_HIDDEN:
             layer.norm(trains)
-        for tokens in counts if trains else [*counts, rows]:
+        for tokens in [*counts, rows] if rows else counts:
             layer.attention(tokens, trains)
             if has_dynamics:
                 layer.dynamics(tokens, trains)
             if experts:
                 layer.route(tokens)
                 layer.experts_of(tokens, trains)
-        if not trains:
+        if rows:
             layer.decode_attention(rows)
             if rows <= MAX_ROWS and experts and has_dynamics:
                 layer.decode(rows)

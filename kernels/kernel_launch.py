@@ -140,9 +140,13 @@ class Kernel:
         key = tuple(key)
         found = self.compiled.get(key)
         if _AHEAD.pool is not None:
-            if found is None and (self, key) not in _AHEAD.jobs:
+            # Of an argument's number, Triton compiles for whether it is 1 or a multiple of 16, or for nothing at all.
+            first = 1 + len(constants)
+            numbers = [(x == 1, x % 16 == 0) if type(x) is int else type(x) is float or x for x in key[first:]]
+            name = self, *key[:first], *numbers
+            if found is None and name not in _AHEAD.jobs:
                 self.jit.device_caches[device]  # a dictionary that makes its entries: not from several threads at once
-                _AHEAD.jobs[self, key] = _AHEAD.pool.submit(self._compile, device, grid, args, constants)
+                _AHEAD.jobs[name] = _AHEAD.pool.submit(self._compile, device, grid, args, constants)
         elif found is None or pointers % 16:
             kernel = self.jit[grid](*args, **constants)
             if pointers % 16 == 0:
