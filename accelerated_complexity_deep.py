@@ -60,7 +60,9 @@ logger = logging.get_logger(__name__)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "mu_to_q", "mu_to_k", "mu_to_v")
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
-_COMPILED_AHEAD = weakref.WeakKeyDictionary()  # first layer of a model -> kind of call -> numbers of tokens
+_COMPILED_AHEAD: weakref.WeakKeyDictionary = (
+    weakref.WeakKeyDictionary()
+)  # first layer of a model -> kind of call -> numbers of tokens
 
 # kernels_implementation -> name of a marked method -> the function that stands in for it.
 ACCELERATED: dict[str, dict[str, Callable]] = {"eager": {}}
@@ -333,7 +335,7 @@ def _compile_ahead(layer: nn.Module, hidden_states: Tensor) -> None:
     """
     if hidden_states.device.type != "cuda" or not _runs_on_triton(hidden_states):
         return
-    rows, length, trains = *hidden_states.shape[:2], torch.is_grad_enabled()
+    (rows, length), trains = hidden_states.shape[:2], torch.is_grad_enabled()
     experts = layer.config.num_experts
     counts = token_classes(experts)
     here = [count for count in counts if count <= rows * length][-1:]
@@ -485,7 +487,7 @@ def triton_mlp(
     ):
         return plain(mlp, hidden_states, mu, expert_ids, routing_plan)
     chosen = expert_ids.reshape(-1)
-    if router is not None:
+    if router is not None and mu is not None:
         is_plain = is_unhooked(router) and type(router).__module__ == origin and not router.learns
         if not is_plain or router.num_experts > MAX_ROUTED:
             return plain(mlp, hidden_states, mu, expert_ids, routing_plan)

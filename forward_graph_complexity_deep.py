@@ -22,7 +22,7 @@ from .kernels.op_registration import is_ordinary
 CALLS_BEFORE = 2  # calls of a shape that run as they are; the second has all kernels compiled
 MAX_TOKENS = 8192  # with more, the GPU takes longer than the host
 MAX_GRAPHS = 4  # of a model; the one that was not used for longest makes room
-_GRAPHS = weakref.WeakKeyDictionary()  # model -> its graphs
+_GRAPHS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its graphs
 _LOCK = threading.Lock()
 
 
@@ -67,10 +67,9 @@ def _settings(module: nn.Module) -> list:
     return [value for value in module.__dict__.values() if type(value) in (int, float, bool, str)]
 
 
-def _takes_graph(model: nn.Module, input_ids: Tensor | None) -> bool:
+def _takes_graph(model: nn.Module, input_ids: Tensor) -> bool:
     return (
-        isinstance(input_ids, Tensor)
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and input_ids.device.type in GRAPH_DEVICES
         and input_ids.ndim == 2
@@ -97,7 +96,7 @@ def _has_room(model: nn.Module, tokens: int, device: torch.device) -> bool:
 def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None = None, *args, **kwargs):
     """The forward of the base model: replayed for ids [B, S] alone, without gradient, whose shape was seen before."""
     asked = [value for name, value in kwargs.items() if value is not None and not (name == "use_cache" and not value)]
-    if args or asked or kwargs.get("use_cache") is None or not _takes_graph(model, input_ids):
+    if args or asked or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, input_ids):
         return plain(model, input_ids, *args, **kwargs)
     key = input_ids.shape, input_ids.dtype, input_ids.device, torch.is_inference_mode_enabled()
     with _LOCK:

@@ -145,9 +145,9 @@ class _LayerTail(torch.autograd.Function):
             dy.to(h.dtype), x_sorted, gate_up, *experts, order, offsets, activation, True, *needs[11:13]
         )
         dx, dnorm = _add_norm_backward(dnormed, dy, total, norm_weight, rstd)
-        grads = dx.to(h.dtype), dvelocity, dguidance, dhighway, None
+        above = dx.to(h.dtype), dvelocity, dguidance, dhighway, None
         saved = h, velocity, mu, z_pre, z, *dynamics[1:3], *dynamics[4:]
-        dh, dv, dr, *dweights = _inl_dynamics_block_backward(*grads, *saved, dt, ctx.has_highway)
+        dh, dv, dr, *dweights = _inl_dynamics_block_backward(*above, *saved, dt, ctx.has_highway)
         dexperts = [grad if need else None for grad, need in zip((dgate_up, ddown), needs[11:13])]
         return dx, dh, dv, dr if ctx.has_highway else None, *dweights, dnorm, *dexperts, None, None, None, None
 
@@ -156,11 +156,12 @@ def _second_order(ctx, x, h, velocity, weights, order, offsets, grads) -> list[T
     dt, eps, _, activation = ctx.settings
 
     def plain(x, h, velocity, highway, *weights):
-        dynamics, norm_weight, experts = weights[:6], weights[6], weights[7:]
-        h, velocity, guidance, highway, _ = inl_dynamics_block_reference(h, velocity, highway, *dynamics, dt)
+        *dynamics, norm_weight, gate_up, down = weights
+        states = inl_dynamics_block_reference(h, velocity, highway, *dynamics, dt)  # type: ignore[call-arg]
+        h, velocity, guidance, highway, _ = states
         x = x + h
         normed = F.rms_norm(x, norm_weight.shape, norm_weight.to(x.dtype), eps).to(h.dtype)
-        out = token_routed_mlp_reference(normed.flatten(0, -2), *experts, order, offsets, activation)
+        out = token_routed_mlp_reference(normed.flatten(0, -2), gate_up, down, order, offsets, activation)
         return x + out.view_as(x), velocity, guidance, highway
 
     # The highway is not saved. Everything is linear in it, so that zeros in its place give the same gradients.

@@ -17,6 +17,8 @@ fp32 and rounds once. Saved for backward: the views of q and k; the norm is reco
 weights grow in registers and are summed over programs in a fixed order (no atomics).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -479,7 +481,7 @@ def qk_norm_rope(
     return _qk_norm_rope(query, key, query_weight, key_weight, cos, sin, eps)
 
 
-def mu_guided_qkv(x: Tensor, guidance: Tensor | None, weights: tuple[Tensor, ...]) -> Tensor:
+def mu_guided_qkv(x: Tensor, guidance: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
     """[x ‖ guidance] times the six projections.
 
     Args:
