@@ -1,0 +1,95 @@
+"""Kernels compiled together before the first call: which, for which numbers of tokens, and how often."""
+
+import contextlib
+import itertools
+import sys
+from collections import Counter, defaultdict
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from complexity_deep import accelerated_complexity_deep as accelerated
+from support import tiny_config, tiny_model
+
+pytest.importorskip("triton")
+from complexity_deep.kernels import kernel_launch
+from complexity_deep.kernels.first_call import compile_layer_kernels
+from complexity_deep.kernels.token_routed_gemm import token_classes
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[str]:
+    """Names of the kernels that a GPU like Hopper would have compiled."""
+    names = []
+
+    class Pool(contextlib.nullcontext):
+        def submit(self, function, *args):
+            names.append(function.__self__.__name__)
+            done = Future()
+            done.set_result(None)
+            return done
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("complexity_deep.kernels.")]:
+        for kernel in [value for value in vars(module).values() if isinstance(value, kernel_launch.Kernel)]:
+            monkeypatch.setattr(kernel, "is_interpreted", False)
+            monkeypatch.setattr(kernel, "jit", SimpleNamespace(device_caches=defaultdict(list)))
+    monkeypatch.setattr(kernel_launch, "ThreadPoolExecutor", lambda workers: Pool(Pool()))
+    monkeypatch.setattr(kernel_launch, "_current_device", lambda: 0)
+    monkeypatch.setattr(kernel_launch, "_cuda_properties", lambda device: (132, 9))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return names
+
+
+def compile_for(counts, rows=0, trains=False, **options) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "dynamics_controller_hidden": 64}
+    arguments = counts, rows, torch.bfloat16, torch.bfloat16, torch.device("cuda", 0)
+    compile_layer_kernels(tiny_config(**sizes | options), *arguments, trains=trains, experts=True)
+
+
+def test_a_training_step_has_its_kernels_and_no_more(compiled):
+    compile_for([2048], trains=True)
+    counts = Counter(compiled)
+    assert counts["gate_up_bwd_kernel"] == counts["weight_grad_bwd_kernel"] == counts["gate_up_fwd_kernel"] == 1
+    assert counts["inl_dynamics_bwd_kernel"] == 3  # first, inner and last layer
+    assert not any("decode" in name for name in counts)
+    one, both = len(compiled), token_classes(4)
+    compiled.clear()
+    compile_for(both, trains=True)
+    assert one < len(compiled) < one * len(both)  # what does not depend on the number of tokens is compiled once
+
+
+def test_generation_has_the_kernels_of_the_prompt_and_of_a_step(compiled):
+    compile_for([33], rows=1)
+    assert {"decode_qkv_kernel", "decode_down_kernel", "decode_attention_kernel", "join_parts_kernel"} <= {*compiled}
+    compiled.clear()
+    compile_for([33], rows=8)
+    assert "decode_attention_kernel" in compiled and "decode_qkv_kernel" not in compiled
+    for options in ({"use_mu_routing": False}, {"use_qk_norm": False}, {"use_dynamics": False}):
+        compile_for([33, 2048], rows=2, **options)
+
+
+def test_another_length_compiles_the_rest_once(monkeypatch):
+    """The first call compiles for itself, the first that takes other kernels for all; then nothing is compiled."""
+    asked = []
+    monkeypatch.setattr(
+        accelerated, "compile_layer_kernels", lambda config, counts, rows, *_, **__: asked.append((counts, rows))
+    )
+    monkeypatch.setattr(accelerated, "TRITON_DEVICES", ("cuda",))
+    layer, counts = tiny_model().model.layers[0], token_classes(4)
+
+    def call(rows, length):
+        states = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(rows, length, 64))
+        accelerated._compile_ahead(layer, states)
+        return len(asked)
+
+    with torch.enable_grad():
+        assert [call(4, 300), call(4, 301), call(1, 1200)] == [1, 1, 1]
+        assert asked[0] == ([1028], 0)
+        assert call(4, 100) == 2 and asked[1] == ([count for count in counts if count != 1028], 0)
+        assert [call(rows, length) for rows, length in itertools.product((1, 4, 64), (64, 600, 1023))] == [2] * 9
+    with torch.no_grad():
+        assert call(2, 50) == 3 and asked[2] == ([68], 2)
+        assert [call(2, 1), call(2, 60)] == [3, 3]  # a step of the same rows
+        assert call(1, 700) == 4 and asked[3] == ([512], 1)
