@@ -49,8 +49,7 @@ def run_plans(args: argparse.Namespace) -> None:
     for plan in args.plan:
         rows = read_rows(results.path)
         length = {"tokens": args.tokens} if args.tokens else {}
-        runs += [finish({**run, **length}, args.smoke) for run in expand(Path(plan), rows, data)]
-    runs = [run for run in runs if not args.only or run["variant"] in args.only]
+        runs += [finish({**run, **length}, args.smoke) for run in expand(Path(plan), rows, data, args.only)]
     runs = [run for run in runs if args.seeds is None or run["seed"] in args.seeds]
     missing = missing_of(runs, [] if args.repeat else read_rows(results.path))
     gpus = [str(index) for index in range(torch.cuda.device_count())] or [""]

@@ -15,7 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.evidence import ablation_data, ablation_report, ablation_run
-from complexity_deep.workflow.evidence.ablation_plan import PlanError, expand, finish, identity, missing_of
+from complexity_deep.workflow.evidence.ablation_plan import (
+    PlanError,
+    expand,
+    finish,
+    identity,
+    missing_of,
+    newest_speeds,
+)
 from complexity_deep.workflow.evidence.ablation_results import FIELDS, Results, read_rows
 from complexity_deep.workflow.evidence.ablation_runner import Runner
 from support import REPOSITORY
@@ -34,6 +41,7 @@ def swept(variant, rate, loss, plan="learning_rates", speed=1000, status="ok"):
         "learning_rate": rate,
         "held_out_edu": loss,
         "tokens_per_second": speed,
+        "commit": "new",
     }
 
 
@@ -87,11 +95,19 @@ def test_a_family_takes_the_best_rate_of_its_sweep():
 
 def test_equal_seconds_gives_the_slower_model_fewer_tokens():
     speeds = [swept("dense_active", 1e-3, 3.0, "speed", 1000), swept("shared_64", 1e-3, 3.0, "speed", 700)]
-    with pytest.raises(PlanError, match="The speed of 'shared_64_layers_values' is not measured yet"):
+    with pytest.raises(PlanError, match="The speed of 'shared_64_layers_values' is not measured by the newest code"):
         expand(PLANS / "equal_seconds.yaml", all_swept() + speeds, DATA)
     others = [swept(name, 1e-3, 3.0, "speed", 500) for name in ("shared_64_layers_values", "shared_64_values", "v0")]
     others.append(swept("shared_64_layers", 1e-3, 3.0, "speed", 500))
-    speeds.insert(0, swept("shared_64", 1e-3, 3.0, "speed", 100))  # measured again since
+    earlier = {"commit": "old", "tokens_per_second": 100}
+    speeds.insert(0, speeds[1] | earlier)  # measured again since
+    assert newest_speeds(speeds) == {"dense_active": 1000, "shared_64": 700}
+    with pytest.raises(PlanError, match="'shared_64' is not measured by the newest code"):
+        expand(PLANS / "equal_seconds.yaml", [*all_swept(), speeds[0], speeds[1]], DATA, ["shared_64"])
+    (run, *_) = expand(
+        PLANS / "equal_seconds.yaml", all_swept() + speeds, DATA, ["shared_64"]
+    )  # asks for no other speed
+    assert run["variant"] == "shared_64"
     runs = expand(PLANS / "equal_seconds.yaml", all_swept() + speeds + others, DATA)
     assert next(run for run in runs if run["variant"] == "shared_64")["tokens"] == pytest.approx(0.7e8)
 
@@ -362,6 +378,7 @@ def finished(variant, seed, edu, plan="headline", **changes):
     row = {name: None for name in FIELDS}
     row |= {"variant": variant, "seed": seed, "size": "30m", "status": "ok", "plan": plan, "learning_rate": 1e-3}
     row |= {"held_out_edu": edu, "held_out_books": edu + 1, "parameters": 2e6, "active_parameters": 1e6, "tokens": 1e8}
+    row |= {"data": "first", "commit": "new"}
     row |= {"curve": [[t, edu + 1 / t, edu + 1] for t in range(1, 9)], "device": "H100", "versions": "torch"}
     return row | {"spikes": 0, "max_grad_norm": 1.0} | changes
 
@@ -392,6 +409,21 @@ def test_report_of_known_runs(page, tmp_path):
     assert "10 runs: 1 failed, 9 ok" in text and "9.9" not in text
     for name in ("curves.png", "differences.png"):
         assert (tmp_path / "evidence" / name).stat().st_size > 10_000
+
+
+def test_losses_of_other_token_files_are_not_compared(page):
+    """The difference is that of the token files with most seeds, for each comparison; every table names its own."""
+    dense = [finished("dense_active", seed, 3.2 + 0.01 * seed) for seed in range(3)]
+    shared = [finished("shared_64", seed, 3.0 + 0.01 * seed) for seed in range(3)]
+    other = [finished("dense_active", seed, 5.0, data="second") for seed in range(2)]
+    other += [
+        finished("shared_64", 0, 4.9, data="second"),
+        finished("shared_64", 0, 4.5, "equal_seconds", data="second"),
+    ]
+    text = page([*dense, *shared, *other])
+    assert "-0.200 (95 %: -0.223 to -0.177) at equal tokens on educational text" in text
+    assert "-0.500 (one seed) at equal seconds on educational text" in text
+    assert "At equal tokens, token files second" in text and "| 4.9000 | 5.9000 | -0.100 | -0.100 |" in text
 
 
 def test_report_says_first_when_the_goal_is_not_reached_or_not_decided(page):

@@ -157,9 +157,10 @@ USERS = {  # row of the table `users` -> its label
     "1.5b forward 1x128": "forward, 1 x 128 tokens",
     "1.5b forward 1x2048": "forward, 1 x 2,048",
     "1.5b forward 8x2048": "forward, 8 x 2,048",
-    "1.5b train 1x2048, eager": "training step, 1 x 2,048",
-    "1.5b train 8x2048, eager": "training step, 8 x 2,048",
+    "1.5b generate_batch, 128 requests of 16..511, 128 new tokens": "continuous batching",
+    "1.5b train 4x64..1023, 0 kernels compiled after step 8": "training, changing lengths",
     "1.5b first generate, nothing compiled": "first generate of a process",
+    "1.5b first training step, nothing compiled": "first training step",
 }
 
 

@@ -59,9 +59,12 @@ def forward_rows(shape: str, name: str, config, repeats: int) -> list[dict]:
         ids = zipf_ids(config.vocab_size, batch, length, device="cuda")
         times = timed(lambda ids=ids: model(ids, use_cache=False), 2 * repeats, "cuda")
         rows.append(measured_row("users", f"{shape} forward {batch}x{length}", name, times, batch * length))
-    ids, layers = zipf_ids(config.vocab_size, 1, 64, device="cuda"), config.num_hidden_layers
-    times = [took / layers for took in host_times(lambda: model(ids, use_cache=False), 5 * repeats)]
-    rows.append(measured_row("users", f"{shape} host time of a layer, forward", name, times, 64))
+    count = 5 * repeats
+    new = iter([zipf_ids(config.vocab_size, 1, 100 + index, device="cuda") for index in range(2 * count + 6)])
+    times = timed(lambda: model(next(new), use_cache=False), count, "cuda", warmup=3)
+    rows.append(measured_row("users", f"{shape} forward 1x100 and on, each length once", name, times, 100 + count // 2))
+    times = [took / config.num_hidden_layers for took in host_times(lambda: model(next(new), use_cache=False), count)]
+    rows.append(measured_row("users", f"{shape} host time of a layer, each length once", name, times, 100 + count))
     return rows
 
 

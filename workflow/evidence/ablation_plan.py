@@ -23,8 +23,10 @@ def read_yaml(path: Path) -> dict:
         raise PlanError(f"'{path}' is not a readable YAML file ({error}).") from None
 
 
-def expand(plan_path: Path, rows: list[dict], data: dict) -> list[dict]:
+def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None = None) -> list[dict]:
     """The runs of a plan, seed by seed; `rows` are those of runs.csv and `data` the contents of data.json.
+
+    `only` names the variants that are asked for, None for all.
 
     Raises `PlanError` for an unknown variant, and for a plan that needs runs which runs.csv does not have yet.
     """
@@ -38,6 +40,8 @@ def expand(plan_path: Path, rows: list[dict], data: dict) -> list[dict]:
     runs = []
     for seed in plan["seeds"]:
         for name in plan["variants"]:
+            if only and name not in only:
+                continue  # before its rate and its speed are looked up
             variant = base["variants"][name]
             rates = plan["learning_rates"]
             if rates == "swept":
@@ -76,11 +80,17 @@ def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
 
 
 def speed(variant: str, rows: list[dict]) -> float:
-    """Tokens a second of a variant that had its GPU to itself, as last measured."""
-    measured = [row["tokens_per_second"] for row in rows if row["plan"] == "speed" and row["variant"] == variant]
-    if not measured:
-        raise PlanError(f"The speed of '{variant}' is not measured yet: run speed.yaml first.")
-    return measured[-1]
+    """Tokens a second of a variant that had its GPU to itself, by the code that was measured last."""
+    measured = newest_speeds(rows)
+    if variant not in measured:
+        raise PlanError(f"The speed of '{variant}' is not measured by the newest code: run speed.yaml first.")
+    return measured[variant]
+
+
+def newest_speeds(rows: list[dict]) -> dict[str, float]:
+    """Tokens a second by variant, of the commit that speed.yaml was last run with: others do not compare."""
+    rows = [row for row in rows if row["plan"] == "speed" and row["status"] == "ok"]
+    return {row["variant"]: row["tokens_per_second"] for row in rows if row["commit"] == rows[-1]["commit"]}
 
 
 def finish(run: dict, smoke: bool) -> dict:

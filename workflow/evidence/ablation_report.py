@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from scipy import stats
 
 from complexity_deep.workflow.charts import subplots, write_figure
+from complexity_deep.workflow.evidence.ablation_plan import newest_speeds
 from complexity_deep.workflow.markdown_table import table
 
 CONFIDENCE = 0.95
@@ -94,19 +95,30 @@ def variant_table(runs: dict[str, list[dict]], reference: list[dict], speeds: di
 
 
 def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates: list[str]) -> list[str]:
-    """The first paragraph: whether the goal is reached by the best candidate, and its figures."""
-    present = [name for name in candidates if name in equal_tokens]
-    if not present or reference not in equal_tokens:
+    """The first paragraph: whether the goal is reached by the best candidate, and its figures.
+
+    `equal_tokens` and `equal_seconds`: id of token files -> variant -> runs. Losses compare within one id only, so that
+    each difference is that of the id with most seeds.
+    """
+    present = {data: [name for name in candidates if name in runs] for data, runs in equal_tokens.items()}
+    data = max(present, key=lambda data: len(present[data]), default="")
+    if not present.get(data) or reference not in equal_tokens[data]:
         return ["**The goal is not decided yet**: the headline has no finished runs."]
-    best = min(present, key=lambda name: statistics.mean(column(equal_tokens[name], "held_out_edu")))
+    best = min(present[data], key=lambda name: statistics.mean(column(equal_tokens[data][name], "held_out_edu")))
     parts, is_reached, is_known = [], True, True
     for what, runs in (("equal tokens", equal_tokens), ("equal seconds", equal_seconds)):
-        if best not in runs:
+        pairs = [
+            (runs[data][best], equal_tokens[data][reference])
+            for data in runs
+            if best in runs[data] and reference in equal_tokens.get(data, {})
+        ]
+        if not pairs:
             parts.append(f"at {what} there are no finished runs")
             is_known = False
             continue
+        found, others = max(pairs, key=lambda pair: min(map(len, pair)))
         for name, text in TEXTS.items():
-            mean, bounds = difference(column(runs[best], name), column(equal_tokens[reference], name))
+            mean, bounds = difference(column(found, name), column(others, name))
             is_known &= bounds is not None
             is_reached &= bounds is not None and mean <= GOALS[what] and bounds[1] <= UPPER_BOUND
             ends = f" (95 %: {bounds[0]:+.3f} to {bounds[1]:+.3f})" if bounds else " (one seed)"
@@ -186,34 +198,41 @@ def stability_table(rows: list[dict]) -> list[str]:
     return table(header, lines)
 
 
+def by_data(rows: list[dict], plans: tuple[str, ...]) -> dict[str, dict[str, list[dict]]]:
+    """`group` of each id of token files that has finished runs of the plans."""
+    ids = dict.fromkeys(row["data"] for row in rows)
+    grouped = {data: group([row for row in rows if row["data"] == data], plans) for data in ids}
+    return {data: runs for data, runs in grouped.items() if runs}
+
+
 def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     """Write the figures into `output` and the page beside it; returns what was written."""
     base = yaml.safe_load(Path(recipes, "30m.yaml").read_text())
+    name = base["reference"]
     rows = [row for row in rows if row["size"] == base["size"]]
-    equal_tokens, equal_seconds = group(rows, EQUAL_TOKENS), group(rows, EQUAL_SECONDS)
-    reference = equal_tokens.get(base["reference"], [])
-    speeds = {name: rows[0]["tokens_per_second"] for name, rows in group(rows, ("speed",)).items()}
-    headline = group(rows, ("headline",))
-    lines = ["# Evidence", "", *verdict(equal_tokens, equal_seconds, base["reference"], base["candidates"]), ""]
+    equal_tokens, equal_seconds = by_data(rows, EQUAL_TOKENS), by_data(rows, EQUAL_SECONDS)
+    speeds = newest_speeds(rows)
+    lines = ["# Evidence", "", *verdict(equal_tokens, equal_seconds, name, base["candidates"]), ""]
     lines += [
-        f"Written by `python scripts/ablate.py report` from [runs.csv]({output.name}/runs.csv); the plan, which is"
+        f"Written by `python scripts/ablate.py report` from [runs.csv]({output.name}/runs.csv); the plan, which is",
+        f"older than the runs, is [plan.md]({output.name}/plan.md). Means ± standard errors, 95 % intervals in",
+        "brackets. `shifted experts` is the loss with each token sent to the next expert, `norm` the growth of the",
+        "experts' norms (1 where they were not trained). Losses compare within one set of token files only.",
+        "",
     ]
-    lines += [f"older than the runs, is [plan.md]({output.name}/plan.md). Means ± standard errors, 95 % intervals in"]
-    lines += [
-        "brackets. `shifted experts` is the loss with each token sent to the next expert, `norm` the growth of the"
-    ]
-    lines += ["experts' norms (1 where they were not trained).", ""]
+    for title, found in (("At equal tokens", equal_tokens), (f"At the seconds of {name}", equal_seconds)):
+        for data, runs in found.items():
+            reference = equal_tokens.get(data, {}).get(name, [])
+            lines += [f"## {title}, token files {data}", "", *variant_table(runs, reference, speeds), ""]
     if equal_tokens:
-        lines += ["## At equal tokens", "", *variant_table(equal_tokens, reference, speeds), ""]
-    if equal_seconds:
-        lines += [f"## At the seconds of {base['reference']}", ""]
-        lines += [*variant_table(equal_seconds, reference, speeds), ""]
-    if headline:
-        draw_curves(output / "curves.png", headline)
-        lines += [f"![held-out loss against tokens]({output.name}/curves.png)", ""]
-    if reference and len(equal_tokens) > 1:
-        draw_differences(output / "differences.png", equal_tokens, reference)
-        lines += [f"![differences to {base['reference']}]({output.name}/differences.png)", ""]
+        data = max(equal_tokens, key=lambda data: len(equal_tokens[data]))
+        runs, reference = equal_tokens[data], equal_tokens[data].get(name, [])
+        if headline := by_data(rows, ("headline",)).get(data):
+            draw_curves(output / "curves.png", headline)
+            lines += [f"![held-out loss against tokens, token files {data}]({output.name}/curves.png)", ""]
+        if reference and len(runs) > 1:
+            draw_differences(output / "differences.png", runs, reference)
+            lines += [f"![differences to {name}, token files {data}]({output.name}/differences.png)", ""]
     lines += ["## Learning rates", "", *sweep_table(rows), "", "## Stability", "", *stability_table(rows), ""]
     counted = Counter(row["status"] for row in rows)
     outcomes = ", ".join(f"{number} {status}" for status, number in sorted(counted.items()))
