@@ -27,32 +27,16 @@ _LOCK = threading.Lock()
 
 
 class _Graphs:
-    """The recordings of one model, and what they depend on."""
+    """The recordings of one model, and what they depend on. It holds no part of the model, which may be freed."""
 
     def __init__(self, model: nn.Module):
         self.calls: dict[tuple, int] = {}
         self.recorded: dict[tuple, tuple] = {}
-        self.config, self.modules = dict(vars(model.config)), list(model.modules())
-        self.parts = [(list(module._modules.values()), _settings(module)) for module in self.modules]
-        self.tensors = [
-            (tensors, name, x.data_ptr())
-            for module in self.modules
-            for tensors in (module._parameters, module._buffers)
-            for name, x in tensors.items()
-            if x is not None
-        ]
+        self.state = _state(model)
 
     def are_of(self, model: nn.Module) -> bool:
         """Whether modules, weights and settings are those that were recorded."""
-        return (
-            vars(model.config) == self.config
-            and is_unhooked(*self.modules)
-            and all(tensors[name].data_ptr() == pointer for tensors, name, pointer in self.tensors)
-            and all(
-                list(module._modules.values()) == children and _settings(module) == settings
-                for module, (children, settings) in zip(self.modules, self.parts)
-            )
-        )
+        return self.state == _state(model) and is_unhooked(*model.modules())
 
     def record(self, key: tuple, model: nn.Module, plain: Callable, input_ids: Tensor) -> None:
         while len(self.recorded) >= MAX_GRAPHS:
@@ -62,9 +46,16 @@ class _Graphs:
         self.recorded[key] = ids, replay, outputs
 
 
-def _settings(module: nn.Module) -> list:
-    """Numbers and names that a module holds, such as the step size of the dynamics."""
-    return [value for value in module.__dict__.values() if type(value) in (int, float, bool, str)]
+def _state(model: nn.Module) -> list:
+    """What decides about a forward pass: the configuration, every module, its numbers, where its weights lie."""
+    state = [dict(vars(model.config))]
+    for module in model.modules():
+        state.append(id(module))
+        # Such as the step size of the dynamics.
+        state += [value for value in module.__dict__.values() if type(value) in (int, float, bool, str)]
+        for tensors in (module._parameters, module._buffers):
+            state += [x.data_ptr() for x in tensors.values() if x is not None]
+    return state
 
 
 def _takes_graph(model: nn.Module, input_ids: Tensor) -> bool:

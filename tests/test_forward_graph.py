@@ -1,5 +1,9 @@
 """Repeated forward passes as a CUDA graph. Without a GPU a stand-in records, which runs the pass at every replay."""
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -78,6 +82,22 @@ def test_what_changes_the_model_is_seen(recordings, monkeypatch):
     layer.mlp.register_forward_hook(lambda *_: seen.append(1))
     logits(model, ids)
     assert seen and len(recordings) == 4
+
+
+@torch.no_grad()
+def test_a_model_that_nobody_holds_is_freed_with_its_graphs(monkeypatch):
+    """The recordings depend on the model, and must not keep it. (The stand-in of other tests holds it.)"""
+    outputs = SimpleNamespace(last_hidden_state=torch.zeros(1, 3, 64, device=DEVICE))
+    monkeypatch.setattr(graphs, "GRAPH_DEVICES", (DEVICE,))
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    monkeypatch.setattr(graphs, "record", lambda step, device: (lambda: None, outputs))
+    model, held = triton_model(), len(graphs._GRAPHS)
+    base = weakref.ref(model.model)
+    model.model(random_ids(1, 3).to(DEVICE), use_cache=False)
+    assert len(graphs._GRAPHS) == held + 1
+    del model
+    gc.collect()
+    assert base() is None and len(graphs._GRAPHS) <= held
 
 
 def test_calls_that_ask_for_more_run_as_they_are(recordings, monkeypatch):
