@@ -48,7 +48,7 @@ class _Graphs:
 
 def _state(model: nn.Module) -> list:
     """What decides about a forward pass: the configuration, every module, its numbers, where its weights lie."""
-    state = [dict(vars(model.config))]
+    state: list = [dict(vars(model.config))]
     for module in model.modules():
         state.append(id(module))
         # Such as the step size of the dynamics.
