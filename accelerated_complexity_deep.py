@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 from .kernels.grouped_linear import compute_dtype, takes_grouped_linear
 from .kernels.kernel_reference import routing_plan_reference
-from .kernels.op_registration import is_ordinary, is_transformed
+from .kernels.op_registration import PLAIN_TENSORS, is_ordinary, is_transformed
 from .routing_complexity_deep import ROUTING_PLANS, RoutingPlan
 
 try:
     from .kernels.decode_attention import decode_attention
     from .kernels.decode_layer import (
-        MAX_CONTROLLER,
         MAX_EXPERTS,
         MAX_ROWS,
         MAX_WIDTH,
@@ -39,7 +39,7 @@ try:
         decode_qkv,
     )
     from .kernels.first_call import compile_layer_kernels
-    from .kernels.fused_dynamics import inl_dynamics_block
+    from .kernels.fused_dynamics import MAX_CONTROLLER, inl_dynamics_block
     from .kernels.layer_tail import MAX_HIDDEN, layer_tail
     from .kernels.mu_guided_qkv import mu_guided_qkv, qk_norm_rope
     from .kernels.routing_plan import MAX_ROUTED, mu_route
@@ -58,8 +58,8 @@ else:
 
 logger = logging.get_logger(__name__)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "mu_to_q", "mu_to_k", "mu_to_v")
+FEW_TOKENS = (2, 16, 32)  # the kernels of few tokens are compiled for up to so many
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
 _COMPILED_AHEAD: weakref.WeakKeyDictionary = (
     weakref.WeakKeyDictionary()
 )  # first layer of a model -> kind of call -> numbers of tokens
@@ -139,9 +139,15 @@ def is_unhooked(*modules: nn.Module) -> bool:
     for module in modules:
         state = module.__dict__
         # accelerate and tensor parallelism replace `forward`
-        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        ):
             return False
-    return True
+    return not _has_any_global_hook()
 
 
 def _plain_weights(*modules: nn.Module) -> list[Tensor] | None:
@@ -154,7 +160,7 @@ def _plain_weights(*modules: nn.Module) -> list[Tensor] | None:
         if type(module) is not nn.Linear or not is_unhooked(module):
             return None
         weight = module.weight
-        if type(weight) not in _PLAIN_TENSORS:
+        if type(weight) not in PLAIN_TENSORS:
             return None
         weights.append(weight)
     return weights
@@ -255,11 +261,11 @@ def _is_plain_tree(module: nn.Module, origin: str, dtype: torch.dtype) -> bool:
     kind = type(module)
     if kind is not nn.Linear and kind.__module__ not in (origin, *_ACTIVATION_MODULES):
         return False
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    if not is_unhooked(module):
         return False
     for tensors in (module._parameters, module._buffers):
         for x in tensors.values():
-            if x is not None and not (type(x) in _PLAIN_TENSORS and x.dtype == dtype and x.is_contiguous()):
+            if x is not None and not (type(x) in PLAIN_TENSORS and x.dtype == dtype and x.is_contiguous()):
                 return False
     for child in module._modules.values():
         if child is not None and not _is_plain_tree(child, origin, dtype):
@@ -278,6 +284,8 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
         return False
     experts = getattr(mlp, "experts", None)
     if experts is None or dynamics is None or not layer.config.use_dynamics:
+        return False
+    if type(experts).__module__ != type(layer).__module__:  # an adapter's class, which has other attributes
         return False
     return (
         mlp.shared_expert is None
@@ -335,16 +343,21 @@ def _compile_ahead(layer: nn.Module, hidden_states: Tensor) -> None:
     """
     if hidden_states.device.type != "cuda" or not _runs_on_triton(hidden_states):
         return
+    # A dispatch mode would see what is computed here, and other weights than plain ones launch other kernels.
+    if not is_ordinary((hidden_states,)) or _plain_weights(layer.self_attn.q_proj) is None:
+        return
     (rows, length), trains = hidden_states.shape[:2], torch.is_grad_enabled()
     experts = layer.config.num_experts
     counts = token_classes(experts)
     here = [count for count in counts if count <= rows * length][-1:]
+    if not here and (trains or length > 1):
+        here = [next(count for count in FEW_TOKENS if rows * length <= count)]
     kind = hidden_states.dtype, torch.is_autocast_enabled("cuda"), hidden_states.device.index, trains, trains or rows
     done = _COMPILED_AHEAD.setdefault(layer, {}).setdefault(kind, [])
     is_known = bool(done) and all(count in done for count in here)
     if is_known or torch.cuda.is_current_stream_capturing():
         return
-    missing = [count for count in counts if count not in done] if done else here
+    missing = sorted({*counts, *here} - {*done}) if done else here
     compile_layer_kernels(
         layer.config,
         missing,
@@ -368,12 +381,14 @@ def _takes_layer_tail(layer: nn.Module, hidden_states: Tensor) -> bool:
     if torch.compiler.is_compiling() or dynamics is None or "experts" not in mlp._modules:
         return False
     experts, router, linear = mlp._modules["experts"], mlp._modules.get("mu_router"), dynamics._modules
+    origin = type(layer).__module__
+    if type(experts).__module__ != origin:  # an adapter's or a parametrization's class, which has other attributes
+        return False
     if mlp._modules.get("shared_expert") is not None or "controller_out" not in linear:
         return False
     if experts.config._experts_implementation != "cggr" or not _takes_cggr(experts, hidden_states):
         return False
     ours = [dynamics, mlp, norm, experts] if router is None else [dynamics, mlp, norm, experts, router]
-    origin = type(layer).__module__
     return (
         is_unhooked(*ours)
         and is_ordinary((hidden_states, experts.gate_up_proj))
@@ -480,9 +495,9 @@ def triton_mlp(
     experts, router, origin = mlp.experts, mlp.mu_router, type(mlp).__module__
     if (
         torch.compiler.is_compiling()
+        or type(experts).__module__ != origin  # an adapter's or a parametrization's class, which has other attributes
         or experts.config._experts_implementation != "cggr"
         or not is_unhooked(experts)
-        or type(experts).__module__ != origin  # an adapter's or a parametrization's class
         or not _takes_cggr(experts, hidden_states)
     ):
         return plain(mlp, hidden_states, mu, expert_ids, routing_plan)

@@ -83,7 +83,8 @@ class ContinuousBatchingMixin(GenerationMixin):
         """The library's manager, on the kernels where attention is "sdpa"; what the caller configures stays as it is.
 
         Steps with prompts come in too many sizes for graphs, and are not recorded by default. The others are recorded
-        when they first come, because recording all sizes beforehand takes longer than most calls of `generate_batch`.
+        when they first come. The library's warm-up, which records all sizes beforehand and takes longer than most calls
+        of `generate_batch`, is left out, also where a caller asks for it.
         """
         arguments = generation_config, continuous_batching_config, workload_hints
         if not self._takes_paged_kernels():

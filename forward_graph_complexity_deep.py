@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .accelerated_complexity_deep import ACCELERATED, is_unhooked
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
@@ -21,9 +22,11 @@ from .kernels.op_registration import is_ordinary
 
 CALLS_BEFORE = 2  # calls of a shape that run as they are; the second has all kernels compiled
 MAX_TOKENS = 8192  # with more, the GPU takes longer than the host
+NEVER = -(10**9)  # calls of a shape that cannot be recorded
 MAX_GRAPHS = 4  # of a model; the one that was not used for longest makes room
 _GRAPHS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its graphs
 _LOCK = threading.Lock()
+logger = logging.get_logger(__name__)
 
 
 class _Graphs:
@@ -32,6 +35,7 @@ class _Graphs:
     def __init__(self, model: nn.Module):
         self.calls: dict[tuple, int] = {}
         self.recorded: dict[tuple, tuple] = {}
+        self.calls_before = CALLS_BEFORE
         self.state = _state(model)
 
     def are_of(self, model: nn.Module) -> bool:
@@ -39,10 +43,20 @@ class _Graphs:
         return self.state == _state(model) and is_unhooked(*model.modules())
 
     def record(self, key: tuple, model: nn.Module, plain: Callable, input_ids: Tensor) -> None:
+        """Record a pass; where CUDA refuses, such as for want of memory, the shape is never tried again."""
         while len(self.recorded) >= MAX_GRAPHS:
-            del self.recorded[next(iter(self.recorded))]
+            oldest = next(iter(self.recorded))
+            del self.recorded[oldest], self.calls[oldest]
+            self.calls_before *= (
+                2  # many shapes take turns, and recording each time it comes would cost more than it saves
+            )
         ids = input_ids.clone()
-        replay, outputs = record(lambda: plain(model, ids, use_cache=False), ids.device)
+        try:
+            replay, outputs = record(lambda: plain(model, ids, use_cache=False), ids.device)
+        except RuntimeError as error:
+            logger.warning_once(f"Forward passes of {tuple(ids.shape)} are not recorded as a CUDA graph: {error}")
+            self.calls[key] = NEVER
+            return
         self.recorded[key] = ids, replay, outputs
 
 
@@ -54,7 +68,7 @@ def _state(model: nn.Module) -> list:
         # Such as the step size of the dynamics.
         state += [value for value in module.__dict__.values() if type(value) in (int, float, bool, str)]
         for tensors in (module._parameters, module._buffers):
-            state += [x.data_ptr() for x in tensors.values() if x is not None]
+            state += [(x.data_ptr(), x.dtype, x.shape) for x in tensors.values() if x is not None]
     return state
 
 
@@ -66,6 +80,7 @@ def _takes_graph(model: nn.Module, input_ids: Tensor) -> bool:
         and input_ids.ndim == 2
         and input_ids.numel() <= MAX_TOKENS
         and not model.training
+        and model.config.sliding_window is None  # the library would make a mask
         and not torch.is_autocast_enabled(input_ids.device.type)
         and is_ordinary((input_ids, model.embed_tokens.weight))
         and (input_ids.device.type != "cuda" or _is_default_stream(input_ids.device))
@@ -89,13 +104,17 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
     asked = [value for name, value in kwargs.items() if value is not None and not (name == "use_cache" and not value)]
     if args or asked or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, input_ids):
         return plain(model, input_ids, *args, **kwargs)
-    key = input_ids.shape, input_ids.dtype, input_ids.device, torch.is_inference_mode_enabled()
+    key = input_ids.shape, input_ids.dtype, input_ids.device, _modes()
     with _LOCK:
-        graphs = _GRAPHS.get(model)
-        if graphs is None or (key in graphs.recorded and not graphs.are_of(model)):
-            graphs = _GRAPHS[model] = _Graphs(model)
-        if key not in graphs.recorded and _is_to_be_recorded(graphs, key, model, input_ids):
+        graphs, is_due = _GRAPHS.get(model) or _Graphs(model), False
+        if key not in graphs.recorded:
+            calls = graphs.calls[key] = graphs.calls.get(key, 0) + 1
+            is_due = calls > graphs.calls_before and is_recordable(model)
+        if (key in graphs.recorded or is_due) and not graphs.are_of(model):
+            graphs, is_due = _Graphs(model), False
+        if key not in graphs.recorded and is_due and _has_room(model, input_ids.numel(), input_ids.device):
             graphs.record(key, model, plain, input_ids)
+        _GRAPHS[model] = graphs
         if key in graphs.recorded:
             ids, replay, outputs = graphs.recorded[key] = graphs.recorded.pop(key)  # the newest comes last
             ids.copy_(input_ids)
@@ -104,11 +123,19 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
     return plain(model, input_ids, use_cache=False)
 
 
-def _is_to_be_recorded(graphs: _Graphs, key: tuple, model: nn.Module, input_ids: Tensor) -> bool:
-    calls = graphs.calls[key] = graphs.calls.get(key, 0) + 1
-    if calls <= CALLS_BEFORE or not is_recordable(model) or not graphs.are_of(model):
-        return False
-    return _has_room(model, input_ids.numel(), input_ids.device)
+def _modes() -> tuple:
+    """What PyTorch lets a caller choose for all operations."""
+    backends = torch.backends.cuda
+    return (
+        torch.is_inference_mode_enabled(),
+        torch.get_float32_matmul_precision(),
+        backends.matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+        backends.flash_sdp_enabled(),
+        backends.mem_efficient_sdp_enabled(),
+        backends.math_sdp_enabled(),
+        backends.cudnn_sdp_enabled(),
+    )
 
 
 if "triton" in ACCELERATED:

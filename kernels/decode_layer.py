@@ -41,7 +41,6 @@ from .token_routed_gemm import activate
 # Rows of the batch. On an H100, 1, 2 and 4 rows take 53, 67 and 90 us a layer here, and 84, 97 and 111 us in the other
 # kernels. With 8 rows the other kernels are faster.
 MAX_ROWS = 4
-MAX_CONTROLLER = 256  # a program of decode_update_kernel holds three times its columns of C weights
 MAX_EXPERTS = 32  # every program of decode_gate_up_kernel scores them all
 MAX_WIDTH = 16384  # a weight row must fit in registers
 ROW_BYTES = 16384  # weights that a program holds at once

@@ -2,7 +2,7 @@
 
 Triton compiles a kernel when it is first launched, which takes about a second, and a layer has some twenty. Their
 compilers work outside of Python's lock, so that many can run at a time. A kernel is compiled for dtypes, for sizes of
-the model and for a class of how many tokens there are. Here each class has a number that stands for it.
+the model, and for tiles that depend on the number of tokens. `token_classes` has a number for each choice of tiles.
 """
 
 import torch

@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 
 import torch
 from torch import Tensor
@@ -133,16 +132,21 @@ class Kernel:
             if kind is Tensor or kind is torch.nn.Parameter:
                 pointers |= x.data_ptr()
                 key.append(x.dtype)
+            elif kind is int:
+                key.append(x)
             elif kind is TensorDescriptor:
                 key += [x.base.dtype, *x.block_shape]
+            elif isinstance(x, Tensor):  # of a class of its own
+                pointers |= x.data_ptr()
+                key.append(x.dtype)
             else:
-                key.append(x)
+                key.append((kind, x))  # with the kind, because 1, 1.0 and True are equal
         key = tuple(key)
         found = self.compiled.get(key)
         if _AHEAD.pool is not None:
-            # Of an argument's number, Triton compiles for whether it is 1 or a multiple of 16, or for nothing at all.
+            # Of an integer, Triton compiles for whether it is 1 or a multiple of 16.
             first = 1 + len(constants)
-            numbers = [(x == 1, x % 16 == 0) if type(x) is int else type(x) is float or x for x in key[first:]]
+            numbers = [(x == 1, x % 16 == 0) if type(x) is int else x for x in key[first:]]
             name = self, *key[:first], *numbers
             if found is None and name not in _AHEAD.jobs:
                 self.jit.device_caches[device]  # a dictionary that makes its entries: not from several threads at once
@@ -184,14 +188,13 @@ _AHEAD = _Ahead()
 def compiling_ahead() -> Iterator[None]:
     """Within it, launches have their kernels compiled for the current device, many at a time, and launch nothing.
 
-    Tensors may be on the device "meta". It ends when all kernels are compiled. A kernel that does not compile is left
-    to its first launch, which says so.
+    Tensors may be on the device "meta". It ends when all kernels are compiled, because the pool of threads waits for
+    them. A kernel that does not compile is left to its first launch, which says so.
     """
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as _AHEAD.pool:
         _AHEAD.jobs = {}
         try:
             yield
-            wait_for(_AHEAD.jobs.values())
         finally:
             _AHEAD.pool, _AHEAD.jobs = None, {}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _COPY = (__package__ or "").removesuffix(".kernels")
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # what `torch.autograd.grad(is_grads_batched=True)` passes
 
 
@@ -34,9 +34,10 @@ NAMESPACE = _LIBRARY.ns
 class Operator:
     """A function that computes on the GPU, as an operator that compilers and transforms can handle.
 
-    The dispatcher of PyTorch costs an operator in Python about as much time as the launch of a kernel. So a call in
-    eager mode on ordinary tensors passes it over, and gets an `autograd.Function` where there are gradients to take.
-    All else (tracing, `torch.func`, tensor subclasses, dispatch modes such as selective checkpointing) goes through it.
+    PyTorch's dispatcher takes about as long to call an operator written in Python as a kernel takes to be launched. So
+    a call in eager mode on ordinary tensors goes to the function directly, or to an `autograd.Function` of it where
+    there are gradients to take. All other calls go through the dispatcher: tracing, `torch.func`, tensor subclasses,
+    and dispatch modes such as selective checkpointing.
     """
 
     def __init__(self, name: str, function: Callable, mutates_args: tuple[str, ...]):
@@ -87,9 +88,11 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
 def is_ordinary(args: tuple) -> bool:
     """Whether a call with `args` means no more than to compute: no subclass, mode or transform has a say in it."""
     for x in args:
-        if isinstance(x, Tensor) and (type(x) not in _PLAIN_TENSORS or x.is_meta or _is_batched(x)):
+        if isinstance(x, Tensor) and (type(x) not in PLAIN_TENSORS or x.is_meta or _is_batched(x)):
             return False
-    return not torch._C._len_torch_dispatch_stack() and not is_transformed()
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    return not is_transformed()
 
 
 def is_transformed() -> bool:

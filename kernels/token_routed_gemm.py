@@ -364,7 +364,7 @@ def _config(op: str, tokens: int, experts: int, dtype: torch.dtype, tma: bool) -
 
 
 def token_classes(experts: int) -> list[int]:
-    """Numbers of tokens above FEW_TOKENS of the other kernels, at least one for every choice of tiles by `_config`."""
+    """Numbers of tokens from 33 on, at least one for every choice of tiles that `_config` makes for so many."""
     per_expert = [1, 17, TMA_ROWS, 257, 512, 2048]  # tokens from which on another tile is taken, times experts
     counts = {33, COPY_TOKENS, 8192, *(experts * rows for rows in per_expert)}
     return sorted(count for count in counts if count >= 33)

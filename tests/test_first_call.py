@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from complexity_deep import accelerated_complexity_deep as accelerated
 from support import tiny_config, tiny_model
@@ -93,3 +94,6 @@ def test_another_length_compiles_the_rest_once(monkeypatch):
         assert call(2, 50) == 3 and asked[2] == ([68], 2)
         assert [call(2, 1), call(2, 60)] == [3, 3]  # a step of the same rows
         assert call(1, 700) == 4 and asked[3] == ([512], 1)
+        with FlopCounterMode(display=False):
+            assert call(3, 700) == 4  # a mode would count what is computed for compiling
+        assert call(3, 5) == 5 and asked[4] == ([16], 3)

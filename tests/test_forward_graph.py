@@ -57,18 +57,19 @@ def test_a_repeated_shape_is_recorded_once_and_results_stay(recordings):
 
 @torch.no_grad()
 def test_what_changes_the_model_is_seen(recordings, monkeypatch):
-    """Weights in place or replaced, a number of a module, a module, a hook."""
+    """Weights in place, replaced or of another dtype, a number of a module, a module, a hook."""
     monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
     model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
     before, layer = logits(model, ids), model.model.layers[0]
     assert len(recordings) == 1
 
     def is_followed() -> bool:
-        found = logits(model, ids)
+        found = [logits(model, ids), logits(model, ids)]  # one that sees the change, one that is recorded anew
         model.set_kernels_implementation("eager")
         truth = logits(model, ids)
         model.set_kernels_implementation("triton")
-        return torch.allclose(found, truth, rtol=1e-4, atol=1e-4) and not torch.allclose(truth, before, rtol=1e-3)
+        is_equal = all(torch.allclose(x, truth, rtol=1e-4, atol=1e-4) for x in found)
+        return is_equal and not torch.allclose(truth, before, rtol=1e-3)
 
     layer.self_attn.o_proj.weight.mul_(0.5)
     assert is_followed() and len(recordings) == 1
@@ -78,10 +79,40 @@ def test_what_changes_the_model_is_seen(recordings, monkeypatch):
     assert is_followed() and len(recordings) == 3
     layer.input_layernorm = type(layer.input_layernorm)(64, 1e-2).to(DEVICE)
     assert is_followed() and len(recordings) == 4
+    state = graphs._state(model.model)
+    router = layer.mlp.mu_router
+    router.weight = router.weight.view(torch.int32)  # where it was, of another dtype
+    assert graphs._state(model.model) != state
+    router.weight = router.weight.view(torch.float32)
+    assert graphs._state(model.model) == state
     seen = []
     layer.mlp.register_forward_hook(lambda *_: seen.append(1))
     logits(model, ids)
     assert seen and len(recordings) == 4
+
+
+@torch.no_grad()
+def test_a_change_before_the_first_recording_puts_it_off_only(recordings):
+    model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
+    logits(model, ids)
+    model.model.layers[0].dynamics.dt = 0.7
+    for _ in range(5):
+        logits(model, ids)
+    assert len(recordings) == 1
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
+    def refuse(step, device):
+        refused.append(1)
+        raise torch.OutOfMemoryError("no memory")
+
+    refused, model, ids = [], triton_model(), random_ids(1, 3).to(DEVICE)
+    monkeypatch.setattr(graphs, "GRAPH_DEVICES", (DEVICE,))
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    monkeypatch.setattr(graphs, "record", refuse)
+    first, second = logits(model, ids), logits(model, ids)
+    assert torch.equal(first, second) and len(refused) == 1
 
 
 @torch.no_grad()

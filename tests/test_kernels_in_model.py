@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
@@ -250,3 +251,25 @@ def test_a_decode_step_captures_in_a_cuda_graph():
         captured.fill_(float("nan"))
         graph.replay()
         torch.testing.assert_close(captured, expected)
+
+
+def test_adapters_on_experts_and_backward_hooks_are_not_passed_over():
+    """What has a say in a module of the layer is asked: an adapter of its 3D weights, a hook on its gradient."""
+    ids = random_ids(1, 4).to(DEVICE)
+    logits = []
+    for kernels, experts in (("triton", "cggr"), ("eager", "eager")):
+        model = tiny_model(std=0.1, num_hidden_layers=1).to(DEVICE)
+        model.set_kernels_implementation(kernels)
+        model.set_experts_implementation(experts)
+        options = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "r": 2}
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, LoraConfig(**options, init_lora_weights=False)).to(DEVICE)
+        logits.append(adapted(ids, use_cache=False).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+    model, seen = tiny_model(num_hidden_layers=1).to(DEVICE), []
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    model.model.layers[0].mlp.register_full_backward_hook(lambda *_: seen.append(1))
+    model(ids, use_cache=False).logits.sum().backward()
+    assert seen
