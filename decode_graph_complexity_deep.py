@@ -10,12 +10,12 @@ and position were copied while the step before was running.
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
@@ -30,7 +30,7 @@ else:
 GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
 _CAPTURE = threading.Lock()  # one capture at a time in a process
-_HAVE_RUN = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
+_HAVE_RUN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
 
 
 class DecodeGraph:
@@ -42,7 +42,12 @@ class DecodeGraph:
 
     def __init__(self, model: nn.Module, otherwise: Callable):
         self.model, self.otherwise = model, otherwise
-        self.cache, self.held, self.arguments, self.filled = None, (), None, None
+        self.cache: Cache | None = None
+        self.held: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.arguments, self.fits = (), False
+        self.filled: dict | None = None
+        self.replay: Callable | None = None
+        self.outputs: Any = None
 
     def __call__(self, **inputs):
         if not self._is_as_before(inputs):
@@ -88,10 +93,11 @@ class DecodeGraph:
 
     def _look_at(self, inputs: dict) -> None:
         self.cache, self.arguments, self.replay = inputs.get(CACHE_NAME), _arguments(inputs), None
-        layers = [plain_static_layer(self.cache, index) for index in range(len(getattr(self.cache, "layers", ())))]
-        self.fits = bool(layers) and None not in layers and self._fits(inputs)
+        found = [plain_static_layer(self.cache, index) for index in range(len(getattr(self.cache, "layers", ())))]
+        layers = [layer for layer in found if layer is not None]
+        self.fits = bool(layers) and len(layers) == len(found) and self._fits(inputs)
         # Held, so that no other tensor comes to lie where a recording reads them.
-        self.held = [(x.keys, x.values, x.cumulative_length) for x in layers] if self.fits else ()
+        self.held = [(x.keys, x.values, x.cumulative_length) for x in layers] if self.fits else []
 
     def _variant(self, inputs: dict) -> tuple:
         """All that decides which kernels a step runs and what Triton compiles them for."""
@@ -108,13 +114,13 @@ class DecodeGraph:
 
     def _fits(self, inputs: dict) -> bool:
         """Whether a step can be recorded: every operation is known, and none waits for data on the host."""
-        mask = inputs.get("attention_mask")
+        mask: Any = inputs.get("attention_mask")
         # If the model itself made positions and mask, the recording would hold those of the recorded step.
         given = (inputs.get("input_ids"), mask, inputs.get("position_ids"))
-        if not all(isinstance(x, Tensor) for x in given) or given[0].shape[1] != 1 or mask.ndim != 4:
+        if not all(isinstance(x, Tensor) for x in given) or inputs["input_ids"].shape[1] != 1 or mask.ndim != 4:
             return False
         # Autocast frees its casts of the weights when its context ends, and a recording would go on reading them.
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(given[0].device.type):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(mask.device.type):
             return False
         return is_recordable(self.model)
 
@@ -152,7 +158,7 @@ def _arguments(inputs: dict) -> tuple:
     return arguments, torch.is_inference_mode_enabled()
 
 
-def record(step: Callable, device: torch.device) -> tuple[Callable, object]:
+def record(step: Callable, device: torch.device) -> tuple[Callable, Any]:
     """Record `step` without running it: what replays it, and its outputs, whose tensors every replay writes again."""
     graph = torch.cuda.CUDAGraph()
     # A stream of the model's device: torch's default one for captures lies on the device that was the first to record.
@@ -196,8 +202,8 @@ class DecodeGraphMixin(GenerationMixin):
             or generation_config.compile_config is not None
             or getattr(generation_config, "is_assistant", False)
         )
-        given = [model_kwargs.get(name) for name in ("attention_mask", "position_ids")]
-        given = [x for x in given if x is not None]
+        found = [model_kwargs.get(name) for name in ("attention_mask", "position_ids")]
+        given = [x for x in found if x is not None]
         if asks_otherwise or not given or any(not isinstance(x, Tensor) or x.ndim != 2 for x in given):
             return False
         config, rows = self.config, batch_size * (generation_config.num_return_sequences or 1)

@@ -24,7 +24,7 @@ C controller width, E experts, I width of one expert, V token ids.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,12 +135,14 @@ class ComplexityDeepFrozenWeights(nn.Module):
 class ComplexityDeepRotaryEmbedding(nn.Module):
     """RoPE tables (cos, sin) [B, S, D], always built in fp32 from the config and then cast, never from a file."""
 
+    inv_freq: Tensor
+
     def __init__(self, config: ComplexityDeepConfig):
         super().__init__()
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope_type = config.rope_parameters["rope_type"]  # type: ignore[index]
         inv_freq, self.attention_scaling = self._rope_init(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
@@ -296,13 +298,14 @@ class ComplexityDeepAttention(nn.Module):
             value = value + self.mu_to_v(guidance)
         query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
         if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self.q_norm(query), self.k_norm(key)  # type: ignore[misc]
         return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
 
     def embedded_values(self, gated_by: Tensor, token_ids: Tensor) -> Tensor:
         """What the token ids [B, S] themselves add to the values, [B, S, K, D]: a vector per id and a gate per head."""
         gate = 2 * torch.sigmoid(self.value_gate(gated_by))  # [B, S, K]
-        return gate[..., None] * self.value_embedding(token_ids).unflatten(-1, (-1, self.head_dim))
+        embedded = self.value_embedding(token_ids)  # type: ignore[misc]
+        return gate[..., None] * embedded.unflatten(-1, (-1, self.head_dim))
 
 
 class ComplexityDeepDynamics(nn.Module):
@@ -478,7 +481,7 @@ class ComplexityDeepTokenRoutedMLP(nn.Module):
         shape = hidden_states.shape
         tokens, chosen, weights = hidden_states.reshape(-1, shape[-1]), expert_ids.reshape(-1), None  # [T, H], [T]
         if self.mu_router is not None:
-            _, weights, chosen = self.mu_router(mu.reshape(-1, shape[-1]), chosen)
+            _, weights, chosen = self.mu_router(mu.reshape(-1, shape[-1]), chosen)  # type: ignore[union-attr]
         if weights is None:
             weights = tokens.new_ones(1).expand(tokens.shape[0])
         # Expert parallelism renumbers the experts, so that a plan made before does not hold.
@@ -684,30 +687,30 @@ class ComplexityDeepModel(TokenRoutingMixin, ComplexityDeepPreTrainedModel):
         check_unknown_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
+        if input_ids is not None:
             if input_ids.ndim != 2:
                 raise ValueError(f"input_ids must be [batch, sequence], but has shape {tuple(input_ids.shape)}.")
             self.check_token_ids(input_ids, "input_ids")
-            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # Before there are a cache and positions of our own: both would change what the library takes a row for.
-        attention_mask = causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        attention_mask = causal_mask(self.config, hidden_states, attention_mask, cache, position_ids)
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
+            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_length)[None]
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
         layers = self.config.num_hidden_layers  # early-exit generation lowers it for a while
         value_layers = self.config.value_embedding_layers or ()
-        expert_ids = routing_plans = [None] * layers
+        expert_ids: list[Tensor | None] = [None] * layers
+        routing_plans: Sequence[RoutingPlan | None] = [None] * layers
         if self.config.is_routed or value_layers:
-            token_ids = self.routing_token_ids(input_ids, inputs_embeds, routing_ids)
+            token_ids = self.routing_token_ids(input_ids, hidden_states, routing_ids)
         if self.config.is_routed:
             expert_ids = self.expert_ids_by_layer(token_ids)
             routing_plans = self.routing_plans(expert_ids)
 
-        hidden_states, guidance, highway = inputs_embeds, None, None
-        velocity = torch.zeros_like(hidden_states)
+        velocity, guidance, highway = torch.zeros_like(hidden_states), None, None
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for index, layer in enumerate(self.layers[:layers]):
             hidden_states, velocity, guidance, highway = layer(

@@ -17,6 +17,7 @@ summed by atomics, so that the same input gives the same bits. Products take the
 all else is fp32. fp32 inputs use fp32 products (no TF32).
 """
 
+import functools
 import os
 
 import torch
@@ -368,7 +369,7 @@ def _block_grad(ctx, dh, dv, dguidance, dhighway, dmu, *_):
         h, v, _, _, _, w_mu, w_in, w_out, b_out = saved
         # The highway is not saved. Everything is linear in it, so that zeros in its place give the same gradients.
         highway = torch.zeros_like(h, requires_grad=True) if ctx.has_highway else None
-        plain = lambda *tensors: inl_dynamics_block_reference(*tensors, ctx.dt)  # noqa: E731
+        plain = functools.partial(inl_dynamics_block_reference, dt=ctx.dt)
         inputs = h, v, highway, mu_vec, w_mu, w_in, b_in, w_out, b_out
         return *differentiable_gradients(plain, inputs, grads), None
     dh, dv, dhighway, *weights = _inl_dynamics_block_backward(*grads, *saved, ctx.dt, ctx.has_highway)

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ class Kernel:
         arguments = [index for index, name in enumerate(self.names) if name not in (*runtime, *annotations)]
         self.fixed = operator.itemgetter(*arguments)  # the arguments that it is compiled for, constants aside
         self.compiled: dict[tuple, tuple] = {}
-        functools.update_wrapper(self, function)
+        self.__name__, self.__doc__ = function.__name__, function.__doc__
 
     def launch(self, grid: tuple[int, ...], *args, **constants) -> None:
         """Launch on the current device and stream.
@@ -126,22 +127,22 @@ class Kernel:
             self.jit[grid](*args, **constants)
             return
         device = _current_device()
-        pointers, key = 0, [device, *constants.values()]
+        pointers, parts = 0, [device, *constants.values()]
         for x in self.fixed(args):
             kind = type(x)
             if kind is Tensor or kind is torch.nn.Parameter:
                 pointers |= x.data_ptr()
-                key.append(x.dtype)
+                parts.append(x.dtype)
             elif kind is int:
-                key.append(x)
+                parts.append(x)
             elif kind is TensorDescriptor:
-                key += [x.base.dtype, *x.block_shape]
+                parts += [x.base.dtype, *x.block_shape]
             elif isinstance(x, Tensor):  # of a class of its own
                 pointers |= x.data_ptr()
-                key.append(x.dtype)
+                parts.append(x.dtype)
             else:
-                key.append((kind, x))  # with the kind, because 1, 1.0 and True are equal
-        key = tuple(key)
+                parts.append((kind, x))  # with the kind, because 1, 1.0 and True are equal
+        key = tuple(parts)
         found = self.compiled.get(key)
         if _AHEAD.pool is not None:
             # Of an integer, Triton compiles for whether it is 1 or a multiple of 16.
@@ -154,13 +155,13 @@ class Kernel:
         elif found is None or pointers % 16:
             kernel = self.jit[grid](*args, **constants)
             if pointers % 16 == 0:
-                constants = [constants[name] for name in self.names[len(args) :]]
-                self.compiled[key] = kernel.run, kernel.function, kernel.packed_metadata, constants
+                values = [constants[name] for name in self.names[len(args) :]]
+                self.compiled[key] = kernel.run, kernel.function, kernel.packed_metadata, values
         else:
-            run, function, metadata, constants = found
+            run, function, metadata, values = found
             # The three that are None would be Triton's hooks at launches, which its profiler uses.
             stream = _current_stream(device)
-            run(*grid, *_ONES[len(grid) :], stream, function, metadata, None, None, None, *args, *constants)
+            run(*grid, *_ONES[len(grid) :], stream, function, metadata, None, None, None, *args, *values)
 
     def _compile(self, device: int, grid: tuple[int, ...], args: tuple, constants: dict) -> None:
         with torch.cuda.device(device):
@@ -171,7 +172,7 @@ class Kernel:
 _ONES = (1, 1, 1)
 # What Triton itself asks; a PyTorch without CUDA has neither.
 _current_device = getattr(torch._C, "_cuda_getDevice", lambda: -1)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class _Ahead(threading.local):

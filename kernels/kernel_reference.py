@@ -10,13 +10,15 @@ Index arrays of a routing plan
     offsets  [E+1] int32  rows offsets[e] .. offsets[e+1]-1 of the sorted order belong to expert e
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .grouped_linear import grouped_linear, in_token_order
 
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable] = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
 VELOCITY_LIMIT = 10.0  # the velocity of the dynamics stays within plus and minus this
 BETA_LIMIT = 2.0  # the largest pull of the dynamics towards mu
 HIGHWAY_SHARE = 0.1  # how much of the highway, the sum of mu over the layers, the guidance of the next layer holds

@@ -332,7 +332,7 @@ def _qk_grad(ctx, dq, dk):
     saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
     query_weight, key_weight, cos, sin = saved[2:]
     if torch.is_grad_enabled():
-        norm_rope = lambda *tensors: qk_norm_rope_reference(*tensors, cos, sin, ctx.eps)  # noqa: E731
+        norm_rope = lambda q, k, w_q, w_k: qk_norm_rope_reference(q, k, w_q, w_k, cos, sin, ctx.eps)  # noqa: E731
         return *differentiable_gradients(norm_rope, saved[:4], (dq, dk)), None, None, None
     dq, dk, dq_weight, dk_weight = _qk_norm_rope_backward(dq, dk, *saved, ctx.eps)
     dq_weight, dk_weight = None if query_weight is None else dq_weight, None if key_weight is None else dk_weight

@@ -7,6 +7,7 @@ the code of another version, or reads freed memory.
 
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class Operator:
     """
 
     def __init__(self, name: str, function: Callable, mutates_args: tuple[str, ...]):
-        self.name, self.function, self.autograd = f"{NAMESPACE}::{name}", function, None
+        self.name, self.function = f"{NAMESPACE}::{name}", function
+        self.autograd: Any = None  # a class of `autograd.Function`, where the operator has a gradient
         _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -113,13 +115,13 @@ def differentiable_gradients(function: Callable, inputs: tuple, grads: tuple) ->
     Returns: the gradient of each input, None where it needs none.
     """
     # The gradients stop at views of the inputs instead of running on into the graph that the inputs come from.
-    inputs = [None if x is None else x.view_as(x) for x in inputs]
-    outputs = function(*inputs)
+    views = [None if x is None else x.view_as(x) for x in inputs]
+    outputs = function(*views)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    wanted = [x for x in views if x is not None and x.requires_grad]
     pairs = [(y, grad) for y, grad in zip(outputs, grads) if grad is not None and y.requires_grad]
     if not wanted or not pairs:
-        return [None] * len(inputs)
+        return [None] * len(views)
     outputs, grads = zip(*pairs)
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+    return [next(found) if x is not None and x.requires_grad else None for x in views]

@@ -549,9 +549,11 @@ def _save_for_backward(ctx, inputs, output):
 def _token_routed_mlp_grad(ctx, grad, grad_x_sorted, _gate_up):
     """`grad_x_sorted` comes only from a second derivative: the first one was taken with respect to x sorted."""
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-    order, grads = saved[4], [None] * 3
+    x_sorted, _, gate_up_proj, down_proj, order, offsets = saved
+    grads = [None] * 3
     if grad is not None and torch.is_grad_enabled():
-        grads = _differentiable_token_routed_mlp_grad(grad, *saved, ctx.activation)
+        plan = order, offsets
+        grads = _differentiable_token_routed_mlp_grad(grad, x_sorted, gate_up_proj, down_proj, *plan, ctx.activation)
     elif grad is not None:
         found = token_routed_mlp_backward(grad.contiguous(), *saved, ctx.activation, *needs)
         grads = [value if need else None for value, need in zip(found, needs)]
@@ -561,10 +563,8 @@ def _token_routed_mlp_grad(ctx, grad, grad_x_sorted, _gate_up):
     return *grads, None, None, None, None
 
 
-def _differentiable_token_routed_mlp_grad(
-    grad, x_sorted, _gate_up, gate_up_proj, down_proj, order, offsets, activation
-):
-    mlp = lambda *tensors: sorted_mlp_reference(*tensors, offsets, activation)  # noqa: E731
+def _differentiable_token_routed_mlp_grad(grad, x_sorted, gate_up_proj, down_proj, order, offsets, activation):
+    mlp = lambda x, gate_up, down: sorted_mlp_reference(x, gate_up, down, offsets, activation)  # noqa: E731
     grads = differentiable_gradients(mlp, (x_sorted, gate_up_proj, down_proj), (grad.reshape(x_sorted.shape)[order],))
     if grads[0] is not None:
         grads[0] = in_token_order(grads[0], order).view(grad.shape)
