@@ -107,8 +107,10 @@ class ContinuousBatchingMixin(GenerationMixin):
         # The library believes that only FlashAttention takes block tables.
         config.max_blocks_per_request = given.max_blocks_per_request
         if config.max_blocks_per_request is None:
-            page = getattr(config, "page_size", None) or config.block_size
-            config.max_blocks_per_request = -(-self.config.max_position_embeddings // page)
+            page, longest = getattr(config, "page_size", None) or config.block_size, self.config.max_position_embeddings
+            if workload_hints is not None:
+                longest = max(longest, workload_hints.max_prompt_length + workload_hints.max_generated_length)
+            config.max_blocks_per_request = -(-longest // page)
         manager.warmed_up = True
         return manager
 

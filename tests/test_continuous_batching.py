@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation import ContinuousMixin
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -94,6 +95,14 @@ def test_beside_the_other_kernels(calls):
     assert set(calls) == {"paged_attention", "paged_decode_attention"}
 
 
+def test_block_tables_hold_the_longest_sequence(only_paged):
+    model = triton_model(max_position_embeddings=20)
+    for hints, pages in ((None, 3), (WorkloadHints(max_prompt_length=30, max_generated_length=3), 5)):
+        manager = model.init_continuous_batching(GREEDY, small_cache(), hints)
+        assert manager.continuous_batching_config.max_blocks_per_request == pages
+        model.set_attn_implementation("sdpa")
+
+
 def test_without_block_tables_all_steps_go_by_slots(only_paged, calls):
     model = triton_model()
     assert batched(model, small_cache(max_blocks_per_request=0)) == alone(model)
@@ -154,7 +163,7 @@ def test_steps_of_single_tokens_are_replayed(monkeypatch):
     """Lengths grow under a recorded step, sequences end, and rows of padding take their place."""
     replays, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
-    model = triton_model(num_hidden_layers=2)
+    model = triton_model(num_hidden_layers=2, max_position_embeddings=512)
     manager = model.init_continuous_batching(GREEDY)
     config = manager.continuous_batching_config
     assert config.use_async_batching and config.use_cuda_graph == (False, True)
