@@ -168,9 +168,7 @@ def test_steps_of_single_tokens_are_replayed(monkeypatch):
     config = manager.continuous_batching_config
     assert config.use_async_batching and config.use_cuda_graph == (False, True)
     model.set_attn_implementation("sdpa")
-    prompts = [
-        random_ids(1, n, seed=n)[0].tolist() for n in (4, 19, 1, 80, 60)
-    ]  # within the 128 positions of the model
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (4, 19, 1, 250, 90)]
     new = (40, 9, 23, 40, 31)
     tokens = {}
     with model.continuous_batching_context_manager(GREEDY) as manager:
