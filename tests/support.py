@@ -35,6 +35,15 @@ def tiny_model(std: float = 0.3, seed: int = 0, dtype=torch.float32, **overrides
     return model.to(dtype)
 
 
+def triton_model(**options) -> ComplexityDeepForCausalLM:
+    """A tiny model of one layer on the Triton kernels: on the GPU, or in the interpreter."""
+    model = tiny_model(std=0.1, **{"num_hidden_layers": 1, **options})
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    return model
+
+
 def tiny_tokenizer(vocab_size: int = 257) -> PreTrainedTokenizerFast:
     """Words "w0", "w1" and so on, each its own id; unknown words are "w3"."""
     backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(vocab_size)}, unk_token="w3"))

@@ -15,7 +15,7 @@ from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import DecodeGraph
 from complexity_deep.kernels.decode_attention import decode_attention_variant
 from complexity_deep.modeling_complexity_deep import ComplexityDeepCausalLMOutputWithPast, ComplexityDeepExperts
-from support import random_ids, tiny_model
+from support import random_ids, tiny_model, triton_model
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -38,13 +38,6 @@ def recordings(monkeypatch) -> list:
 
     monkeypatch.setattr(graphs, "record", lambda *a: made.append(1) or (record if CUDA else stand_in)(*a))
     return made
-
-
-def triton_model(**options):
-    model = tiny_model(std=0.1, **{"num_hidden_layers": 1, **options}).to(DEVICE)
-    model.set_kernels_implementation("triton")
-    model.set_experts_implementation("cggr")
-    return model
 
 
 def prefilled(model, ids):

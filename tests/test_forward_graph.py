@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from complexity_deep import forward_graph_complexity_deep as graphs
-from support import random_ids, tiny_model
+from support import random_ids, triton_model
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -28,13 +28,6 @@ def recordings(monkeypatch) -> list:
     monkeypatch.setattr(graphs, "GRAPH_DEVICES", (DEVICE,))
     monkeypatch.setattr(graphs, "record", lambda *a: made.append(1) or (record if CUDA else stand_in)(*a))
     return made
-
-
-def triton_model(**options):
-    model = tiny_model(std=0.1, **{"num_hidden_layers": 1, **options}).to(DEVICE)
-    model.set_kernels_implementation("triton")
-    model.set_experts_implementation("cggr")
-    return model
 
 
 def logits(model, ids, **more):
