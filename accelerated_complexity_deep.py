@@ -60,9 +60,8 @@ logger = logging.get_logger(__name__)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "mu_to_q", "mu_to_k", "mu_to_v")
 FEW_TOKENS = (2, 16, 32)  # the kernels of few tokens are compiled for up to so many
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
-_COMPILED_AHEAD: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # first layer of a model -> kind of call -> numbers of tokens
+# First layer of a model -> kind of call -> numbers of tokens whose kernels are compiled.
+_COMPILED_AHEAD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 # kernels_implementation -> name of a marked method -> the function that stands in for it.
 ACCELERATED: dict[str, dict[str, Callable]] = {"eager": {}}
@@ -378,23 +377,16 @@ def _takes_layer_tail(layer: nn.Module, hidden_states: Tensor) -> bool:
     """
     modules = layer._modules
     dynamics, mlp, norm = modules.get("dynamics"), modules["mlp"], modules["post_attention_layernorm"]
-    if torch.compiler.is_compiling() or dynamics is None or "experts" not in mlp._modules:
+    if dynamics is None or "experts" not in mlp._modules or mlp._modules.get("shared_expert") is not None:
         return False
-    experts, router, linear = mlp._modules["experts"], mlp._modules.get("mu_router"), dynamics._modules
-    origin = type(layer).__module__
-    if type(experts).__module__ != origin:  # an adapter's or a parametrization's class, which has other attributes
-        return False
-    if mlp._modules.get("shared_expert") is not None or "controller_out" not in linear:
-        return False
-    if experts.config._experts_implementation != "cggr" or not _takes_cggr(experts, hidden_states):
-        return False
-    ours = [dynamics, mlp, norm, experts] if router is None else [dynamics, mlp, norm, experts, router]
+    linear, origin = dynamics._modules, type(layer).__module__
     return (
-        is_unhooked(*ours)
-        and is_ordinary((hidden_states, experts.gate_up_proj))
-        and all(type(module).__module__ == origin for module in ours)
+        all(type(module).__module__ == origin for module in (dynamics, mlp, norm))
+        and is_unhooked(dynamics, mlp, norm)
+        and _runs_expert_kernels(mlp, hidden_states)
+        and is_ordinary((hidden_states, mlp.experts.gate_up_proj))
+        and "controller_out" in linear
         and _plain_weights(linear["mu_proj"], linear["controller_in"], linear["controller_out"]) is not None
-        and (router is None or (not router.learns and router.num_experts <= MAX_ROUTED))
         and hidden_states.shape[-1] <= MAX_HIDDEN
         and linear["controller_in"].out_features <= MAX_CONTROLLER
     )
@@ -492,26 +484,37 @@ def triton_mlp(
 
     A compiler fuses the small operations of the plain forward itself.
     """
-    experts, router, origin = mlp.experts, mlp.mu_router, type(mlp).__module__
-    if (
-        torch.compiler.is_compiling()
-        or type(experts).__module__ != origin  # an adapter's or a parametrization's class, which has other attributes
-        or experts.config._experts_implementation != "cggr"
-        or not is_unhooked(experts)
-        or not _takes_cggr(experts, hidden_states)
-    ):
+    if not _runs_expert_kernels(mlp, hidden_states):
         return plain(mlp, hidden_states, mu, expert_ids, routing_plan)
-    chosen = expert_ids.reshape(-1)
+    experts, router, chosen = mlp.experts, mlp.mu_router, expert_ids.reshape(-1)
     if router is not None and mu is not None:
-        is_plain = is_unhooked(router) and type(router).__module__ == origin and not router.learns
-        if not is_plain or router.num_experts > MAX_ROUTED:
-            return plain(mlp, hidden_states, mu, expert_ids, routing_plan)
         mu = mu.detach().reshape(-1, mu.shape[-1]).contiguous()
         chosen = mu_route(mu, router.weight.to(mu.dtype).contiguous(), chosen.contiguous(), router.base_logit)
     out = cggr_experts_forward(experts, hidden_states, chosen, None, routing_plan).to(hidden_states.dtype)
     if mlp.shared_expert is not None:
         out = out + mlp.shared_expert(hidden_states)
     return out, chosen.view(expert_ids.shape)
+
+
+def _runs_expert_kernels(mlp: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether kernels stand for the router by mu and the experts: in eager mode, with "cggr", for plain modules."""
+    experts, router, origin = mlp._modules["experts"], mlp._modules.get("mu_router"), type(mlp).__module__
+    return (
+        not torch.compiler.is_compiling()
+        and type(experts).__module__ == origin  # not an adapter's or a parametrization's class, with other attributes
+        and experts.config._experts_implementation == "cggr"
+        and is_unhooked(experts)
+        and _takes_cggr(experts, hidden_states)
+        and (
+            router is None
+            or (
+                type(router).__module__ == origin
+                and is_unhooked(router)
+                and not router.learns
+                and router.num_experts <= MAX_ROUTED
+            )
+        )
+    )
 
 
 def _takes_cggr(experts: nn.Module, hidden_states: Tensor) -> bool:

@@ -47,9 +47,8 @@ class _Graphs:
         while len(self.recorded) >= MAX_GRAPHS:
             oldest = next(iter(self.recorded))
             del self.recorded[oldest], self.calls[oldest]
-            self.calls_before *= (
-                2  # many shapes take turns, and recording each time it comes would cost more than it saves
-            )
+            # Many shapes take turns. Recording one each time it comes would cost more than it saves.
+            self.calls_before *= 2
         ids = input_ids.clone()
         try:
             replay, outputs = record(lambda: plain(model, ids, use_cache=False), ids.device)

@@ -23,11 +23,8 @@ class _Layer:
 
     def __init__(self, config, dtype: torch.dtype, compute_dtype: torch.dtype):
         self.config, self.dtype, self.compute = config, dtype, compute_dtype
-        self.hidden, self.heads, self.kv_heads = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
+        self.hidden = config.hidden_size
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = self.hidden // self.heads
         self.experts, self.width = config.num_experts, config.moe_intermediate_size
         self.controller = config.dynamics_controller_hidden
