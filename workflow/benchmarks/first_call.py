@@ -11,8 +11,8 @@ import time
 import torch
 from transformers import AutoConfig
 
-from complexity_deep.workflow.benchmarks.model_speed import build, zipf_ids
-from complexity_deep.workflow.benchmarks.user_paths import NEW_TOKENS, PROMPT, training_step
+from complexity_deep.workflow.benchmarks.model_speed import build, training_step, zipf_ids
+from complexity_deep.workflow.benchmarks.user_paths import NEW_TOKENS, PROMPT
 
 
 def main(folder: str, what: str) -> None:
@@ -24,8 +24,9 @@ def main(folder: str, what: str) -> None:
         ids = zipf_ids(config.vocab_size, 1, PROMPT, device="cuda")
         call = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS)  # noqa: E731
     else:
-        step, ids = training_step(model.train(), compiled=False), zipf_ids(config.vocab_size, 1, 2048, device="cuda")
-        call = lambda: step(ids)  # noqa: E731
+        step = training_step(model.train(), "cuda", compiled=False)
+        ids = zipf_ids(config.vocab_size, 1, 2048, device="cuda")
+        call = lambda: step(input_ids=ids, labels=ids)  # noqa: E731
     begin = time.perf_counter()
     call()
     torch.cuda.synchronize()

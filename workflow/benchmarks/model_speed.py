@@ -3,6 +3,7 @@
 import gc
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,6 +55,46 @@ def build(config, device: str, attn_implementation: str, dtype: torch.dtype | No
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 
 
+def release() -> None:
+    """Give back the memory of models that nobody holds any more."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def training_step(model, device: str, compiled: bool, mixed_precision: bool = False) -> Callable[..., torch.Tensor]:
+    """A step on the inputs that it is called with, forward, backward and AdamW; it returns the loss."""
+    called = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.startswith("cuda"))
+
+    def step(**inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=mixed_precision):
+            loss = called(**inputs, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def decode_steps(
+    model, ids: torch.Tensor, new_tokens: int, repeats: int, device: str, static_cache: bool
+) -> list[float]:
+    """Milliseconds of a decode step of `generate`, its prefill taken off, in each of `repeats` calls."""
+    model.generation_config.eos_token_id = None  # decode all the tokens
+    options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 1}
+    options |= {"cache_implementation": "static"} if static_cache else {}
+
+    def decode(count: int) -> None:
+        model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
+
+    whole = timed(lambda: decode(new_tokens), repeats, device)
+    prefill = statistics.median(timed(lambda: decode(1), repeats, device))
+    return [(time - prefill) / (new_tokens - 1) for time in whole]
+
+
 def benchmark_train(
     model_config: str,
     *,
@@ -86,8 +127,7 @@ def benchmark_train(
             use_chunked_loss(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        step_model = torch.compile(model) if compiled else model
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.startswith("cuda"))
+        train = training_step(model, device, compiled, mixed_precision)
         ids = zipf_ids(config.vocab_size, batch_size, sequence_length, device=device)
         inputs = {"input_ids": ids, "labels": ids}
         if document_length:
@@ -96,16 +136,8 @@ def benchmark_train(
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
 
-        def step(step_model=step_model, optimizer=optimizer, inputs=inputs):
-            with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=mixed_precision):
-                loss = step_model(**inputs, use_cache=False).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss.detach()
-
-        times = timed(step, repeats, device, warmup=3)
-        if not torch.isfinite(step()):
+        times = timed(lambda train=train, inputs=inputs: train(**inputs), repeats, device, warmup=3)
+        if not torch.isfinite(train(**inputs)):
             raise InputError(f"{name} trains to a loss that is not finite: no figure is reported.")
         case = f"{Path(model_config).stem} {batch_size}x{sequence_length} step"
         case += f", documents of {document_length}" if document_length else ""
@@ -119,11 +151,8 @@ def benchmark_train(
         more = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.startswith("cuda") else {}
         flops = flops_per_token(model, sequence_length) * ids.numel()
         rows.append(measured_row("train", case, variant, times, ids.numel(), flops, **more))
-        del model, step_model, optimizer, step
-        gc.collect()
-        torch.compiler.reset()
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        del model, train
+        release()
     return rows
 
 
@@ -156,16 +185,7 @@ def benchmark_generate(
         flops = flops_per_token(model, sequence_length) / 3 * ids.numel()
         rows.append(measured_row("generate", case, name, times, ids.numel(), flops))
 
-        model.generation_config.eos_token_id = None  # decode all the tokens
-        options = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
-        options |= {"cache_implementation": "static"} if static_cache else {}
-
-        def decode(count: int, model=model, ids=ids, options=options):
-            model.generate(ids, max_new_tokens=count, min_new_tokens=count, pad_token_id=1, **options)
-
-        whole = timed(lambda: decode(new_tokens), repeats, device)
-        prefill = statistics.median(timed(lambda: decode(1), repeats, device))
-        steps = [(time - prefill) / (new_tokens - 1) for time in whole]
+        steps = decode_steps(model, ids, new_tokens, repeats, device, static_cache)
         case = f"{shape} batch {batch_size} decode step"
         variant = name + (", static cache" if static_cache else ", default cache")
         rows.append(measured_row("generate", case, variant, steps, batch_size))
@@ -175,8 +195,7 @@ def benchmark_generate(
                 measured_row("generate", case, name, graph_replays(model, ids, new_tokens, repeats), batch_size)
             )
         del model
-        torch.compiler.reset()
-        gc.collect()
+        release()
     return sorted(rows, key=lambda entry: entry["case"], reverse=True)  # stable: this model first in each case
 
 

@@ -4,10 +4,8 @@ Everything is bf16 on one GPU with the settings a model comes with, every model 
 among each other. Hosts differ from machine to machine, so their milliseconds do not.
 """
 
-import gc
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from complexity_deep.workflow.benchmarks.model_speed import build, peers, zipf_ids
+from complexity_deep.workflow.benchmarks.model_speed import build, decode_steps, peers, release, training_step, zipf_ids
 from complexity_deep.workflow.benchmarks.results import measured_row
 from complexity_deep.workflow.benchmarks.timing import timed
 from complexity_deep.workflow.command import InputError
@@ -34,19 +32,10 @@ REQUESTS, LONGEST_PROMPT = 128, 511
 def generate_rows(shape: str, name: str, config, repeats: int) -> list[dict]:
     """A decode step of `generate`, with the cache that it takes by itself and with a static one."""
     model, rows = build(config, "cuda", "sdpa").eval(), []
-    model.generation_config.eos_token_id = None  # decode all the tokens
     for cache in ("default", "static"):
         for batch in (1, 8, 32, 128):
             ids = zipf_ids(config.vocab_size, batch, PROMPT, device="cuda")
-            options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 1}
-            options |= {"cache_implementation": "static"} if cache == "static" else {}
-
-            def decode(count: int, ids=ids, options=options):
-                model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
-
-            whole = timed(lambda: decode(NEW_TOKENS), repeats, "cuda")
-            prefill = statistics.median(timed(lambda: decode(1), repeats, "cuda"))
-            steps = [(took - prefill) / (NEW_TOKENS - 1) for took in whole]
+            steps = decode_steps(model, ids, NEW_TOKENS, repeats, "cuda", cache == "static")
             rows.append(measured_row("users", f"{shape} generate, {cache} cache, batch {batch}", name, steps, batch))
     return rows
 
@@ -79,22 +68,6 @@ def host_times(call: Callable, repeats: int) -> list[float]:
     return times[3:]
 
 
-def training_step(model, compiled: bool, autocast: bool = False) -> Callable:
-    """A step on given ids: forward, backward, AdamW."""
-    called = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            loss = called(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
-
-
 def train_rows(shape: str, name: str, config, repeats: int, sizes=((1, 2048), (8, 2048)), autocast=False) -> list[dict]:
     """Training steps, eager and compiled."""
     rows = []
@@ -103,9 +76,9 @@ def train_rows(shape: str, name: str, config, repeats: int, sizes=((1, 2048), (8
             torch.manual_seed(0)
             model = build(config, "cuda", "sdpa", torch.float32 if autocast else None).train()
             ids = zipf_ids(config.vocab_size, batch, length, device="cuda")
-            step = training_step(model, compiled, autocast)
-            times = timed(lambda step=step, ids=ids: step(ids), 2 * repeats, "cuda", warmup=4)
-            if not torch.isfinite(step(ids)):
+            step = training_step(model, "cuda", compiled, autocast)
+            times = timed(lambda step=step, ids=ids: step(input_ids=ids, labels=ids), 2 * repeats, "cuda", warmup=4)
+            if not torch.isfinite(step(input_ids=ids, labels=ids)):
                 raise InputError(f"{name} trains to a loss that is not finite: no figure is reported.")
             case = f"{shape} train {batch}x{length}, {'compiled' if compiled else 'eager'}"
             case += ", autocast" if autocast else ""
@@ -129,14 +102,14 @@ def length_rows(shape: str, name: str, config, repeats: int) -> list[dict]:
     import triton
 
     model, compiled = build(config, "cuda", "sdpa").train(), []
-    step, draw = training_step(model, compiled=False), random.Random(0)
+    step, draw = training_step(model, "cuda", compiled=False), random.Random(0)
     triton.knobs.runtime.jit_post_compile_hook = lambda **_: compiled.append(1)
     times = []
     for index in range(SETTLED + 5 * repeats):
         if index == SETTLED:
             compiled.clear()
         ids = zipf_ids(config.vocab_size, 4, draw.randint(SHORTEST, LONGEST), device="cuda")
-        times += timed(lambda ids=ids: step(ids), 1, "cuda", warmup=0)
+        times += timed(lambda ids=ids: step(input_ids=ids, labels=ids), 1, "cuda", warmup=0)
     triton.knobs.runtime.jit_post_compile_hook = None
     case = f"{shape} train 4x{SHORTEST}..{LONGEST}, {len(compiled)} kernels compiled after step {SETTLED}"
     return [measured_row("users", case, name, times[SETTLED:], 2 * (SHORTEST + LONGEST))]
@@ -225,13 +198,6 @@ PARTS = {
     "batching": batching_rows,
     "operators": operator_rows,
 }
-
-
-def release() -> None:
-    """Give back the memory of the models before."""
-    gc.collect()
-    torch.compiler.reset()
-    torch.cuda.empty_cache()
 
 
 def benchmark_users(model_config: str, *, parts: list[str], repeats: int, only: str | None = None) -> list[dict]:
