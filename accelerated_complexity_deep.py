@@ -60,6 +60,7 @@ logger = logging.get_logger(__name__)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "mu_to_q", "mu_to_k", "mu_to_v")
 FEW_TOKENS = (2, 16, 32)  # the kernels of few tokens are compiled for up to so many
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
+COMPILED_MODULES = "torch._dynamo.eval_frame"  # where the class is that torch.compile puts around a module
 # First layer of a model -> kind of call -> numbers of tokens whose kernels are compiled.
 _COMPILED_AHEAD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -143,7 +144,7 @@ def is_unhooked(*modules: nn.Module) -> bool:
             or state["_forward_pre_hooks"]
             or state["_backward_hooks"]
             or state["_backward_pre_hooks"]
-            or "forward" in state
+            or ("forward" in state and type(module).__module__ != COMPILED_MODULES)
         ):
             return False
     return not _has_any_global_hook()

@@ -45,6 +45,7 @@ SHIPPED_FILES = (
     "accelerated_complexity_deep.py",
     "decode_graph_complexity_deep.py",
     "forward_graph_complexity_deep.py",
+    "training_graph_complexity_deep.py",
     "registration_complexity_deep.py",
     "routing_complexity_deep.py",
     "kernels/first_call.py",

@@ -7,6 +7,7 @@ steps of that kind records its first one. All other steps are replayed: the toke
 and position were copied while the step before was running.
 """
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
-from .accelerated_complexity_deep import is_unhooked, plain_static_layer
+from .accelerated_complexity_deep import COMPILED_MODULES, is_unhooked, plain_static_layer
 from .compatibility_complexity_deep import CACHE_NAME
 
 if TYPE_CHECKING:  # what the mixin of this file is mixed into
@@ -125,14 +126,17 @@ class DecodeGraph:
         return is_recordable(self.model)
 
 
-def is_recordable(model: nn.Module) -> bool:
-    """Whether every operation of `model` without gradient is known, so that a CUDA graph can hold it."""
-    config = model.config
-    names = (config._attn_implementation, config._kernels_implementation, config._experts_implementation)
-    # The tables of these two kinds of RoPE depend on the largest position so far.
-    if names != ("sdpa", "triton", "cggr") or config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+def is_recordable(model: nn.Module, training: bool = False) -> bool:
+    """Whether every operation of `model` is known, so that a CUDA graph can hold it; in training, also if compiled."""
+    config, attentions = model.config, ("sdpa", "flex_attention") if training else ("sdpa",)
+    names = (config._kernels_implementation, config._experts_implementation)
+    if config._attn_implementation not in attentions or names != ("triton", "cggr"):
         return False
-    known = (type(model).__module__, type(model.base_model).__module__, "transformers.activations")
+    # The tables of these two kinds of RoPE depend on the largest position so far.
+    if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+        return False
+    known = [type(model).__module__, type(model.base_model).__module__, "transformers.activations"]
+    known += [COMPILED_MODULES] if training else []
     origins = (type(module).__module__ for module in model.modules())
     return (
         all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
@@ -158,12 +162,23 @@ def _arguments(inputs: dict) -> tuple:
     return arguments, torch.is_inference_mode_enabled()
 
 
-def record(step: Callable, device: torch.device) -> tuple[Callable, Any]:
-    """Record `step` without running it: what replays it, and its outputs, whose tensors every replay writes again."""
-    graph = torch.cuda.CUDAGraph()
+def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, Any]:
+    """Record `step` without running it: what replays it, and its outputs, whose tensors every replay writes again.
+
+    Graphs of one memory `pool` are replayed in the order in which they were recorded.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     # A stream of the model's device: torch's default one for captures lies on the device that was the first to record.
-    with _CAPTURE, torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
-        outputs = step()
+    options = {"stream": torch.cuda.Stream(device), "pool": pool, "capture_error_mode": "thread_local"}
+    collects = gc.isenabled()
+    gc.disable()  # a graph that nobody holds any more would spoil this one if it were freed now
+    try:
+        with _CAPTURE, torch.cuda.graph(graph, **options):
+            outputs = step()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own in place
+        if collects:
+            gc.enable()
     return graph.replay, outputs
 
 

@@ -11,12 +11,13 @@ Only ids are taken: no cache, mask or positions. Modules, weights and settings a
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .accelerated_complexity_deep import ACCELERATED, is_unhooked
+from .accelerated_complexity_deep import is_unhooked
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
 from .kernels.op_registration import is_ordinary
 
@@ -25,38 +26,64 @@ MAX_TOKENS = 8192  # with more, the GPU takes longer than the host
 NEVER = -(10**9)  # calls of a shape that cannot be recorded
 MAX_GRAPHS = 4  # of a model; the one that was not used for longest makes room
 _GRAPHS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its graphs
-_LOCK = threading.Lock()
+LOCK = threading.Lock()
 logger = logging.get_logger(__name__)
 
 
-class _Graphs:
-    """The recordings of one model, and what they depend on. It holds no part of the model, which may be freed."""
+class Recordings:
+    """What was recorded of one model, by kind of call, and what it depends on.
 
-    def __init__(self, model: nn.Module):
-        self.calls: dict[tuple, int] = {}
-        self.recorded: dict[tuple, tuple] = {}
+    It holds no part of the model, which may be freed.
+    """
+
+    def __init__(self, model: nn.Module, most: int):
+        self.most = most
+        self._begin(model)
+
+    def _begin(self, model: nn.Module) -> None:
         self.calls_before = CALLS_BEFORE
+        self.calls: dict[tuple, int] = {}
+        self.recorded: dict[tuple, Any] = {}
         self.state = _state(model)
 
-    def are_of(self, model: nn.Module) -> bool:
-        """Whether modules, weights and settings are those that were recorded."""
-        return self.state == _state(model) and is_unhooked(*model.modules())
+    @classmethod
+    def of(cls, model: nn.Module, store: weakref.WeakKeyDictionary, most: int) -> "Recordings":
+        """Those of `model` in `store`. At most `most` are kept: the one that was not used for longest makes room."""
+        found = store.get(model)
+        if found is None:
+            found = store[model] = cls(model, most)
+        return found
 
-    def record(self, key: tuple, model: nn.Module, plain: Callable, input_ids: Tensor) -> None:
-        """Record a pass; where CUDA refuses, such as for want of memory, the shape is never tried again."""
-        while len(self.recorded) >= MAX_GRAPHS:
+    def find(self, key: tuple, model: nn.Module, is_possible: Callable[[], bool], make: Callable[[], Any]) -> Any:
+        """The recording of `key`, or None where a call of it runs as it is.
+
+        The first calls do. So does every one where `make` raises `RuntimeError`, such as for want of memory. Where
+        modules, weights or settings are others than before, all begins anew.
+        """
+        is_due = False
+        if key not in self.recorded:
+            calls = self.calls[key] = self.calls.get(key, 0) + 1
+            is_due = calls > self.calls_before and is_possible()
+        if (key in self.recorded or is_due) and not (self.state == _state(model) and is_unhooked(*model.modules())):
+            self._begin(model)
+            return None
+        if key not in self.recorded and is_due:
+            self._make(key, make)
+        if key in self.recorded:
+            self.recorded[key] = self.recorded.pop(key)  # the newest comes last
+        return self.recorded.get(key)
+
+    def _make(self, key: tuple, make: Callable[[], Any]) -> None:
+        while len(self.recorded) >= self.most:
             oldest = next(iter(self.recorded))
             del self.recorded[oldest], self.calls[oldest]
             # Many shapes take turns. Recording one each time it comes would cost more than it saves.
             self.calls_before *= 2
-        ids = input_ids.clone()
         try:
-            replay, outputs = record(lambda: plain(model, ids, use_cache=False), ids.device)
+            self.recorded[key] = make()
         except RuntimeError as error:
-            logger.warning_once(f"Forward passes of {tuple(ids.shape)} are not recorded as a CUDA graph: {error}")
+            logger.warning_once(f"Calls with {key[0]} are not recorded as a CUDA graph: {error}")
             self.calls[key] = NEVER
-            return
-        self.recorded[key] = ids, replay, outputs
 
 
 def _state(model: nn.Module) -> list:
@@ -67,7 +94,7 @@ def _state(model: nn.Module) -> list:
         # Such as the step size of the dynamics.
         state += [value for value in module.__dict__.values() if type(value) in (int, float, bool, str)]
         for tensors in (module._parameters, module._buffers):
-            state += [(x.data_ptr(), x.dtype, x.shape) for x in tensors.values() if x is not None]
+            state += [(x.data_ptr(), x.dtype, x.shape, x.requires_grad) for x in tensors.values() if x is not None]
     return state
 
 
@@ -82,11 +109,11 @@ def _takes_graph(model: nn.Module, input_ids: Tensor) -> bool:
         and model.config.sliding_window is None  # the library would make a mask
         and not torch.is_autocast_enabled(input_ids.device.type)
         and is_ordinary((input_ids, model.embed_tokens.weight))
-        and (input_ids.device.type != "cuda" or _is_default_stream(input_ids.device))
+        and (input_ids.device.type != "cuda" or is_default_stream(input_ids.device))
     )
 
 
-def _is_default_stream(device: torch.device) -> bool:
+def is_default_stream(device: torch.device) -> bool:
     """Whether work is queued where every other thread queues it, and is not being captured."""
     return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
@@ -103,26 +130,28 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
     asked = [value for name, value in kwargs.items() if value is not None and not (name == "use_cache" and not value)]
     if args or asked or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, input_ids):
         return plain(model, input_ids, *args, **kwargs)
-    key = input_ids.shape, input_ids.dtype, input_ids.device, _modes()
-    with _LOCK:
-        graphs, is_due = _GRAPHS.get(model) or _Graphs(model), False
-        if key not in graphs.recorded:
-            calls = graphs.calls[key] = graphs.calls.get(key, 0) + 1
-            is_due = calls > graphs.calls_before and is_recordable(model)
-        if (key in graphs.recorded or is_due) and not graphs.are_of(model):
-            graphs, is_due = _Graphs(model), False
-        if key not in graphs.recorded and is_due and _has_room(model, input_ids.numel(), input_ids.device):
-            graphs.record(key, model, plain, input_ids)
-        _GRAPHS[model] = graphs
-        if key in graphs.recorded:
-            ids, replay, outputs = graphs.recorded[key] = graphs.recorded.pop(key)  # the newest comes last
-            ids.copy_(input_ids)
+    ids, device = input_ids, input_ids.device
+
+    def make() -> tuple:
+        own = ids.clone()
+        return own, *record(lambda: plain(model, own, use_cache=False), device)
+
+    with LOCK:
+        found = Recordings.of(model, _GRAPHS, MAX_GRAPHS).find(
+            (ids.shape, ids.dtype, device, modes()),
+            model,
+            lambda: is_recordable(model) and _has_room(model, ids.numel(), device),
+            make,
+        )
+        if found is not None:
+            own, replay, outputs = found
+            own.copy_(ids)
             replay()
             return type(outputs)(last_hidden_state=outputs.last_hidden_state.clone())
     return plain(model, input_ids, use_cache=False)
 
 
-def _modes() -> tuple:
+def modes() -> tuple:
     """What PyTorch lets a caller choose for all operations."""
     backends = torch.backends.cuda
     return (
@@ -135,7 +164,3 @@ def _modes() -> tuple:
         backends.math_sdp_enabled(),
         backends.cudnn_sdp_enabled(),
     )
-
-
-if "triton" in ACCELERATED:
-    ACCELERATED["triton"]["model"] = graphed_forward

@@ -24,7 +24,7 @@ def main(folder: str, what: str) -> None:
         ids = zipf_ids(config.vocab_size, 1, PROMPT, device="cuda")
         call = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS)  # noqa: E731
     else:
-        step = training_step(model.train(), "cuda", compiled=False)
+        step = training_step(model.train(), "cuda", "eager")
         ids = zipf_ids(config.vocab_size, 1, 2048, device="cuda")
         call = lambda: step(input_ids=ids, labels=ids)  # noqa: E731
     begin = time.perf_counter()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import compile_regions
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, StaticCache
 
@@ -63,9 +64,15 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def training_step(model, device: str, compiled: bool, mixed_precision: bool = False) -> Callable[..., torch.Tensor]:
-    """A step on the inputs that it is called with, forward, backward and AdamW; it returns the loss."""
-    called = torch.compile(model) if compiled else model
+COMPILERS = {"eager": lambda model: model, "compiled": torch.compile, "compiled by layers": compile_regions}
+
+
+def training_step(model, device: str, compiler: str, mixed_precision: bool = False) -> Callable[..., torch.Tensor]:
+    """A step on the inputs that it is called with, forward, backward and AdamW; it returns the loss.
+
+    `compiler` is one of COMPILERS: eager, the whole model, or each layer as pretrain.py does it.
+    """
+    called = COMPILERS[compiler](model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.startswith("cuda"))
 
     def step(**inputs: torch.Tensor) -> torch.Tensor:
@@ -127,7 +134,7 @@ def benchmark_train(
             use_chunked_loss(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        train = training_step(model, device, compiled, mixed_precision)
+        train = training_step(model, device, "compiled" if compiled else "eager", mixed_precision)
         ids = zipf_ids(config.vocab_size, batch_size, sequence_length, device=device)
         inputs = {"input_ids": ids, "labels": ids}
         if document_length:

@@ -16,11 +16,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from complexity_deep.workflow.benchmarks.model_speed import build, decode_steps, peers, release, training_step, zipf_ids
+from complexity_deep.workflow.benchmarks.model_speed import (
+    COMPILERS,
+    build,
+    decode_steps,
+    peers,
+    release,
+    training_step,
+    zipf_ids,
+)
 from complexity_deep.workflow.benchmarks.results import measured_row
 from complexity_deep.workflow.benchmarks.timing import timed
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.provenance import REPOSITORY
+from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
 
 PROMPT, NEW_TOKENS = 128, 64
 FORWARDS = ((1, 16), (1, 128), (1, 512), (1, 2048), (32, 128), (8, 2048))
@@ -69,18 +78,21 @@ def host_times(call: Callable, repeats: int) -> list[float]:
 
 
 def train_rows(shape: str, name: str, config, repeats: int, sizes=((1, 2048), (8, 2048)), autocast=False) -> list[dict]:
-    """Training steps, eager and compiled."""
+    """Training steps: eager, compiled as a whole, and compiled by layers with a loss in chunks, as by pretrain.py."""
     rows = []
-    for compiled in (False, True):
+    for compiler in COMPILERS:
         for batch, length in sizes:
             torch.manual_seed(0)
             model = build(config, "cuda", "sdpa", torch.float32 if autocast else None).train()
+            if compiler == "compiled by layers":
+                use_chunked_loss(model)
             ids = zipf_ids(config.vocab_size, batch, length, device="cuda")
-            step = training_step(model, "cuda", compiled, autocast)
+            step = training_step(model, "cuda", compiler, autocast)
             times = timed(lambda step=step, ids=ids: step(input_ids=ids, labels=ids), 2 * repeats, "cuda", warmup=4)
             if not torch.isfinite(step(input_ids=ids, labels=ids)):
                 raise InputError(f"{name} trains to a loss that is not finite: no figure is reported.")
-            case = f"{shape} train {batch}x{length}, {'compiled' if compiled else 'eager'}"
+            case = f"{shape} train {batch}x{length}, {compiler}"
+            case += ", chunked loss" if compiler == "compiled by layers" else ""
             case += ", autocast" if autocast else ""
             rows.append(measured_row("users", case, name, times, batch * length))
             del model, step
@@ -102,7 +114,7 @@ def length_rows(shape: str, name: str, config, repeats: int) -> list[dict]:
     import triton
 
     model, compiled = build(config, "cuda", "sdpa").train(), []
-    step, draw = training_step(model, "cuda", compiled=False), random.Random(0)
+    step, draw = training_step(model, "cuda", "eager"), random.Random(0)
     triton.knobs.runtime.jit_post_compile_hook = lambda **_: compiled.append(1)
     times = []
     for index in range(SETTLED + 5 * repeats):

@@ -1,0 +1,271 @@
+"""Repeated training steps as CUDA graphs. Without a GPU a stand-in records, which runs the passes at every replay."""
+
+import gc
+import inspect
+import weakref
+
+import pytest
+import torch
+from accelerate.utils import compile_regions
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from complexity_deep import forward_graph_complexity_deep as forward_graphs
+from complexity_deep import training_graph_complexity_deep as graphs
+from support import random_ids, triton_model
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
+
+
+class StandIn:
+    """Records like `record`, for a device that has no graphs: a replay runs the pass again."""
+
+    def __call__(self, step, device, pool):
+        result = step()
+        if isinstance(result, Tensor):
+            return lambda: self.forward(step, result), result
+        held = inspect.getclosurevars(step).nonlocals
+        return lambda: self.backward(held["self"], held["weights"], result), result
+
+    def forward(self, step, output):
+        with torch.enable_grad():
+            self.latest = step()
+        output.detach().copy_(self.latest.detach())
+
+    def backward(self, step, weights, gradients):
+        fresh = torch.autograd.grad(self.latest, weights, step.output_gradient, allow_unused=True)
+        for gradient, new in zip(gradients, fresh, strict=True):
+            if gradient is not None:
+                gradient.copy_(new)
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list:
+    """One entry for each recorded step, in which its replays of the backward pass are counted."""
+    made, plain_step = [], graphs.TrainingStep
+
+    class Counted(plain_step):
+        def __init__(self, *arguments):
+            if not CUDA:
+                monkeypatch.setattr(graphs, "record", StandIn())
+            super().__init__(*arguments)
+            self.replays, replay = 0, self.backward
+
+            def counted():
+                self.replays += 1
+                replay()
+
+            self.backward = counted
+            made.append(self)
+
+    monkeypatch.setattr(graphs, "GRAPH_DEVICES", (DEVICE,))
+    monkeypatch.setattr(forward_graphs, "CALLS_BEFORE", 0)
+    monkeypatch.setattr(graphs, "TrainingStep", Counted)
+    return made
+
+
+def loss_of(model, ids, **more) -> Tensor:
+    return model(ids, labels=ids, use_cache=False, **more).loss
+
+
+def gradients_of(model, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [x.grad.clone() for x in model.parameters() if x.grad is not None]
+
+
+def eager_gradients(model, ids, **more) -> list[Tensor]:
+    model.set_kernels_implementation("eager")
+    found = gradients_of(model, loss_of(model, ids, **more))
+    model.set_kernels_implementation("triton")
+    return found
+
+
+def check_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, **TOLERANCE)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 1}, {"use_dynamics": False, "use_mu_routing": False}])
+def test_gradients_of_replays_are_those_of_the_step(steps, monkeypatch, changes):
+    monkeypatch.setattr(forward_graphs, "CALLS_BEFORE", 2)
+    model, counts = triton_model(**changes).train(), []
+    for seed in range(4):
+        ids = random_ids(2, 5, seed=seed).to(DEVICE)
+        found = gradients_of(model, loss_of(model, ids))
+        counts.append(len(steps))
+        check_equal(found, eager_gradients(model, ids))
+    assert counts == [0, 0, 1, 1] and steps[0].replays >= 2
+
+
+def test_packed_documents_and_the_number_of_labels(steps):
+    model = triton_model().train()
+    ids, other = random_ids(1, 6).to(DEVICE), random_ids(1, 6, seed=1).to(DEVICE)
+    documents = torch.tensor([[0, 1, 2, 0, 1, 2]], device=DEVICE)
+    one = torch.arange(6, device=DEVICE)[None]
+    for positions in (documents, one):
+        for given in (ids, other):
+            more = {"position_ids": positions, "num_items_in_batch": torch.tensor(7, device=DEVICE)}
+            check_equal(gradients_of(model, loss_of(model, given, **more)), eager_gradients(model, given, **more))
+    assert len(steps) == 1 and steps[0].replays == 4
+
+
+def test_gradients_add_up_and_stay_what_they_were(steps):
+    model = triton_model().train()
+    first, second = (random_ids(1, 4, seed=seed).to(DEVICE) for seed in (0, 1))
+    expected = [x + y for x, y in zip(eager_gradients(model, first), eager_gradients(model, second), strict=True)]
+    model.zero_grad()
+    loss_of(model, first).backward()
+    kept = [x.grad for x in model.parameters()]
+    copies = [None if x is None else x.clone() for x in kept]
+    loss_of(model, second).backward()
+    check_equal([x.grad for x in model.parameters() if x.grad is not None], expected)
+    model.zero_grad()
+    kept = [x for x in kept if x is not None]
+    copies = [x.clone() for x in kept]
+    loss_of(model, first).backward()
+    assert all(torch.equal(x, y) for x, y in zip(kept, copies, strict=True))
+    assert len(steps) == 1 and steps[0].replays == 3
+
+
+def test_two_passes_before_a_backward_and_in_any_order(steps):
+    model = triton_model().train()
+    first, second = (random_ids(1, 4, seed=seed).to(DEVICE) for seed in (0, 1))
+    expected = [eager_gradients(model, first), eager_gradients(model, second)]
+    for order in ((0, 1), (1, 0)):
+        losses = [loss_of(model, first), loss_of(model, second)]
+        for index in order:
+            check_equal(gradients_of(model, losses[index]), expected[index])
+    assert steps[0].replays == 2  # of each pair, the first is replayed and the second runs as it is
+    lost = loss_of(model, first)
+    del lost  # no backward pass will come
+    check_equal(gradients_of(model, loss_of(model, second)), expected[1])
+    assert steps[0].replays == 3
+
+
+def test_a_second_backward_and_a_second_derivative(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    expected = eager_gradients(model, ids)
+    loss = loss_of(model, ids)
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    check_equal([x.grad / 2 for x in model.parameters() if x.grad is not None], expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+    def penalty() -> Tensor:
+        weight = model.model.layers[0].self_attn.o_proj.weight
+        (gradient,) = torch.autograd.grad(loss_of(model, ids), weight, create_graph=True)
+        return gradient.square().sum()
+
+    found = gradients_of(model, penalty())
+    model.set_kernels_implementation("eager")
+    check_equal(found, gradients_of(model, penalty()))
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_refused(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    loss = loss_of(model, ids)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    del loss
+    check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+    assert steps[0].replays == 1
+
+
+def test_what_changes_the_model_is_seen(steps):
+    """Frozen weights, a replaced weight, a hook."""
+    model, ids = triton_model(num_hidden_layers=2).train(), random_ids(1, 4).to(DEVICE)
+    layer = model.model.layers[1]
+    loss_of(model, ids).backward()
+
+    def is_followed(recorded: int) -> bool:
+        for _ in range(2):  # one that sees the change, one that is recorded anew
+            check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+        return len(steps) == recorded
+
+    layer.self_attn.requires_grad_(False)
+    assert is_followed(2)
+    layer.self_attn.o_proj.weight = nn.Parameter(torch.eye(64, device=DEVICE))
+    assert is_followed(3)
+    seen = []
+    layer.mlp.register_forward_hook(lambda *_: seen.append(1))
+    assert is_followed(3) and seen
+
+
+def test_layers_compiled_by_accelerate_are_recorded(steps):
+    model, ids = compile_regions(triton_model(), backend="aot_eager").train(), random_ids(1, 4).to(DEVICE)
+    for _ in range(2):
+        found = gradients_of(model, loss_of(model, ids))
+    assert len(steps) == 1 and steps[0].replays == 2
+    check_equal(found, eager_gradients(model, ids))
+
+
+def test_autocast_is_part_of_what_is_recorded(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    loss_of(model, ids).backward()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        losses = [loss_of(model, ids) for _ in range(2)]
+        hidden = model.model(ids, use_cache=False).last_hidden_state
+    assert len(steps) == 2
+    check_equal(gradients_of(model, losses[0]), gradients_of(model, losses[1]))  # a replay, and the pass as it is
+    check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+    assert hidden.requires_grad
+
+
+def test_calls_that_ask_for_more_run_as_they_are(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    mask, embeds = torch.ones_like(ids), model.model.embed_tokens(ids).detach().requires_grad_()
+    for more in ({"use_cache": True}, {"attention_mask": mask}, {"routing_ids": ids}, {"output_hidden_states": True}):
+        model(ids, **{"use_cache": False, **more}).logits.sum().backward()
+    model(inputs_embeds=embeds, routing_ids=ids, use_cache=False).logits.sum().backward()
+    checkpoint(lambda x: model(x, use_cache=False).logits, ids, use_reentrant=False).sum().backward()
+    with torch.autograd.graph.save_on_cpu():
+        loss_of(model, ids).backward()
+    model.gradient_checkpointing_enable()
+    loss_of(model, ids).backward()
+    model = triton_model(attention_dropout=0.1).train()
+    loss_of(model, ids).backward()
+    with torch.no_grad():
+        loss_of(triton_model().train(), ids)
+    assert not steps
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(steps, monkeypatch):
+    """CUDA refuses; or the replay gives something else than the pass."""
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    ids = random_ids(1, 4).to(DEVICE)
+    for name, stand_in in (("record", refuse), ("_allocated", lambda _, amounts=[0, 2**60]: amounts.pop())):
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs, name, stand_in)
+            if name == "_allocated":
+                patch.setattr(graphs, "free_bytes", lambda _: 0)
+            patch.setattr(graphs, "TrainingStep", graphs.TrainingStep.__base__)
+            model = triton_model().train()
+            for _ in range(2):
+                check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+    with pytest.raises(RuntimeError, match="does not give"):
+        graphs._compare(torch.ones(3), torch.ones(3), torch.ones(2), torch.tensor([1.0, 2.0]))
+    with pytest.raises(RuntimeError, match="does not give"):
+        graphs._compare(torch.ones(3), torch.full((3,), torch.nan), torch.ones(2), torch.ones(2))
+
+
+def test_a_model_that_nobody_holds_is_freed_with_its_graphs(steps):
+    if not CUDA:
+        pytest.skip("the stand-in holds the model")
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    loss_of(model, ids).backward()
+    base, held = weakref.ref(model.model), len(graphs._GRAPHS)
+    steps.clear()
+    del model
+    gc.collect()
+    assert base() is None and len(graphs._GRAPHS) < held

@@ -1,0 +1,214 @@
+"""Training steps of one shape, repeated, as CUDA graphs: forward and backward of the decoder.
+
+A small model, or a few rows of a large one, keeps the GPU busy for less time than the host needs to launch what is to
+be done. Whoever trains calls the model with the same shape again and again. The first calls of a shape run as they are.
+The next one is recorded, and its replay compared with the pass itself. From then on the ids are copied and two graphs
+are launched, one in the forward and one in the backward pass. Loss and optimizer stay outside.
+
+To autograd a replay is one function of all weights. A backward pass that a replay cannot give, a second one or one that
+is to be differentiated, computes the decoder anew as it is. A forward pass whose predecessor still waits for its
+backward pass runs as it is, because both would share their memory.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .accelerated_complexity_deep import ACCELERATED
+from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
+from .forward_graph_complexity_deep import LOCK, Recordings, graphed_forward, is_default_stream, modes
+from .kernels.op_registration import is_ordinary
+
+# Multiplications of a layer's weights in one pass. From about so many on, the GPU takes longer for them than the host
+# for its launches.
+MAX_PRODUCTS = 2.5e11
+MAX_GRAPHS = 2  # of a model, for each keeps the activations of a pass
+OUTPUT_TOLERANCE = 1e-2  # relative to the norm: bf16 sums may differ in their order
+NORM_TOLERANCE = 3e-2  # of each gradient; those of embeddings are summed by atomic operations
+_GRAPHS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its recordings
+logger = logging.get_logger(__name__)
+
+
+class _Awaited:
+    """Held by an autograd graph for as long as its backward pass through a recording may come."""
+
+
+class TrainingStep:
+    """Forward and backward pass of one shape. It holds no module, so that the model may be freed."""
+
+    def __init__(self, plain: Callable, model: nn.Module, inputs: dict[str, Tensor]):
+        self.inputs = {name: x.clone() for name, x in inputs.items()}
+        self.autocast = autocast_of(inputs["input_ids"].device)
+        self.awaited: weakref.ref | None = None
+        weights, device = trained_weights(model), inputs["input_ids"].device
+
+        def forward() -> Tensor:
+            outputs = plain(model, **self.inputs, use_cache=False)
+            self.output_type = type(outputs)
+            return outputs.last_hidden_state
+
+        before = _allocated(device)
+        output = forward()  # as it is, which compiles what is not compiled yet
+        needed = _allocated(device) - before + sum(x.numel() * x.element_size() for x in weights)
+        if needed > free_bytes(device) / 2:
+            raise torch.OutOfMemoryError(f"it would hold {needed / 2**30:.1f} GiB")
+        generator = torch.Generator(device).manual_seed(0)
+        self.output_gradient = torch.randn(output.shape, generator=generator, device=device).to(output.dtype)
+        gradients = torch.autograd.grad(output, weights, self.output_gradient, allow_unused=True)
+        expected, norms = output.detach(), _norms(gradients)
+        del output, gradients
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # both graphs hold the activations
+        # Autocast keeps its casts of the weights while its context lasts, and so may hold some from before.
+        torch.clear_autocast_cache()
+        self.forward, self.output = record(forward, device, pool)
+        torch.clear_autocast_cache()
+        self.backward, self.gradients = record(
+            lambda: torch.autograd.grad(self.output, weights, self.output_gradient, allow_unused=True), device, pool
+        )
+        self.output = self.output.detach()  # lets go of the activations' tensors; their memory is the graphs'
+        self.forward()
+        self.backward()
+        _compare(self.output, expected, _norms(self.gradients), norms)
+
+    def is_free(self) -> bool:
+        """Whether no backward pass is to come through the activations that are held."""
+        return self.awaited is None or self.awaited() is None
+
+    def __call__(self, plain: Callable, model: nn.Module, inputs: dict[str, Tensor]):
+        """The model's output for `inputs`, which have the shapes of those that were recorded."""
+        for name, x in self.inputs.items():
+            x.copy_(inputs[name])
+        own = {name: x.clone() for name, x in inputs.items()}
+
+        def anew() -> Tensor:
+            dtype, kind = self.autocast, own["input_ids"].device.type
+            with torch.enable_grad(), torch.autocast(kind, dtype, enabled=dtype is not None):
+                return plain(model, **own, use_cache=False).last_hidden_state
+
+        return self.output_type(last_hidden_state=_Replay.apply(self, anew, *trained_weights(model)))
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, step: TrainingStep, anew: Callable, *weights: Tensor) -> Tensor:
+        step.forward()
+        # Saved so that autograd refuses what it would refuse: a weight that changed in between, a freed graph.
+        ctx.save_for_backward(*weights)
+        ctx.step, ctx.anew, ctx.awaited = step, anew, _Awaited()
+        step.awaited = weakref.ref(ctx.awaited)
+        return step.output.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        weights, step = ctx.saved_tensors, ctx.step
+        if ctx.awaited is None or torch.is_grad_enabled():
+            options = {"create_graph": torch.is_grad_enabled(), "allow_unused": True}
+            return None, None, *torch.autograd.grad(ctx.anew(), weights, gradient, **options)
+        step.output_gradient.copy_(gradient)
+        step.backward()
+        ctx.awaited = None
+        # Copies, because the next replay writes the recorded ones again.
+        recorded = [x for x in step.gradients if x is not None]
+        copies = [torch.empty_like(x) for x in recorded]
+        torch._foreach_copy_(copies, recorded)
+        copies.reverse()
+        return None, None, *(None if x is None else copies.pop() for x in step.gradients)
+
+
+def _norms(gradients) -> Tensor:
+    return torch.stack(torch._foreach_norm([x for x in gradients if x is not None])).float()
+
+
+def _compare(output: Tensor, expected: Tensor, norms: Tensor, expected_norms: Tensor) -> None:
+    """Raise `RuntimeError` where a replay gives another output or other norms of gradients than the pass itself."""
+    error = (output - expected).float().norm() / expected.float().norm()
+    # A gradient that is next to nothing beside the others is rounding.
+    allowed = NORM_TOLERANCE * expected_norms + 1e-3 * expected_norms.norm()
+    is_equal = (error <= OUTPUT_TOLERANCE) & ((norms - expected_norms).abs() <= allowed).all()
+    if not is_equal:
+        raise RuntimeError("its replay does not give what the pass itself gives")
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, or None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def trained_weights(model: nn.Module) -> list[Tensor]:
+    return [x for x in model.parameters() if x.requires_grad]
+
+
+def _products_of_layer(model: nn.Module, tokens: int) -> float:
+    """Multiplications of `tokens` with the weights of a layer that a token meets, embeddings of values left out."""
+    config = model.config
+    width = config.moe_intermediate_size if config.is_routed else config.intermediate_size
+    width += config.shared_expert_intermediate_size or 0
+    return float(tokens) * config.hidden_size * (4 * config.hidden_size + 3 * width)
+
+
+def _is_alone() -> bool:
+    """Whether gradients stay in this process, and nothing looks at what is saved for the backward pass."""
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        return False
+    # Hooks such as those of activation checkpointing or offloading.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None and not torch.is_anomaly_enabled()
+
+
+def _takes_graph(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
+    ids, config = inputs["input_ids"], model.config
+    return (
+        not torch.compiler.is_compiling()
+        and ids.device.type in GRAPH_DEVICES
+        and ids.ndim == 2
+        and all(x.device == ids.device for x in inputs.values())
+        and _products_of_layer(model, ids.numel()) <= MAX_PRODUCTS
+        and config.sliding_window is None
+        and not (model.training and config.attention_dropout > 0)
+        and not any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers)
+        and is_ordinary((*inputs.values(), model.embed_tokens.weight))
+        and _is_alone()
+        and (ids.device.type != "cuda" or is_default_stream(ids.device))
+        and bool(trained_weights(model))
+    )
+
+
+def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = None, *args, **kwargs):
+    """The forward of the base model, replayed for shapes that come again and again.
+
+    With gradients: ids [B, S], alone or with positions of the same shape.
+    """
+    if not torch.is_grad_enabled():
+        return graphed_forward(plain, model, input_ids, *args, **kwargs)
+    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    given.pop("num_items_in_batch", None)  # the loss divides by it
+    inputs = {"input_ids": input_ids, "position_ids": given.pop("position_ids", None)}
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    if args or given or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, inputs):
+        return plain(model, input_ids, *args, **kwargs)
+    shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
+    with LOCK:
+        step = Recordings.of(model, _GRAPHS, MAX_GRAPHS).find(
+            (shapes, input_ids.device, autocast_of(input_ids.device), modes()),
+            model,
+            lambda: is_recordable(model, training=True) and _has_no_dropout(model),
+            lambda: TrainingStep(plain, model, inputs),
+        )
+        if step is not None and step.is_free():
+            return step(plain, model, inputs)
+    return plain(model, input_ids, *args, **kwargs)
+
+
+def _has_no_dropout(model: nn.Module) -> bool:
+    return not any(isinstance(x, nn.modules.dropout._DropoutNd) and x.training and x.p > 0 for x in model.modules())
+
+
+if "triton" in ACCELERATED:
+    ACCELERATED["triton"]["model"] = graphed_model
