@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.utils import logging
 
-from .accelerated_complexity_deep import is_unhooked
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
 from .kernels.op_registration import is_ordinary
 
@@ -25,6 +25,7 @@ CALLS_BEFORE = 2  # calls of a shape that run as they are; the second has all ke
 MAX_TOKENS = 8192  # with more, the GPU takes longer than the host
 NEVER = -(10**9)  # calls of a shape that cannot be recorded
 MAX_GRAPHS = 4  # of a model; the one that was not used for longest makes room
+_NUMBERS = frozenset((int, float, bool, str))
 _GRAPHS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its graphs
 LOCK = threading.Lock()
 logger = logging.get_logger(__name__)
@@ -64,7 +65,7 @@ class Recordings:
         if key not in self.recorded:
             calls = self.calls[key] = self.calls.get(key, 0) + 1
             is_due = calls > self.calls_before and is_possible()
-        if (key in self.recorded or is_due) and not (self.state == _state(model) and is_unhooked(*model.modules())):
+        if (key in self.recorded or is_due) and self.state != _state(model):
             self._begin(model)
             return None
         if key not in self.recorded and is_due:
@@ -87,15 +88,26 @@ class Recordings:
 
 
 def _state(model: nn.Module) -> list:
-    """What decides about a forward pass: the configuration, every module, its numbers, where its weights lie."""
-    state: list = [dict(vars(model.config))]
-    for module in model.modules():
-        state.append(id(module))
-        # Such as the step size of the dynamics.
-        state += [value for value in module.__dict__.values() if type(value) in (int, float, bool, str)]
-        for tensors in (module._parameters, module._buffers):
-            state += [(x.data_ptr(), x.dtype, x.shape, x.requires_grad) for x in tensors.values() if x is not None]
+    """What decides about a forward pass: the configuration, every module, its hooks, numbers, where its weights lie."""
+    state: list = [dict(vars(model.config)), _has_any_global_hook()]
+    _add_state(model, state)
     return state
+
+
+def _add_state(module: nn.Module, state: list) -> None:
+    """This runs for every module of every call, so it walks through them only once."""
+    held = module.__dict__
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    state += (id(module), "forward" in held, any([held[name] for name in hooks]))
+    # Such as the step size of the dynamics.
+    state += [value for value in held.values() if value.__class__ in _NUMBERS]
+    for tensors in (held["_parameters"], held["_buffers"]):
+        for x in tensors.values():
+            if x is not None:
+                state += (id(x), x.data_ptr(), x.dtype, x.shape, x.requires_grad)
+    for child in held["_modules"].values():
+        if child is not None:
+            _add_state(child, state)
 
 
 def _takes_graph(model: nn.Module, input_ids: Tensor) -> bool:

@@ -43,7 +43,8 @@ class TrainingStep:
         self.inputs = {name: x.clone() for name, x in inputs.items()}
         self.autocast = autocast_of(inputs["input_ids"].device)
         self.awaited: weakref.ref | None = None
-        weights, device = trained_weights(model), inputs["input_ids"].device
+        weights, device = [x for x in model.parameters() if x.requires_grad], inputs["input_ids"].device
+        self.weights = [weakref.ref(x) for x in weights]
 
         def forward() -> Tensor:
             outputs = plain(model, **self.inputs, use_cache=False)
@@ -88,7 +89,7 @@ class TrainingStep:
             with torch.enable_grad(), torch.autocast(kind, dtype, enabled=dtype is not None):
                 return plain(model, **own, use_cache=False).last_hidden_state
 
-        return self.output_type(last_hidden_state=_Replay.apply(self, anew, *trained_weights(model)))
+        return self.output_type(last_hidden_state=_Replay.apply(self, anew, *(x() for x in self.weights)))
 
 
 class _Replay(torch.autograd.Function):
@@ -141,10 +142,6 @@ def autocast_of(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def trained_weights(model: nn.Module) -> list[Tensor]:
-    return [x for x in model.parameters() if x.requires_grad]
-
-
 def _products_of_layer(model: nn.Module, tokens: int) -> float:
     """Multiplications of `tokens` with the weights of a layer that a token meets, embeddings of values left out."""
     config = model.config
@@ -176,7 +173,6 @@ def _takes_graph(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
         and is_ordinary((*inputs.values(), model.embed_tokens.weight))
         and _is_alone()
         and (ids.device.type != "cuda" or is_default_stream(ids.device))
-        and bool(trained_weights(model))
     )
 
 
@@ -204,6 +200,11 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
         if step is not None and step.is_free():
             return step(plain, model, inputs)
     return plain(model, input_ids, *args, **kwargs)
+
+
+def is_replayed(model: nn.Module) -> bool:
+    """Whether training steps of this base model are being replayed."""
+    return model in _GRAPHS and bool(_GRAPHS[model].recorded)
 
 
 def _has_no_dropout(model: nn.Module) -> bool:

@@ -58,7 +58,6 @@ def run_plans(args: argparse.Namespace) -> None:
         flush=True,
     )
     options = {"data": args.data, "eos_token_id": data["eos_token_id"], "compiled": not args.eager}
-    options["recorded"] = args.cuda_graphs
     runner = Runner(
         results,
         train_in_child,
@@ -110,7 +109,6 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     run.add_argument("--smoke", action="store_true", help="toy size, to try the plan out")
     run.add_argument("--eager", action="store_true", help="compile nothing")
-    run.add_argument("--cuda-graphs", action="store_true", help="replay steps as CUDA graphs where that can be done")
     run.add_argument("--start-method", default="forkserver", choices=("forkserver", "spawn"), help="of the processes")
     run.add_argument("--log-dir", default="runs/evidence/logs", help="what each run prints (default: %(default)s)")
     run.add_argument("--commit", default=commit(), help="commit to record (default: that of this checkout)")

@@ -74,9 +74,10 @@ def test_what_changes_the_model_is_seen(recordings, monkeypatch):
     assert is_followed() and len(recordings) == 4
     state = graphs._state(model.model)
     router = layer.mlp.mu_router
-    router.weight = router.weight.view(torch.int32)  # where it was, of another dtype
+    weight = router.weight
+    router.weight = weight.view(torch.int32)  # where it was, of another dtype
     assert graphs._state(model.model) != state
-    router.weight = router.weight.view(torch.float32)
+    router.weight = weight
     assert graphs._state(model.model) == state
     seen = []
     layer.mlp.register_forward_hook(lambda *_: seen.append(1))

@@ -16,8 +16,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter, load_balancing_loss_func
 
 from complexity_deep.accelerated_complexity_deep import cggr_experts_forward
+from complexity_deep.training_graph_complexity_deep import is_replayed
 from complexity_deep.workflow.evidence.ablation_data import TrainingBatches, batch_of, token_counts, token_rows
-from complexity_deep.workflow.evidence.recorded_step import RecordedStep
 from complexity_deep.workflow.flops import active_parameters, total_parameters
 from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
 from complexity_deep.workflow.training.new_model import load_tokenizer, model_of_shape
@@ -90,9 +90,8 @@ def keep_logits(router: Qwen3MoeTopKRouter, inputs: tuple, outputs: tuple) -> No
 class RunTrainer(Trainer):
     """Trainer over batches that lie on the device, with the balance loss of a learned router."""
 
-    def __init__(self, *, batches: TrainingBatches, balance_loss: float, recorded: bool, **kwargs):
+    def __init__(self, *, batches: TrainingBatches, balance_loss: float, **kwargs):
         super().__init__(**kwargs)
-        self.recorded = RecordedStep(self.named_step, self.model) if recorded else None
         self.remove_callback(PrinterCallback)
         self.batches, self.balance_loss = batches, balance_loss
         self.gradient_norms: list[Tensor] = []
@@ -102,16 +101,6 @@ class RunTrainer(Trainer):
 
     def get_train_dataloader(self) -> TrainingBatches:
         return self.batches
-
-    def named_step(self, **inputs: Tensor) -> Tensor:
-        items = inputs.pop("num_items_in_batch")
-        return super().training_step(self.model_wrapped, {**inputs, "use_cache": False}, items)
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        if self.recorded is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        return self.recorded(num_items_in_batch=num_items_in_batch, **tensors)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
@@ -243,10 +232,9 @@ def training_arguments(run: dict, steps: int, folder: str) -> TrainingArguments:
     )
 
 
-def train(run: dict, data: str, eos_token_id: int, compiled: bool, recorded: bool = False) -> dict:
+def train(run: dict, data: str, eos_token_id: int, compiled: bool) -> dict:
     """Train and measure one run; returns the columns of runs.csv that only the run itself can know.
 
-    `recorded` replays steps as a CUDA graph, for our own architecture (the masks of the library's wait for the GPU).
     Raises `InputError` for data that do not suffice, and whatever training raises.
     """
     wall = time.perf_counter()
@@ -274,14 +262,13 @@ def train(run: dict, data: str, eos_token_id: int, compiled: bool, recorded: boo
             callbacks=[clock],
             batches=batches,
             balance_loss=run["balance_loss"],
-            recorded=recorded and run["config"]["model_type"] == "complexity-deep",
         )
         trainer.train()
     norms = torch.stack(trainer.gradient_norms)[round(run["warmup"] * steps) :]
     is_finite = not clock.diverged and all(map(math.isfinite, clock.curve[-1][1:]))
     result = {
         **counted,
-        "recorded": trainer.recorded is not None,
+        "recorded": is_replayed(model.base_model),
         "status": "ok" if is_finite else "diverged",
         "steps": clock.last_step,
         "curve": [[tokens, *(round(loss, 5) for loss in losses)] for tokens, *losses in clock.curve],
