@@ -22,14 +22,12 @@ from complexity_deep.workflow.command import ArgumentParser, needs, run_script
 from complexity_deep.workflow.provenance import REPOSITORY, commit
 
 with needs("eval"):
-    import torch
-
     from complexity_deep.workflow.evidence.ablation_data import prepare
     from complexity_deep.workflow.evidence.ablation_plan import expand, finish, missing_of
     from complexity_deep.workflow.evidence.ablation_process import train_in_child
     from complexity_deep.workflow.evidence.ablation_report import write_study
     from complexity_deep.workflow.evidence.ablation_results import Results, read_data, read_rows
-    from complexity_deep.workflow.evidence.ablation_runner import Runner
+    from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
 
 TIMED_OUT = 3
 
@@ -52,7 +50,7 @@ def run_plans(args: argparse.Namespace) -> None:
         runs += [finish({**run, **length}, args.smoke) for run in expand(Path(plan), rows, data, args.only)]
     runs = [run for run in runs if args.seeds is None or run["seed"] in args.seeds]
     missing = missing_of(runs, [] if args.repeat else read_rows(results.path))
-    gpus = [str(index) for index in range(torch.cuda.device_count())] or [""]
+    gpus = visible_gpus()
     print(
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",
         flush=True,

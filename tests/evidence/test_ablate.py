@@ -24,7 +24,7 @@ from complexity_deep.workflow.evidence.ablation_plan import (
     newest_speeds,
 )
 from complexity_deep.workflow.evidence.ablation_results import FIELDS, Results, read_rows
-from complexity_deep.workflow.evidence.ablation_runner import Runner
+from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
 from support import REPOSITORY
 
 PLANS = REPOSITORY / "recipes" / "evidence"
@@ -159,6 +159,16 @@ def test_every_outcome_is_recorded_and_a_finished_run_is_not_made_again(tmp_path
     assert "CUDA graphs" in rows[4]["versions"] and "CUDA graphs" not in rows[0]["versions"]
     assert missing_of(runs, read_rows(tmp_path / "runs.csv")) == [runs[2], runs[3]]
     assert "edu 3.0000" in capsys.readouterr().out
+
+
+def test_a_process_gets_one_of_the_gpus_that_are_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-3f")
+    assert visible_gpus() == ["2", "GPU-3f"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert visible_gpus() == [""]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,17 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from complexity_deep.workflow.evidence.ablation_results import Results, is_dead
+
+
+def visible_gpus() -> list[str]:
+    """What each process is to be given as CUDA_VISIBLE_DEVICES: the GPUs that this one sees,."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    names = given.split(",") if given else [str(index) for index in range(count)]
+    return names[:count] or [""]
 
 
 class Runner:
