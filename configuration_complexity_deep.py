@@ -46,6 +46,7 @@ SHIPPED_FILES = (
     "decode_graph_complexity_deep.py",
     "forward_graph_complexity_deep.py",
     "registration_complexity_deep.py",
+    "speculation_complexity_deep.py",
     "routing_complexity_deep.py",
     "kernels/first_call.py",
     "kernels/op_registration.py",

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .accelerated_complexity_deep import ACCELERATED, is_unhooked
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
 from .kernels.op_registration import is_ordinary
+from .speculation_complexity_deep import SpeculativeCache, speculative_step
 
 CALLS_BEFORE = 2  # calls of a shape that run as they are; the second has all kernels compiled
 MAX_TOKENS = 8192  # with more, the GPU takes longer than the host
@@ -100,6 +101,8 @@ def _has_room(model: nn.Module, tokens: int, device: torch.device) -> bool:
 
 def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None = None, *args, **kwargs):
     """The forward of the base model: replayed for ids [B, S] alone, without gradient, whose shape was seen before."""
+    if isinstance(kwargs.get("cache"), SpeculativeCache):
+        return speculative_step(plain, model, input_ids, *args, **kwargs)
     asked = [value for name, value in kwargs.items() if value is not None and not (name == "use_cache" and not value)]
     if args or asked or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, input_ids):
         return plain(model, input_ids, *args, **kwargs)
