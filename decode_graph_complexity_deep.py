@@ -151,6 +151,18 @@ def is_recordable(model: nn.Module) -> bool:
     )
 
 
+def state_of(model: nn.Module) -> list:
+    """What decides about a forward pass: the configuration, every module, its numbers, where its weights lie."""
+    state: list = [dict(vars(model.config))]
+    for module in model.modules():
+        state.append(id(module))
+        # Such as the step size of the dynamics.
+        state += [value for value in module.__dict__.values() if type(value) in (int, float, bool, str)]
+        for tensors in (module._parameters, module._buffers):
+            state += [(x.data_ptr(), x.dtype, x.shape) for x in tensors.values() if x is not None]
+    return state
+
+
 def free_bytes(device: torch.device) -> float:
     """Memory of the device that a new tensor can have, what PyTorch holds and does not use included."""
     if device.type != "cuda":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .accelerated_complexity_deep import ACCELERATED, is_unhooked
-from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
+from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record, state_of
 from .kernels.op_registration import is_ordinary
 from .speculation_complexity_deep import SpeculativeCache, speculative_step
 
@@ -37,11 +37,11 @@ class _Graphs:
         self.calls: dict[tuple, int] = {}
         self.recorded: dict[tuple, tuple] = {}
         self.calls_before = CALLS_BEFORE
-        self.state = _state(model)
+        self.state = state_of(model)
 
     def are_of(self, model: nn.Module) -> bool:
         """Whether modules, weights and settings are those that were recorded."""
-        return self.state == _state(model) and is_unhooked(*model.modules())
+        return self.state == state_of(model) and is_unhooked(*model.modules())
 
     def record(self, key: tuple, model: nn.Module, plain: Callable, input_ids: Tensor) -> None:
         """Record a pass; where CUDA refuses, such as for want of memory, the shape is never tried again."""
@@ -58,18 +58,6 @@ class _Graphs:
             self.calls[key] = NEVER
             return
         self.recorded[key] = ids, replay, outputs
-
-
-def _state(model: nn.Module) -> list:
-    """What decides about a forward pass: the configuration, every module, its numbers, where its weights lie."""
-    state: list = [dict(vars(model.config))]
-    for module in model.modules():
-        state.append(id(module))
-        # Such as the step size of the dynamics.
-        state += [value for value in module.__dict__.values() if type(value) in (int, float, bool, str)]
-        for tensors in (module._parameters, module._buffers):
-            state += [(x.data_ptr(), x.dtype, x.shape) for x in tensors.values() if x is not None]
-    return state
 
 
 def _takes_graph(model: nn.Module, input_ids: Tensor) -> bool:

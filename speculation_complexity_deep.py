@@ -3,9 +3,10 @@
 The library gives these ways of `generate` a cache that grows, so that every step waits for the host to launch its
 kernels. Here both the model and its draft get static caches that can be cropped. A step of few tokens, which verifies
 a draft or continues one, is padded to one of a few lengths, so that few recordings serve all of them. A cache holds
-the recordings of the steps that write into it. The library's loop stays as it is.
+the recordings of the steps that write into it, and waits for the next call. The library's loop stays as it is.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,29 +19,52 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from .accelerated_complexity_deep import plain_static_layer
 from .compatibility_complexity_deep import CACHE_NAME
-from .decode_graph_complexity_deep import HAVE_RUN, DecodeGraphMixin, leaves_cache_open, record, step_variant
+from .decode_graph_complexity_deep import HAVE_RUN, DecodeGraphMixin, leaves_cache_open, record, state_of, step_variant
 
-# Tokens of a recorded step. A draft goes on with one token, or two where all before were taken; 8 and 32 verify.
-STEP_LENGTHS = (1, 2, 8, 32)
+# Tokens of a recorded step. With one, the kernels of a decode step run; the others have no kernels of their own.
+STEP_LENGTHS = (1, 8, 32)
+LENGTH_UNIT = 256  # positions; a cache serves all calls of up to so many more than it was made for
+# Model -> number of layers -> the cache of an earlier call, which no call uses.
+_IDLE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class SpeculativeCache(StaticCache):
     """A static cache [1, K, L, D] in each layer that forgets rejected tokens, and the recordings of steps into it.
 
-    It belongs to one call of `generate` and one model, whose weights, modules and settings stay as they are meanwhile.
-    `longest` is the number of positions in use at most; padded steps need room behind them.
+    It is for one model, the first `layers` layers of it (all for None), and up to `longest` tokens; padded steps need
+    room behind them. Recording costs about as much as many steps, so caches are kept for later calls of `generate`.
     """
 
-    def __init__(self, config, longest: int, layers: int | None = None):
-        super().__init__(config=config, max_cache_len=longest + STEP_LENGTHS[-1])
+    def __init__(self, model: nn.Module, longest: int, layers: int | None = None):
+        self.longest = -(-longest // LENGTH_UNIT) * LENGTH_UNIT
+        super().__init__(config=model.config, max_cache_len=self.longest + STEP_LENGTHS[-1])
         del self.layers[layers or len(self.layers) :]
-        self.steps: dict[tuple, RecordedStep] = {}
+        self.steps: dict[int, RecordedStep] = {}
+        self.state = _state(model)
+        self.lent: list[tuple] = []  # a model that drafts in this call, its cache and number of layers
+
+    def serves(self, model: nn.Module, longest: int) -> bool:
+        """Whether a call for up to `longest` tokens can have this cache, as nothing that was recorded has changed."""
+        return longest <= self.longest and self.state == _state(model)
+
+    def rewind(self) -> None:
+        """Forget all tokens."""
+        for layer in self.layers:
+            layer.cumulative_length.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, whose number the library gives as a negative one; an empty cache has none."""
-        count = abs(int(tokens_to_remove))
-        if count and self.layers[0].is_initialized:
-            torch._foreach_sub_([layer.cumulative_length for layer in self.layers], count)
+        """Forget the last tokens, whose number the library gives as a negative one. It may be more than there are."""
+        self.forget(min(abs(int(tokens_to_remove)), int(self.get_seq_length())))
+
+    def forget(self, tokens: int) -> None:
+        """Forget the last `tokens`, without waiting for the device."""
+        if tokens:
+            torch._foreach_sub_([layer.cumulative_length for layer in self.layers], tokens)
+
+
+def _state(model: nn.Module) -> list:
+    # Tensors that are made in inference mode cannot be changed outside of it.
+    return [torch.is_inference_mode_enabled(), *state_of(model)]
 
 
 class RecordedStep:
@@ -102,19 +126,18 @@ def speculative_step(plain: Callable, model: nn.Module, input_ids: Tensor | None
         return plain(model, input_ids, *args, **kwargs)
     tokens = ids.shape[1]
     length = next(length for length in STEP_LENGTHS if length >= tokens)
-    key = length, mask.dtype, torch.is_inference_mode_enabled()
-    if key not in cache.steps:
-        cache.steps[key] = RecordedStep(length, ids, mask, positions)
-    step = cache.steps[key]
+    if length not in cache.steps:
+        cache.steps[length] = RecordedStep(length, ids, mask, positions)
+    step = cache.steps[length]
     step.fill(ids, mask, positions)
     step.run(plain, model, cache, kwargs.get("use_cache"))
-    cache.crop(tokens - length)
+    cache.forget(length - tokens)
     return step.output_type(last_hidden_state=step.hidden_states[:, :tokens], **{CACHE_NAME: cache})
 
 
 def _is_step(cache: SpeculativeCache, ids: Any, mask: Any, positions: Any) -> bool:
     """Whether a pass has few tokens in one row, and nothing is made in it that depends on the host."""
-    if not all(isinstance(x, Tensor) for x in (ids, mask, positions)):
+    if not all(isinstance(x, Tensor) for x in (ids, mask, positions)) or mask.dtype != torch.bool:
         return False
     if ids.ndim != 2 or len(ids) != 1 or not 1 <= ids.shape[1] <= STEP_LENGTHS[-1] or positions.shape != ids.shape:
         return False
@@ -127,8 +150,27 @@ class SpeculationMixin(DecodeGraphMixin):
 
     def speculative_cache(self, longest: int, layers: int | None = None) -> SpeculativeCache | None:
         """A cache for `longest` tokens in the first `layers` layers (all for None), or None where none can be had."""
-        fits = self._has_room_for_cache(1, longest + STEP_LENGTHS[-1])
-        return SpeculativeCache(self.config, longest, layers) if fits else None
+        idle = _IDLE.get(self, {}).pop(layers, None)  # no other call may find it meanwhile
+        if not self._has_room_for_cache(1, longest + LENGTH_UNIT + STEP_LENGTHS[-1]):
+            return None
+        if idle is None or not idle.serves(self, longest):
+            return SpeculativeCache(self, longest, layers)
+        idle.rewind()
+        return idle
+
+    def keep_speculative_cache(self, cache: SpeculativeCache, layers: int | None = None) -> None:
+        """Keep for later calls what `speculative_cache` gave for `layers`."""
+        _IDLE.setdefault(self, {})[layers] = cache
+
+    def _assisted_decoding(self, *args, **kwargs):
+        found = super()._assisted_decoding(*args, **kwargs)
+        cache = kwargs.get(CACHE_NAME)
+        if isinstance(cache, SpeculativeCache):
+            self.keep_speculative_cache(cache)
+            while cache.lent:
+                model, *lent = cache.lent.pop()
+                model.keep_speculative_cache(*lent)
+        return found
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
@@ -148,10 +190,12 @@ class SpeculationMixin(DecodeGraphMixin):
         drafts_same_tokens = type(generator) in (AssistedCandidateGenerator, EarlyExitCandidateGenerator)
         if drafts_same_tokens and isinstance(model_kwargs.get(CACHE_NAME), SpeculativeCache):
             # The draft's class may come from another folder's copy of this file.
-            make = getattr(generator.assistant_model, "speculative_cache", lambda *_: None)
-            cache = make(generation_config.max_length, generation_config.assistant_early_exit)
+            draft, layers = generator.assistant_model, generation_config.assistant_early_exit
+            make = getattr(draft, "speculative_cache", lambda *_: None)
+            cache = make(generation_config.max_length, layers)
             if cache is not None:
                 generator.assistant_kwargs[CACHE_NAME] = cache
+                model_kwargs[CACHE_NAME].lent.append((draft, cache, layers))
         return generator
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config) -> bool:

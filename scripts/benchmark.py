@@ -11,7 +11,7 @@ markdown table for people and one JSON line last; adds rows to benchmarks/result
 and draws the charts beside it. On a CUDA device the kernel tests run first, and nothing is measured if one fails.
 
 --speculate compares ways of speculative decoding with greedy decoding of one saved model, by "vs first" in the table.
-What a draft is worth depends on weights and text, so it takes trained models, and documents whose beginnings are prompts.
+A draft is worth what weights and text make it, so it takes trained models, and documents whose beginnings are prompts.
 """
 
 import argparse

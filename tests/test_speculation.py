@@ -19,7 +19,7 @@ from complexity_deep import speculation_complexity_deep as speculation
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import HAVE_RUN
 from complexity_deep.modeling_complexity_deep import ComplexityDeepExperts, ComplexityDeepModelOutputWithPast
-from complexity_deep.speculation_complexity_deep import STEP_LENGTHS, SpeculativeCache
+from complexity_deep.speculation_complexity_deep import LENGTH_UNIT, STEP_LENGTHS, SpeculativeCache
 from support import random_ids, triton_model
 
 pytest.importorskip("triton")
@@ -111,12 +111,12 @@ def test_tokens_are_greedys_and_steps_are_recorded(recordings, plain_functions, 
     expected = generate(model, ids, cache_implementation="dynamic")
     options = ways(model, draft)[way]
     generate(model, ids, **options)  # compiles the kernels of each length
-    recordings.made, recordings.passes[:], recordings.replayed[:] = 0, [], []
+    recordings.passes[:], recordings.replayed[:] = [], []
     assert torch.equal(generate(model, ids, **options), expected)
     models = 1 if way == "prompt lookup" else 2
-    assert len(recordings.passes) - len(recordings.replayed) == models
+    assert len(recordings.passes) - len(recordings.replayed) <= models
+    assert 8 in recordings.replayed and set(recordings.replayed) <= {1, 8, 32}
     assert 0 < recordings.made <= models * len(STEP_LENGTHS)
-    assert 8 in recordings.replayed and set(recordings.replayed) <= {1, 2, 8}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_draft_that_cannot_be_recorded_drafts_as_it_is(recordings, plain_funct
 def test_a_pass_of_other_arguments_runs_as_it_is(recordings, plain_functions):
     model, ids = triton_model(), random_ids(1, 12).to(DEVICE)
     full = model(ids).logits
-    cache = SpeculativeCache(model.config, 12)
+    cache = SpeculativeCache(model, 12)
     options = {CACHE_NAME: cache, "attention_mask": torch.ones_like(ids[:, :4])}
     first = model(ids[:, :4], **options).logits
     options["attention_mask"] = torch.ones_like(ids[:, :9])  # [B, S], which is not yet a mask of a step
@@ -242,16 +242,19 @@ def test_a_pass_of_other_arguments_runs_as_it_is(recordings, plain_functions):
     assert len(rest.hidden_states) == 2 and not cache.steps and not recordings.made
 
 
-def test_crop_of_a_cache_that_is_empty_or_full():
-    cache = SpeculativeCache(triton_model(num_hidden_layers=2).config, 8, layers=1)
-    assert len(cache.layers) == 1 and cache.layers[0].max_cache_len == 8 + STEP_LENGTHS[-1]
-    cache.crop(-1)  # the library does so for a prompt of one token
-    assert cache.get_seq_length() == 0
+def test_crop_of_a_cache_that_is_new_or_rewound_or_in_use():
+    cache = SpeculativeCache(triton_model(num_hidden_layers=2).cpu(), 8, layers=1)
+    assert len(cache.layers) == 1 and cache.longest == LENGTH_UNIT
+    assert cache.layers[0].max_cache_len == LENGTH_UNIT + STEP_LENGTHS[-1]
     keys = torch.zeros(1, 2, 5, 16)
-    cache.update(keys, keys, 0)
-    cache.crop(torch.tensor(-2))
-    cache.crop(0)
-    assert cache.get_seq_length() == 3
+    for _ in range(2):
+        cache.crop(-1)  # the library does so for a prompt of one token
+        assert cache.get_seq_length() == 0
+        cache.update(keys, keys, 0)
+        cache.crop(torch.tensor(-2))
+        cache.crop(0)
+        assert cache.get_seq_length() == 3
+        cache.rewind()
 
 
 @torch.no_grad()
@@ -259,7 +262,7 @@ def test_crop_of_a_cache_that_is_empty_or_full():
 @pytest.mark.parametrize("tokens", (2, 5, 8))
 def test_mask_of_few_tokens_is_the_librarys(tokens, padded):
     model, ids = triton_model(), random_ids(1, 6).to(DEVICE)
-    cache = SpeculativeCache(model.config, 20)
+    cache = SpeculativeCache(model, 20)
     model(ids, **{CACHE_NAME: cache})
     mask = torch.ones(1, 6 + tokens, dtype=torch.long, device=DEVICE)
     mask[0, :2] = not padded
@@ -271,8 +274,57 @@ def test_mask_of_few_tokens_is_the_librarys(tokens, padded):
     assert torch.equal(ours, graphs.create_masks_for_generate(config=model.config, **inputs))
 
 
-def test_caches_are_freed_with_the_call(plain_functions, monkeypatch):
-    """At once, and not when Python looks for circles: they hold recordings and much memory."""
+@pytest.mark.parametrize("way", ("assisted", "early exit"))
+def test_a_later_call_records_nothing(recordings, plain_functions, way):
+    """Unless it needs more positions than before, or the model has changed, whose recordings would be wrong."""
+    model, draft = pair()
+    options = ways(model, draft)[way]
+    made = []
+
+    def call(prompt: int, new: int = NEW) -> None:
+        recordings.made = 0
+        ids = random_ids(1, prompt, seed=prompt, vocab_size=12).to(DEVICE)
+        found = generate(model, ids, max_new_tokens=new, **options)
+        made.append(recordings.made)
+        assert torch.equal(found, generate(model, ids, max_new_tokens=new, cache_implementation="dynamic"))
+
+    model.config.max_position_embeddings = 2 * LENGTH_UNIT
+    for prompt in 3 * (1, 9, 40, 7):
+        call(prompt)
+    assert any(made[:8]) and not any(made[8:])
+    call(LENGTH_UNIT)
+    assert made[-1]
+    model.model.layers[0].self_attn.o_proj.weight = torch.nn.Parameter(torch.eye(64, device=DEVICE))
+    call(9)
+    assert made[-1]
+    with torch.inference_mode():
+        call(9)
+    for _ in range(3):
+        call(9)
+    assert made[-3] and not made[-1]
+
+
+def test_a_call_within_another_has_caches_of_its_own(recordings, plain_functions):
+    model, draft = pair()
+    outer, inner = random_ids(1, 9, seed=1).to(DEVICE), random_ids(1, 9, seed=2).to(DEVICE)
+    expected = [generate(model, ids, assistant_model=draft) for ids in (outer, inner)]
+    found = []
+
+    class Streamer:
+        """Generates within the loop that it is told of."""
+
+        def put(self, tokens):
+            found.append(generate(model, inner, assistant_model=draft))
+
+        def end(self):
+            pass
+
+    assert torch.equal(generate(model, outer, assistant_model=draft, streamer=Streamer()), expected[0])
+    assert len(found) > 1 and all(torch.equal(x, expected[1]) for x in found)
+
+
+def test_caches_are_freed_with_the_model_or_when_others_come(plain_functions, monkeypatch):
+    """They hold recordings and much memory."""
     seen, make = [], SpeculativeCache.__init__
 
     def watched(self, *args, **kwargs):
@@ -285,11 +337,20 @@ def test_caches_are_freed_with_the_call(plain_functions, monkeypatch):
     monkeypatch.setattr(speculation, "record", lambda step, device: (lambda: None, outputs))
     monkeypatch.setattr(SpeculativeCache, "__init__", watched)
     model, draft = pair()
-    gc.collect()
+
+    def alive() -> list[bool]:
+        return [cache() is not None for cache in seen]
+
+    for _ in range(2):
+        generate(model, random_ids(1, 9).to(DEVICE), assistant_model=draft)
+    assert alive() == [True, True]
+    draft.model.norm.weight = torch.nn.Parameter(draft.model.norm.weight.clone())
     gc.disable()
     try:
-        for options in ways(model, draft).values():
-            generate(model, random_ids(1, 9).to(DEVICE), **options)
-        assert len(seen) == 7 and all(cache() is None for cache in seen)
+        generate(model, random_ids(1, 9).to(DEVICE), assistant_model=draft)
+        assert alive() == [True, False, True]
     finally:
         gc.enable()
+    del model, draft
+    gc.collect()
+    assert not any(alive())

@@ -128,7 +128,7 @@ def benchmark_speculation(
 
     Times are of whole calls of `generate`, the prompt's pass included, for each new token. A draft has up to
     `draft_tokens` tokens; early exit drafts with the first `early_exit` layers, by default half of them. Raises
-    `InputError` for folders and texts that do not fit, and where in float32 tokens differ from those of greedy decoding.
+    `InputError` for folders and texts that do not fit, and where in float32 tokens differ from greedy decoding's.
     """
     target, tokenizer, draft = load_pair(model, assistant_model, device, dtype)
     positions, layers = target.config.max_position_embeddings, target.config.num_hidden_layers
