@@ -117,7 +117,7 @@ def test_refused_before_the_work(monkeypatch, folder, tmp_path):
             run(monkeypatch, folder, tmp_path / "out", *options)
     for given, sentence in (
         (["train", "--speculate"], "goes with `generate`"),
-        (["generate", "--speculate"], "needs --model and --prompts: with random weights"),
+        (["generate", "--speculate"], "needs --model and --prompts: what is accepted with random"),
     ):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *given, "--device", "cpu", "--output-dir", str(tmp_path)])
         with pytest.raises(InputError, match=sentence):
