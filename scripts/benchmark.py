@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="folder or Hub id of the trained model (--speculate)")
     parser.add_argument("--assistant-model", help="folder or Hub id of a smaller model that drafts (--speculate)")
     parser.add_argument("--prompts", nargs="+", help="sources of text, as pretrain.py takes them (--speculate)")
-    parser.add_argument("--draft-tokens", type=int, default=5, help="most tokens of a draft (--speculate)")
+    parser.add_argument("--draft-tokens", type=int, default=5, help="tokens of a draft (--speculate)")
     parser.add_argument("--early-exit", type=int, help="layers that draft; default: half of them (--speculate)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU (--speculate)")
     parser.add_argument("--skip-tests", action="store_true", help="do not run the kernel tests first")

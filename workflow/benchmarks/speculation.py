@@ -126,7 +126,7 @@ def benchmark_speculation(
 ) -> list[dict]:
     """Rows of results for greedy decoding, prompt lookup, early exit and, with `assistant_model`, assisted decoding.
 
-    Times are of whole calls of `generate`, the prompt's pass included, for each new token. A draft has up to
+    Times are of whole calls of `generate`, the prompt's pass included, for each new token. A draft has
     `draft_tokens` tokens; early exit drafts with the first `early_exit` layers, by default half of them. Raises
     `InputError` for folders and texts that do not fit, and where in float32 tokens differ from greedy decoding's.
     """
@@ -138,7 +138,9 @@ def benchmark_speculation(
         raise InputError(f"--early-exit {early_exit} must be from 1 to {layers - 1}, as the model has {layers} layers.")
     rows = load_prompts(prompts, tokenizer, sequence_length, device)
     for drafting in (target, draft) if draft is not None else (target,):
-        drafting.generation_config.num_assistant_tokens = draft_tokens
+        settings = drafting.generation_config
+        settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = draft_tokens, "constant"
+        settings.assistant_confidence_threshold = 0.0  # else the library ends drafts at the first unsure token
     ways = {
         "greedy": {},
         f"prompt lookup of {draft_tokens}": {"prompt_lookup_num_tokens": draft_tokens},
