@@ -302,7 +302,7 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
 
 def plain_static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
     """A layer of a static cache whose update is no more than writing keys and values in place, or None."""
-    if cache is None or type(cache) is not StaticCache or cache.offloading:
+    if not isinstance(cache, StaticCache) or type(cache).update is not StaticCache.update or cache.offloading:
         return None
     layer = cache.layers[layer_idx]
     return layer if type(layer) is StaticLayer and layer.is_initialized else None

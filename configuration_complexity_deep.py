@@ -47,6 +47,7 @@ SHIPPED_FILES = (
     "forward_graph_complexity_deep.py",
     "training_graph_complexity_deep.py",
     "registration_complexity_deep.py",
+    "speculation_complexity_deep.py",
     "routing_complexity_deep.py",
     "kernels/first_call.py",
     "kernels/op_registration.py",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
@@ -31,7 +32,8 @@ else:
 GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
 _CAPTURE = threading.Lock()  # one capture at a time in a process
-_HAVE_RUN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
+_NUMBERS = frozenset((int, float, bool, str))
+HAVE_RUN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
 
 
 class DecodeGraph:
@@ -57,7 +59,7 @@ class DecodeGraph:
             return self.otherwise(**inputs)
         if self.replay is None:
             self.inputs = {name: x.clone() for name, x in inputs.items() if isinstance(x, Tensor)}
-            variant, have_run = self._variant(inputs), _HAVE_RUN.setdefault(self.model, [])
+            variant, have_run = self._variant(inputs), HAVE_RUN.setdefault(self.model, [])
             if variant not in have_run:
                 outputs = self.model(**(inputs | self.inputs))  # compiles the kernels: not possible while recording
                 have_run.append(variant)
@@ -101,17 +103,9 @@ class DecodeGraph:
         self.held = [(x.keys, x.values, x.cumulative_length) for x in layers] if self.fits else []
 
     def _variant(self, inputs: dict) -> tuple:
-        """All that decides which kernels a step runs and what Triton compiles them for."""
-        from .kernels.decode_attention import decode_attention_variant  # where there is Triton, as for every step here
-
-        mask, weights = inputs["attention_mask"], (*self.model.parameters(), *self.model.buffers())
-        return (
-            _arguments(inputs | {"attention_mask": (mask.shape[:3], mask.dtype)}),
-            dict(vars(self.model.config)),
-            tuple(module.training for module in self.model.modules()),
-            [decode_attention_variant(keys, values) for keys, values, _ in self.held],
-            hash(tuple((x.dtype, x.device, x.shape, x.stride(), x.data_ptr() % 16) for x in weights)),
-        )
+        mask = inputs["attention_mask"]
+        arguments = _arguments(inputs | {"attention_mask": (mask.shape[:3], mask.dtype)})
+        return step_variant(self.model, arguments, [(keys, values) for keys, values, _ in self.held])
 
     def _fits(self, inputs: dict) -> bool:
         """Whether a step can be recorded: every operation is known, and none waits for data on the host."""
@@ -124,6 +118,23 @@ class DecodeGraph:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(mask.device.type):
             return False
         return is_recordable(self.model)
+
+
+def step_variant(model: nn.Module, arguments: tuple, held: list[tuple[Tensor, Tensor]]) -> tuple:
+    """All that decides which kernels a step of `model` runs and what Triton compiles them for.
+
+    `held` are keys and values of each layer [B, K, L, D], and `arguments` what the step depends on besides them.
+    """
+    from .kernels.decode_attention import decode_attention_variant  # where there is Triton, as for every step here
+
+    weights = (*model.parameters(), *model.buffers())
+    return (
+        arguments,
+        dict(vars(model.config)),
+        tuple(module.training for module in model.modules()),
+        [decode_attention_variant(keys, values) for keys, values in held],
+        hash(tuple((x.dtype, x.device, x.shape, x.stride(), x.data_ptr() % 16) for x in weights)),
+    )
 
 
 def is_recordable(model: nn.Module, training: bool = False) -> bool:
@@ -144,6 +155,29 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
         # fp64 goes to the plain PyTorch methods, which read on the host where each expert's tokens end.
         and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in model.parameters())
     )
+
+
+def state_of(model: nn.Module) -> list:
+    """What decides about a forward pass: the configuration, every module, its hooks, numbers, where its weights lie."""
+    state: list = [dict(vars(model.config)), _has_any_global_hook()]
+    _add_state(model, state)
+    return state
+
+
+def _add_state(module: nn.Module, state: list) -> None:
+    """This runs for every module of every call, so it walks through them only once."""
+    held = module.__dict__
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    state += (id(module), "forward" in held, any([held[name] for name in hooks]))
+    # Such as the step size of the dynamics.
+    state += [value for value in held.values() if value.__class__ in _NUMBERS]
+    for tensors in (held["_parameters"], held["_buffers"]):
+        for x in tensors.values():
+            if x is not None:
+                state += (id(x), x.data_ptr(), x.dtype, x.shape, x.requires_grad)
+    for child in held["_modules"].values():
+        if child is not None:
+            _add_state(child, state)
 
 
 def free_bytes(device: torch.device) -> float:
@@ -182,6 +216,25 @@ def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, A
     return graph.replay, outputs
 
 
+def leaves_cache_open(generation_config, model_kwargs: dict, length: int) -> bool:
+    """Whether a call of `generate` lets the model choose a cache of `length` positions, and is worth a recording."""
+    asks_otherwise = (
+        model_kwargs.get(CACHE_NAME) is not None
+        or generation_config.cache_implementation is not None
+        or generation_config.use_cache is False
+        or generation_config.return_dict_in_generate  # the cache is a part of that output
+        or generation_config.prefill_chunk_size is not None
+        or generation_config.disable_compile
+        or generation_config.compile_config is not None
+        or getattr(generation_config, "is_assistant", False)
+    )
+    found = [model_kwargs.get(name) for name in ("attention_mask", "position_ids")]
+    given = [x for x in found if x is not None]
+    if asks_otherwise or not given or any(not isinstance(x, Tensor) or x.ndim != 2 for x in given):
+        return False
+    return length + 1 - given[0].shape[1] >= SHORTEST_RECORDED
+
+
 def _routing_ids_of_step(routing_ids: Tensor, inputs: dict) -> Tensor:
     """The part of `routing_ids` [B, prompt] for the step with `inputs`, continued by the ids of generated tokens."""
     if routing_ids.ndim != 2:
@@ -205,28 +258,20 @@ class DecodeGraphMixin(GenerationMixin):
 
     def _takes_static_cache(self, generation_config, model_kwargs: dict, mode, batch_size: int, length: int) -> bool:
         """Whether `generate` gives the same tokens with a static cache of `length` positions, and sooner."""
-        if self.device.type not in GRAPH_DEVICES or mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             return False
-        asks_otherwise = (
-            model_kwargs.get(CACHE_NAME) is not None
-            or generation_config.cache_implementation is not None
-            or generation_config.use_cache is False
-            or generation_config.return_dict_in_generate  # the cache is a part of that output
-            or generation_config.prefill_chunk_size is not None
-            or generation_config.disable_compile
-            or generation_config.compile_config is not None
-            or getattr(generation_config, "is_assistant", False)
-        )
-        found = [model_kwargs.get(name) for name in ("attention_mask", "position_ids")]
-        given = [x for x in found if x is not None]
-        if asks_otherwise or not given or any(not isinstance(x, Tensor) or x.ndim != 2 for x in given):
+        rows = batch_size * (generation_config.num_return_sequences or 1)
+        return leaves_cache_open(generation_config, model_kwargs, length) and self._has_room_for_cache(rows, length)
+
+    def _has_room_for_cache(self, rows: int, length: int) -> bool:
+        """Whether steps of this model can be recorded, and a static cache is small beside what memory is free."""
+        if self.device.type not in GRAPH_DEVICES:
             return False
-        config, rows = self.config, batch_size * (generation_config.num_return_sequences or 1)
+        config = self.config
         width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
         cache_bytes = 2 * config.num_hidden_layers * rows * length * width * self.dtype.itemsize
         return (
-            length + 1 - given[0].shape[1] >= SHORTEST_RECORDED
-            and config.sliding_window is None
+            config.sliding_window is None
             and not torch.is_autocast_enabled(self.device.type)
             and is_recordable(self)
             and cache_bytes < free_bytes(self.device) / 2

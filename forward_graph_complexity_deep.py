@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.utils import logging
 
-from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
+from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record, state_of
 from .kernels.op_registration import is_ordinary
+from .speculation_complexity_deep import SpeculativeCache, speculative_step
 
 CALLS_BEFORE = 2  # calls of a shape that run as they are; the second has all kernels compiled
 MAX_TOKENS = 8192  # with more, the GPU takes longer than the host
 NEVER = -(10**9)  # calls of a shape that cannot be recorded
 MAX_GRAPHS = 4  # of a model; the one that was not used for longest makes room
-_NUMBERS = frozenset((int, float, bool, str))
 _GRAPHS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its graphs
 LOCK = threading.Lock()
 logger = logging.get_logger(__name__)
@@ -45,7 +44,7 @@ class Recordings:
         self.calls_before = CALLS_BEFORE
         self.calls: dict[tuple, int] = {}
         self.recorded: dict[tuple, Any] = {}
-        self.state = _state(model)
+        self.state = state_of(model)
 
     @classmethod
     def of(cls, model: nn.Module, store: weakref.WeakKeyDictionary, most: int) -> "Recordings":
@@ -65,7 +64,7 @@ class Recordings:
         if key not in self.recorded:
             calls = self.calls[key] = self.calls.get(key, 0) + 1
             is_due = calls > self.calls_before and is_possible()
-        if (key in self.recorded or is_due) and self.state != _state(model):
+        if (key in self.recorded or is_due) and self.state != state_of(model):
             self._begin(model)
             return None
         if key not in self.recorded and is_due:
@@ -85,29 +84,6 @@ class Recordings:
         except RuntimeError as error:
             logger.warning_once(f"Calls with {key[0]} are not recorded as a CUDA graph: {error}")
             self.calls[key] = NEVER
-
-
-def _state(model: nn.Module) -> list:
-    """What decides about a forward pass: the configuration, every module, its hooks, numbers, where its weights lie."""
-    state: list = [dict(vars(model.config)), _has_any_global_hook()]
-    _add_state(model, state)
-    return state
-
-
-def _add_state(module: nn.Module, state: list) -> None:
-    """This runs for every module of every call, so it walks through them only once."""
-    held = module.__dict__
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    state += (id(module), "forward" in held, any([held[name] for name in hooks]))
-    # Such as the step size of the dynamics.
-    state += [value for value in held.values() if value.__class__ in _NUMBERS]
-    for tensors in (held["_parameters"], held["_buffers"]):
-        for x in tensors.values():
-            if x is not None:
-                state += (id(x), x.data_ptr(), x.dtype, x.shape, x.requires_grad)
-    for child in held["_modules"].values():
-        if child is not None:
-            _add_state(child, state)
 
 
 def _takes_graph(model: nn.Module, input_ids: Tensor) -> bool:
@@ -139,6 +115,8 @@ def _has_room(model: nn.Module, tokens: int, device: torch.device) -> bool:
 
 def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None = None, *args, **kwargs):
     """The forward of the base model: replayed for ids [B, S] alone, without gradient, whose shape was seen before."""
+    if isinstance(kwargs.get("cache"), SpeculativeCache):
+        return speculative_step(plain, model, input_ids, *args, **kwargs)
     asked = [value for name, value in kwargs.items() if value is not None and not (name == "use_cache" and not value)]
     if args or asked or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, input_ids):
         return plain(model, input_ids, *args, **kwargs)

@@ -61,11 +61,11 @@ from .compatibility_complexity_deep import (
 )
 from .configuration_complexity_deep import ComplexityDeepConfig
 from .continuous_batching_complexity_deep import ContinuousBatchingMixin
-from .decode_graph_complexity_deep import DecodeGraphMixin
 from .kernels.grouped_linear import experts_one_by_one, grouped_linear, in_token_order, takes_grouped_linear
 from .kernels.kernel_reference import BETA_LIMIT, HIGHWAY_SHARE, VELOCITY_LIMIT, routing_plan_reference
 from .registration_complexity_deep import register_classes
 from .routing_complexity_deep import RoutingPlan, TokenRoutingMixin, VocabularyMixin, new_routing_table
+from .speculation_complexity_deep import SpeculationMixin
 from .training_graph_complexity_deep import graphed_model  # noqa: F401 (registers itself)
 
 
@@ -735,7 +735,7 @@ class ComplexityDeepModel(TokenRoutingMixin, ComplexityDeepPreTrainedModel):
 
 
 class ComplexityDeepForCausalLM(
-    ContinuousBatchingMixin, DecodeGraphMixin, ComplexityDeepPreTrainedModel, GenerationMixin
+    ContinuousBatchingMixin, SpeculationMixin, ComplexityDeepPreTrainedModel, GenerationMixin
 ):
     """Complexity-Deep with a language-model head, tied to the embedding by default."""
 

@@ -4,10 +4,14 @@
     python scripts/benchmark.py train --model-config configs/1.5b.json --batch-size 8 --sequence-length 2048
     python scripts/benchmark.py kernels                                               needs a CUDA device
     python scripts/benchmark.py users --model-config configs/1.5b.json                what comes without being asked for
+    python scripts/benchmark.py generate --speculate --model runs/150m --assistant-model runs/30m --prompts a.parquet
 
 The peers are Qwen3-MoE and Llama of the same shape (Llama as wide as all experts together), from transformers. Prints a
 markdown table for people and one JSON line last; adds rows to benchmarks/results.csv with device, versions and commit,
 and draws the charts beside it. On a CUDA device the kernel tests run first, and nothing is measured if one fails.
+
+--speculate compares ways of speculative decoding with greedy decoding of one saved model, by "vs first" in the table.
+A draft is worth what weights and text make it, so it takes trained models, and documents whose beginnings are prompts.
 """
 
 import argparse
@@ -24,6 +28,7 @@ with needs("train"):
     from complexity_deep.workflow.benchmarks.kernel_speed import benchmark_kernels
     from complexity_deep.workflow.benchmarks.model_speed import benchmark_generate, benchmark_train
     from complexity_deep.workflow.benchmarks.results import check_results, report
+    from complexity_deep.workflow.benchmarks.speculation import benchmark_speculation
     from complexity_deep.workflow.benchmarks.timing import ceilings
     from complexity_deep.workflow.benchmarks.user_paths import PARTS, benchmark_users
 
@@ -51,6 +56,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output-dir", default=default_output(), help="where results.csv and charts go")
     parser.add_argument("--only", choices=("complexity-deep", "qwen3-moe", "llama"), help="measure one model")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which to measure (users)")
+    parser.add_argument("--speculate", action="store_true", help="measure speculative decoding (generate)")
+    parser.add_argument("--model", help="folder or Hub id of the trained model (--speculate)")
+    parser.add_argument("--assistant-model", help="folder or Hub id of a smaller model that drafts (--speculate)")
+    parser.add_argument("--prompts", nargs="+", help="sources of text, as pretrain.py takes them (--speculate)")
+    parser.add_argument("--draft-tokens", type=int, default=5, help="tokens of a draft (--speculate)")
+    parser.add_argument("--early-exit", type=int, help="layers that draft; default: half of them (--speculate)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU (--speculate)")
     parser.add_argument("--skip-tests", action="store_true", help="do not run the kernel tests first")
     return parser.parse_args()
 
@@ -61,6 +73,11 @@ def measure(args: argparse.Namespace) -> list[dict]:
         return benchmark_kernels(args.device)
     if args.benchmark == "users":
         return benchmark_users(args.model_config, parts=args.parts, repeats=args.repeats, only=args.only)
+    if args.speculate:
+        names = ("sequence_length", "new_tokens", "draft_tokens", "early_exit", "repeats", "device")
+        dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
+        folders = args.model, args.assistant_model, args.prompts
+        return benchmark_speculation(*folders, dtype=dtype, **{name: getattr(args, name) for name in names})
     names = ("batch_size", "sequence_length", "repeats", "device", "attn_implementation", "only")
     shared = {name: getattr(args, name) for name in names}
     if args.benchmark == "generate":
@@ -76,9 +93,23 @@ def measure(args: argparse.Namespace) -> list[dict]:
     )
 
 
+def check_speculation(args: argparse.Namespace) -> None:
+    """Raise `InputError` for options that do not go together."""
+    if args.benchmark != "generate":
+        raise InputError(f"--speculate goes with `generate`, not with `{args.benchmark}`.")
+    if not args.model or not args.prompts:
+        raise InputError(
+            "--speculate needs --model and --prompts: what is accepted with random weights or tokens says nothing."
+        )
+    if args.batch_size != 1:
+        raise InputError(f"--batch-size is {args.batch_size}, but the library speculates for one row only.")
+
+
 def main(args: argparse.Namespace) -> None:
     check_results(Path(args.output_dir))
-    for name in ("batch_size", "sequence_length", "new_tokens", "repeats"):
+    if args.speculate:
+        check_speculation(args)
+    for name in ("batch_size", "sequence_length", "new_tokens", "repeats", "draft_tokens"):
         if getattr(args, name) < 1 + (name == "new_tokens"):
             raise InputError(f"--{name.replace('_', '-')} is too small: {getattr(args, name)}.")
     if args.device.startswith("cuda") and not args.skip_tests:

@@ -72,13 +72,13 @@ def test_what_changes_the_model_is_seen(recordings, monkeypatch):
     assert is_followed() and len(recordings) == 3
     layer.input_layernorm = type(layer.input_layernorm)(64, 1e-2).to(DEVICE)
     assert is_followed() and len(recordings) == 4
-    state = graphs._state(model.model)
+    state = graphs.state_of(model.model)
     router = layer.mlp.mu_router
     weight = router.weight
     router.weight = weight.view(torch.int32)  # where it was, of another dtype
-    assert graphs._state(model.model) != state
+    assert graphs.state_of(model.model) != state
     router.weight = weight
-    assert graphs._state(model.model) == state
+    assert graphs.state_of(model.model) == state
     seen = []
     layer.mlp.register_forward_hook(lambda *_: seen.append(1))
     logits(model, ids)
