@@ -165,6 +165,7 @@ class ComplexityDeepRotaryEmbedding(nn.Module):
         if self.inv_freq.dtype != torch.float32 and self.inv_freq.device.type != "meta":
             inv_freq, self.attention_scaling = self._rope_init(self.config, self.inv_freq.device)
             self.inv_freq, self.original_inv_freq = inv_freq, inv_freq.clone()
+            self.max_seq_len_cached = self.original_max_seq_len  # dynamic frequencies grow again
         return self
 
     @torch.no_grad()
