@@ -229,7 +229,9 @@ def test_a_window_decodes_with_constant_memory(way, prompt):
     ids, sizes = random_ids(2, prompt), []
 
     def measure(module, args, kwargs, outputs):
-        sizes.append({tensor.shape[-2] for layer in outputs[CACHE_NAME].layers for tensor in (layer.keys, layer.values)})
+        sizes.append(
+            {tensor.shape[-2] for layer in outputs[CACHE_NAME].layers for tensor in (layer.keys, layer.values)}
+        )
 
     handle = model.register_forward_hook(measure, with_kwargs=True)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4 * WINDOW, "do_sample": False}
