@@ -135,7 +135,7 @@ def read(output: Path) -> dict:
 
 
 def assert_same(found, expected) -> None:
-    """Equal but for the order of sums: the numbers of a report or of its answers, whatever holds them."""
+    """Equal but for the order of sums: the numbers of a report, whatever holds them."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         found, expected = list(found.values()), list(expected.values())
@@ -153,7 +153,7 @@ def test_two_processes_give_the_scores_of_one(tmp_path, folder, data, one_proces
     first, second = run_on_two({}, tmp_path / "log", folder, output, *options_for(data, output))
     assert json.loads((output / "evaluation.json").read_text())["processes"] == 2
     answers, expected = (json.loads(path.with_suffix(".answers").read_text()) for path in (output, one_process))
-    assert_same(answers, expected)
+    assert answers == expected  # bit by bit, for with single prompts in a batch no other prompt has a say
     assert len(answers) > 9 + 5 + 5 + 30
     report, reference = read(output), read(one_process)
     assert len(reference["tasks"]) == 4 and len(reference["perplexity"]) == 2 and reference["cut_prompts"] > 0

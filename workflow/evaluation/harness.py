@@ -75,6 +75,9 @@ class HarnessModel(HFLM):
         longest = max(len(answer) for _, _, answer in requests)
         if longest > self.max_length:
             raise InputError(f"An answer of {longest} tokens does not fit the model's {self.max_length} positions.")
+        # lm-eval computes equal inputs once. It takes no heed of where the answer begins in each, and repetitive text
+        # has windows that are equal but for that.
+        self.logits_cache = all(text is not None for text, _, _ in requests)
         self.prompts += sum(text is not None for text, _, _ in requests)
         self.cut_prompts += sum(len(prompt) + len(answer) > self.max_length + 1 for _, prompt, answer in requests)
         return super()._loglikelihood_tokens(requests, **kwargs)
