@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingCon
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from complexity_deep import ComplexityDeepForCausalLM
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.modeling_complexity_deep import ComplexityDeepRotaryEmbedding
 from support import random_ids, relative_rms, tiny_config, tiny_model, triton_model
@@ -104,6 +105,18 @@ def test_a_scaling_given_at_load_keeps_the_base(trained, tmp_path, name):
     assert torch.equal(model(ids).logits, expected(ids).logits)
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("load", (ComplexityDeepForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained))
+def test_a_published_checkpoint_is_scaled_at_load(published_folder, load):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    model = load(published_folder, rope_parameters=yarn, max_position_embeddings=128)
+    assert model.config.rope_parameters == yarn | {"rope_theta": 10_000.0}
+    assert model.config.max_position_embeddings == 128
+    calls = recorded_tables(model)
+    model(random_ids(1, 100, vocab_size=model.config.vocab_size))
+    assert_tables_are_those_of_llama(model, calls)
+    assert load(published_folder, rope_theta=500.0).config.rope_parameters["rope_theta"] == 500.0
 
 
 def test_what_training_decided_is_kept(trained, tmp_path):
