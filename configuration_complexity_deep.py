@@ -327,7 +327,8 @@ class ComplexityDeepConfig(PreTrainedConfig):
 
     def _check_rope(self):
         """Raise `ValueError` for RoPE parameters of which the library would make tables that do not fit a head."""
-        kind, share = self.rope_parameters["rope_type"], self.rope_parameters.get("partial_rotary_factor", 1)
+        rope = dict(self.rope_parameters or {})
+        kind, share = rope["rope_type"], rope.get("partial_rotary_factor", 1)
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but is {kind!r}.")
         if share != 1 and kind != "proportional":
