@@ -441,8 +441,9 @@ class CheckpointMixin(_Model):
                 checkpoint.convert_experts()
             if checkpoint.state_dict is not None:
                 if not isinstance(kwargs.get("config"), PreTrainedConfig):
-                    for key in [key for key in kwargs if key in config.to_dict() and key not in ("dtype", "config")]:
-                        setattr(config, key, kwargs.pop(key))
+                    fields = {*config.to_dict(), "rope_theta", "rope_scaling"} - {"dtype", "config"}
+                    given = {key: kwargs.pop(key) for key in fields & kwargs.keys()}
+                    config = cls.config_class.from_pretrained(kwargs.get("config") or source, **hub, **given)
                 path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
         if isinstance(kwargs.get("device_map"), dict):
             kwargs["device_map"] = _with_routing_table(kwargs["device_map"], config)

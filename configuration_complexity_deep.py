@@ -25,7 +25,7 @@ check_library_version()  # before the imports below, which an older release does
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import PreTrainedConfig  # noqa: E402
-from transformers.modeling_rope_utils import RopeParameters  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from .registration_complexity_deep import register_adapter_targets  # noqa: E402
@@ -103,7 +103,9 @@ class ComplexityDeepConfig(PreTrainedConfig):
             MLP width over all experts; one expert has `intermediate_size // num_experts`, which must divide.
         num_hidden_layers, num_attention_heads, num_key_value_heads (`int`, default to 12, 12, 4): GQA decoder shape.
         max_position_embeddings (`int`, defaults to 2048): context trained on; not a hard limit.
-        rope_parameters (`dict`, *optional*): Transformers RoPE parameters; `rope_theta=...` is accepted too.
+        rope_parameters (`dict`, *optional*):
+            Transformers RoPE parameters, of any of its types; `rope_theta=...` is accepted too. Where they are given
+            when a model is loaded, the base that it was trained with need not be repeated.
         rms_norm_eps, qk_norm_eps (`float`, default to 1e-6): epsilon of the layer norms and of the query/key norms.
         attention_dropout (`float`, defaults to 0.0): dropout on attention probabilities, the model's only dropout.
         hidden_act (`str`, defaults to `"silu"`): `"silu"`, `"swish"`, `"gelu"` (exact erf) or `"relu"`, in every MLP.
@@ -249,6 +251,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
         plan = type(self).base_model_tp_plan
         self.base_model_tp_plan = {k: v for k, v in plan.items() if not any(part in k for part in parts)}
         super().__post_init__(**kwargs)
+        self._check_rope()
         ignored = [name for name in kwargs if name in vars(self) and name not in _FOREIGN_FIELDS and name[0] != "_"]
         if ignored:
             logger.warning_once(f"{type(self).__name__} has no field {', '.join(ignored)}: the model does not use it.")
@@ -323,6 +326,37 @@ class ComplexityDeepConfig(PreTrainedConfig):
         for name, upper in (("dynamics_alpha", 1.0), ("dynamics_gate", 1.0), ("dynamics_beta", 2.0)):
             if not 0.0 < getattr(self, name) < upper:
                 raise ValueError(f"{name} must lie between 0 and {upper:g}, but is {getattr(self, name)}.")
+
+    def _check_rope(self):
+        """Raise `ValueError` for RoPE parameters of which the library would make tables that do not fit a head."""
+        rope = dict(self.rope_parameters or {})
+        kind, share = rope["rope_type"], rope.get("partial_rotary_factor", 1)
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but is {kind!r}.")
+        if share != 1 and kind != "proportional":
+            raise ValueError(f"partial_rotary_factor must be 1 with rope_type {kind!r}, but is {share}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """The library's; `rope_parameters`, which once were `rope_scaling`, and `rope_theta` may be in `kwargs`.
+
+        They take the place of those in `config_dict`, checked and completed as if it had them. What training decided is
+        kept: the base, and the length before a scaling. The library would set them as they are, without a base.
+        """
+        theta, scaling = kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None)
+        parameters = kwargs.pop("rope_parameters", scaling)
+        if theta is not None or parameters is not None:
+            config_dict = dict(config_dict)
+            trained = config_dict.pop("rope_scaling", None) or config_dict.get("rope_parameters") or {}
+            parameters = trained if parameters is None else parameters
+            if isinstance(parameters, dict):  # the library says what is wrong with anything else
+                kept = ["rope_theta"]
+                if parameters.get("rope_type", parameters.get("type")) in ("llama3", "longrope", "yarn"):
+                    kept.append("original_max_position_embeddings")
+                parameters = {name: trained[name] for name in kept if name in trained} | parameters
+                parameters |= {} if theta is None else {"rope_theta": theta}
+            config_dict["rope_parameters"] = parameters
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def is_routed(self) -> bool:

@@ -163,8 +163,8 @@ class ComplexityDeepRotaryEmbedding(nn.Module):
         super()._apply(fn, recurse)
         # `.half()` and its like would round the frequencies, which moves every far position.
         if self.inv_freq.dtype != torch.float32 and self.inv_freq.device.type != "meta":
-            inv_freq, self.attention_scaling = self._rope_init(self.config, self.inv_freq.device)
-            self.inv_freq, self.original_inv_freq = inv_freq, inv_freq.clone()
+            self.inv_freq, self.attention_scaling = self._rope_init(self.config, self.inv_freq.device)
+            self.original_inv_freq, self.max_seq_len_cached = self.inv_freq.clone(), self.original_max_seq_len
         return self
 
     @torch.no_grad()

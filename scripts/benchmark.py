@@ -5,6 +5,7 @@
     python scripts/benchmark.py kernels                                               needs a CUDA device
     python scripts/benchmark.py users --model-config configs/1.5b.json                what comes without being asked for
     python scripts/benchmark.py generate --speculate --model runs/150m --assistant-model runs/30m --prompts a.parquet
+    torchrun --nproc-per-node 2 scripts/benchmark.py generate --tensor-parallel       models divided among two GPUs
 
 The peers are Qwen3-MoE and Llama of the same shape (Llama as wide as all experts together), from transformers. Prints a
 markdown table for people and one JSON line last; adds rows to benchmarks/results.csv with device, versions and commit,
@@ -26,9 +27,14 @@ from complexity_deep.workflow.provenance import REPOSITORY
 
 with needs("train"):
     from complexity_deep.workflow.benchmarks.kernel_speed import benchmark_kernels
-    from complexity_deep.workflow.benchmarks.model_speed import benchmark_generate, benchmark_train
+    from complexity_deep.workflow.benchmarks.model_speed import (
+        benchmark_generate,
+        benchmark_train,
+        is_first_process,
+        processes,
+    )
     from complexity_deep.workflow.benchmarks.results import check_results, report
-    from complexity_deep.workflow.benchmarks.speculation import benchmark_speculation
+    from complexity_deep.workflow.benchmarks.speculation import benchmark_speculation, check_speculation
     from complexity_deep.workflow.benchmarks.timing import ceilings
     from complexity_deep.workflow.benchmarks.user_paths import PARTS, benchmark_users
 
@@ -52,6 +58,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to decode (generate)")
     parser.add_argument("--repeats", type=int, default=7, help="timed repeats, after two warm-ups")
     parser.add_argument("--compile", action="store_true", help="compile the models (train), static cache (generate)")
+    parser.add_argument(
+        "--tensor-parallel", action="store_true", help="divide models among torchrun's processes (generate)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--output-dir", default=default_output(), help="where results.csv and charts go")
     parser.add_argument("--only", choices=("complexity-deep", "qwen3-moe", "llama"), help="measure one model")
@@ -81,7 +90,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
     names = ("batch_size", "sequence_length", "repeats", "device", "attn_implementation", "only")
     shared = {name: getattr(args, name) for name in names}
     if args.benchmark == "generate":
-        return benchmark_generate(args.model_config, new_tokens=args.new_tokens, static_cache=args.compile, **shared)
+        return benchmark_generate(
+            args.model_config,
+            new_tokens=args.new_tokens,
+            static_cache=args.compile,
+            tensor_parallel=args.tensor_parallel,
+            **shared,
+        )
     return benchmark_train(
         args.model_config,
         compiled=args.compile,
@@ -93,18 +108,6 @@ def measure(args: argparse.Namespace) -> list[dict]:
     )
 
 
-def check_speculation(args: argparse.Namespace) -> None:
-    """Raise `InputError` for options that do not go together."""
-    if args.benchmark != "generate":
-        raise InputError(f"--speculate goes with `generate`, not with `{args.benchmark}`.")
-    if not args.model or not args.prompts:
-        raise InputError(
-            "--speculate needs --model and --prompts: what is accepted with random weights or tokens says nothing."
-        )
-    if args.batch_size != 1:
-        raise InputError(f"--batch-size is {args.batch_size}, but the library speculates for one row only.")
-
-
 def main(args: argparse.Namespace) -> None:
     check_results(Path(args.output_dir))
     if args.speculate:
@@ -112,7 +115,9 @@ def main(args: argparse.Namespace) -> None:
     for name in ("batch_size", "sequence_length", "new_tokens", "repeats", "draft_tokens"):
         if getattr(args, name) < 1 + (name == "new_tokens"):
             raise InputError(f"--{name.replace('_', '-')} is too small: {getattr(args, name)}.")
-    if args.device.startswith("cuda") and not args.skip_tests:
+    if args.tensor_parallel and (args.benchmark != "generate" or processes() == 1):
+        raise InputError("--tensor-parallel divides the models of generate among processes: start it by torchrun.")
+    if args.device.startswith("cuda") and not args.skip_tests and is_first_process():
         names = ("token_routed_gemm", "fused_dynamics", "mu_guided_qkv", "decode_attention", "decode_layer")
         tests = [str(REPOSITORY / f"tests/test_{name}.py") for name in names]
         if not Path(tests[0]).is_file():
@@ -120,7 +125,11 @@ def main(args: argparse.Namespace) -> None:
         if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=REPOSITORY).returncode:
             raise InputError("The kernel tests fail: no figure is reported.")
     matmul, copy = ceilings(args.device)
-    report(measure(args), Path(args.output_dir), matmul, copy)
+    rows = measure(args)
+    if is_first_process():
+        report(rows, Path(args.output_dir), matmul, copy)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

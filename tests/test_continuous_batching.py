@@ -95,6 +95,21 @@ def test_beside_the_other_kernels(calls):
     assert set(calls) == {"paged_attention", "paged_decode_attention"}
 
 
+def test_sequences_longer_than_the_trained_length(only_paged, calls):
+    """Also longer than the block tables that a manager makes for a model of 8 positions when no call names a length."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    model = triton_model(max_position_embeddings=8, rope_parameters=rope)
+    expected = alone(model)
+    assert batched(model, small_cache()) == expected
+    assert set(calls) == {"paged_attention", "paged_decode_attention"}
+    with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=small_cache()) as manager:
+        assert manager.continuous_batching_config.max_blocks_per_request == 1
+        manager.add_request(PROMPTS[1], request_id="long")
+        while (result := manager.get_result(timeout=1)) is None:
+            assert manager.is_running()
+        assert result.generated_tokens == expected[1]
+
+
 def test_block_tables_hold_the_longest_sequence(only_paged):
     model = triton_model(max_position_embeddings=20)
     for hints, pages in ((None, 3), (WorkloadHints(max_prompt_length=30, max_generated_length=3), 5)):

@@ -265,6 +265,43 @@ def test_expert_and_tensor_parallel_equal_one_process(ranks, checkpoints, tmp_pa
     check_sharded(ranks(sharded_job, checkpoints / variant, tmp_path, options), 32, 2)
 
 
+def inference_job(folder, load: dict):
+    """Largest difference of logits from those of the whole model, whether both generate alike, and what is here."""
+    reference = ComplexityDeepForCausalLM.from_pretrained(folder)
+    model = ComplexityDeepForCausalLM.from_pretrained(folder, **load)
+    ids, alike = batch(), []
+    with torch.no_grad():
+        expected, logits = reference(ids).logits, model(ids).logits
+        for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+            options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
+            alike.append(torch.equal(*(each.generate(ids[:, :4], **options) for each in (reference, model))))
+    weights = (model.model.layers[1].self_attn.q_proj.weight, model.model.layers[1].mlp.experts.gate_up_proj)
+    shapes = [tuple(weight.to_local().shape) for weight in weights]
+    return ((logits - expected).abs().max() / expected.abs().max()).item(), alike, shapes
+
+
+KERNELS = {"kernels_implementation": "triton", "experts_implementation": "cggr"}
+DIVIDED = {  # what is given at load, and how many experts a process then has
+    "tp_plan": ({"tp_plan": "auto"}, 4),
+    "configuration": ({"distributed_config": DistributedConfig(tp_plan="auto", tp_size=2)}, 4),
+    "on the kernels": ({"tp_plan": "auto", **KERNELS}, 4),
+}
+if "ep_dispatch_experts" in ALL_PARALLEL_STYLES:
+    experts = {"distributed_config": DistributedConfig(tp_size=2, ep_size=2)}
+    DIVIDED |= {"experts": (experts, 2), "experts on the kernels": ({**experts, **KERNELS}, 2)}
+
+
+@pytest.mark.parametrize("division", DIVIDED)
+@pytest.mark.filterwarnings("ignore:Passing `tp_plan`:FutureWarning")
+def test_inference_of_a_divided_model_equals_one_process(ranks, checkpoints, division):
+    load, experts = DIVIDED[division]
+    if "kernels_implementation" in load:
+        pytest.importorskip("triton")
+    for error, alike, ((rows, _), (here, *_)) in ranks(inference_job, checkpoints / "published", load):
+        assert error < 1e-5 and alike == [True, True]
+        assert rows == 32 and here == experts
+
+
 def data_and_expert_parallel_job(folder):
     """Each rank holds its own rows of the batch and half of the experts; everything else is FSDP-sharded."""
     expected_loss, expected = single_process(folder)

@@ -85,6 +85,11 @@ def parse_command(words: list[str]) -> None:
         launch = launch_command_parser().parse_args(words[2:])
         assert Path(launch.config_file).is_file(), launch.config_file
         words = ["python", launch.training_script, *launch.training_script_args]
+    elif words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        launch = get_args_parser().parse_args(words[1:])
+        words = ["python", launch.training_script, *launch.training_script_args]
     if words == ["complexity-deep"]:
         assert all(
             (REPOSITORY / "scripts" / f"{name}.py").is_file()

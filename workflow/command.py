@@ -28,8 +28,9 @@ def first_line(error: BaseException) -> str:
 
 
 def say(what: str) -> None:
-    """Tell a person what is being done, on stderr, beside the results."""
-    print(f"{what} ...", file=sys.stderr, flush=True)
+    """Tell a person what is being done, on stderr, beside the results; of several processes the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{what} ...", file=sys.stderr, flush=True)
 
 
 class OneSentence:

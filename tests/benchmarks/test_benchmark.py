@@ -1,5 +1,9 @@
 """scripts/benchmark.py: what it refuses before it measures."""
 
+import csv
+import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -24,6 +28,7 @@ def test_refused_before_the_work(tmp_path, monkeypatch):
         (["--output-dir", "/proc/out"], "cannot be written"),
         (["--output-dir", tmp_path], "is no table of this script's results"),
         (["--output-dir", tmp_path / "new", "--batch-size", 0], "--batch-size is too small: 0."),
+        (["--output-dir", tmp_path / "new", "--tensor-parallel"], "start it by torchrun"),
     ):
         with pytest.raises(InputError, match=sentence):
             run(monkeypatch, *options)
@@ -37,3 +42,34 @@ def test_rows_are_added_with_the_count_of_flops(tmp_path, monkeypatch, capsys):
         run(monkeypatch, *options, "--repeats", 1, "--only", "complexity-deep", "--output-dir", tmp_path)
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines[0] == ",".join(FIELDS) and len(lines) == 1 + 2 * 2
+
+
+def test_models_divided_among_two_processes(tmp_path):
+    """As torchrun starts them: each peer by its own plan, and rows by the first process alone."""
+    tiny = json.loads((REPOSITORY / "configs" / "tiny.json").read_text())
+    config = tmp_path / "tiny.json"
+    # Transformers 5.17 divides the vocabulary only evenly. Half an expert must fit the library's grouped product.
+    config.write_text(json.dumps({**tiny, "vocab_size": 256, "intermediate_size": 256}))
+    options = ["--device", "cpu", "--model-config", config, "--batch-size", 2, "--sequence-length", 16]
+    options += ["--new-tokens", 3, "--repeats", 1, "--tensor-parallel", "--output-dir", tmp_path / "out"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        2,
+        "--master-port",
+        0,
+        "--standalone",
+    ]
+    command = [*launcher, REPOSITORY / "scripts" / "benchmark.py", "generate", *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("complexity-deep", "qwen3-moe", "llama")
+    variants = {f"{name}, tensor parallel 2{cache}" for name in names for cache in ("", ", default cache")}
+    assert len(rows) == 6 and {row["variant"] for row in rows} == variants
+    assert all(float(row["tokens_per_s"]) > 0 for row in rows)
+    assert len(json.loads(run.stdout.splitlines()[-1])["rows"]) == 6

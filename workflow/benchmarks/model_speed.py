@@ -1,6 +1,7 @@
 """Training steps, forward passes and decode steps of this model and its peers."""
 
 import gc
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import transformers
 from accelerate.utils import compile_regions
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, StaticCache
+from transformers.distributed import DistributedConfig
 
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import record
@@ -54,6 +56,33 @@ def build(config, device: str, attn_implementation: str, dtype: torch.dtype | No
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def divide(model, device: str):
+    """A model on the CPU, divided among the processes of torchrun by its own plan, each part on its device."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    heads = model.config.num_key_value_heads
+    if heads % processes():
+        raise InputError(f"{heads} key/value heads cannot be divided among {processes()} processes: start fewer.")
+    return type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        distributed_config=DistributedConfig(tp_plan="auto"),
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+    )
 
 
 def release() -> None:
@@ -175,28 +204,35 @@ def benchmark_generate(
     attn_implementation: str = "sdpa",
     only: str | None = None,
     static_cache: bool = False,
+    tensor_parallel: bool = False,
 ) -> list[dict]:
     """Rows of results for a forward pass and a decode step of every model, or of the one named `only`.
 
-    `static_cache` lets `generate` compile the step. On a GPU a row is added for the step as a CUDA graph alone. Raises
-    `InputError` for a config that does not load.
+    `static_cache` lets `generate` compile the step. On a GPU a row is added for the step as a CUDA graph alone, unless
+    `tensor_parallel` divides every model among the processes of torchrun; FLOPs are then those of one process. Raises
+    `InputError` for a config that does not load, and for one that cannot be divided.
     """
-    rows = []
-    shape = Path(model_config).stem
-    for name, config in tqdm(peers(model_config, only).items(), desc="generate", file=sys.stderr):
+    rows, parts = [], processes() if tensor_parallel else 1
+    shape, divided = Path(model_config).stem, f", tensor parallel {parts}" if tensor_parallel else ""
+    models = peers(model_config, only).items()
+    for name, config in tqdm(models, desc="generate", file=sys.stderr, disable=not is_first_process()):
         torch.manual_seed(0)
-        model = build(config, device, attn_implementation).eval()
+        if tensor_parallel:  # the same weights in every process
+            dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+            model = divide(build(config, "cpu", attn_implementation, dtype), device).eval()
+        else:
+            model = build(config, device, attn_implementation).eval()
         ids = zipf_ids(config.vocab_size, batch_size, sequence_length, device=device)
         times = timed(lambda model=model, ids=ids: model(ids, use_cache=False), repeats, device)
         case = f"{shape} {batch_size}x{sequence_length} forward"
-        flops = flops_per_token(model, sequence_length) / 3 * ids.numel()
-        rows.append(measured_row("generate", case, name, times, ids.numel(), flops))
+        flops = flops_per_token(model, sequence_length) / 3 * ids.numel() / parts
+        rows.append(measured_row("generate", case, name + divided, times, ids.numel(), flops))
 
         steps = decode_steps(model, ids, new_tokens, repeats, device, static_cache)
         case = f"{shape} batch {batch_size} decode step"
-        variant = name + (", static cache" if static_cache else ", default cache")
+        variant = name + divided + (", static cache" if static_cache else ", default cache")
         rows.append(measured_row("generate", case, variant, steps, batch_size))
-        if static_cache and device.startswith("cuda"):
+        if static_cache and device.startswith("cuda") and not tensor_parallel:
             case = f"{shape} batch {batch_size} decode step, graph replay"
             rows.append(
                 measured_row("generate", case, name, graph_replays(model, ids, new_tokens, repeats), batch_size)

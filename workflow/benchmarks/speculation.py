@@ -1,5 +1,6 @@
 """Speculative decoding beside plain greedy decoding of one saved model, on the text of a person's choice."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,18 @@ def counted_drafts(model) -> Iterator[Drafts]:
         yield counts
     finally:
         del model._get_candidate_generator
+
+
+def check_speculation(args: argparse.Namespace) -> None:
+    """Raise `InputError` for options that do not go together."""
+    if args.benchmark != "generate":
+        raise InputError(f"--speculate goes with `generate`, not with `{args.benchmark}`.")
+    if not args.model or not args.prompts:
+        raise InputError(
+            "--speculate needs --model and --prompts: what is accepted with random weights or tokens says nothing."
+        )
+    if args.batch_size != 1:
+        raise InputError(f"--batch-size is {args.batch_size}, but the library speculates for one row only.")
 
 
 def load_prompts(sources: list[str], tokenizer, length: int, device: str) -> list[Tensor]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from complexity_deep.workflow.charts import subplots, write_figure
 from complexity_deep.workflow.command import whole_files
+from complexity_deep.workflow.evaluation.long_context import by_length, draw_long_context
 from complexity_deep.workflow.evaluation.perplexity import with_error
 from complexity_deep.workflow.markdown_table import table
 
@@ -65,6 +66,12 @@ def render_markdown(report: dict) -> str:
     if report["left_out"]:
         lines += [f"Left out, for want of a file: {', '.join(report['left_out'])}.", ""]
     lines += ["![scores](evaluation.png)", ""]
+    for entry in report.get("long_context", []):
+        about = f"Perplexity of {entry['documents']} long documents of {entry['corpus']} by position. The model was "
+        lines += [f"{about}trained on rows of {entry['trained_length']:,} tokens.", ""]
+        lines += [*table(["position", *entry["curves"]], by_length(entry)), ""]
+    if report.get("long_context"):
+        lines += ["![perplexity by position](long_context.png)", ""]
     if report["subtasks"]:
         parts = accuracy_table(report["subtasks"])
         lines += ["<details><summary>Parts of MMLU</summary>", "", *parts, "</details>", ""]
@@ -101,8 +108,12 @@ def draw(report: dict, path: Path) -> None:
 
 
 def write_evaluation(report: dict, output: Path) -> None:
-    """Write evaluation.png, .md and .json; they change together."""
+    """Write evaluation.png, .md and .json, and long_context.png where it was measured; they change together."""
     with whole_files(output) as folder:
         draw(report, folder / "evaluation.png")
+        if report.get("long_context"):
+            draw_long_context(report["long_context"], folder / "long_context.png")
         (folder / "evaluation.md").write_text(render_markdown(report))
         (folder / "evaluation.json").write_text(json.dumps(report, indent=1, allow_nan=False))
+    if not report.get("long_context"):
+        (output / "long_context.png").unlink(missing_ok=True)  # of an earlier evaluation

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import lm_eval
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -18,14 +20,42 @@ from complexity_deep.workflow.saved_model import load_model, load_tokenizer_of
 
 
 class HarnessModel(HFLM):
-    """lm-eval's model, with overlapping windows over long documents, and a count of the prompts that were cut."""
+    """lm-eval's model, with overlapping windows over long documents, and a count of the prompts that were cut.
 
-    def __init__(self, model, tokenizer, batch_size: int, stride: int | None):
+    Where there are several processes, lm-eval gives each of them its share of the documents.
+    """
+
+    def __init__(self, model, tokenizer, batch_size: int, stride: int | None, state: PartialState | None = None):
         super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
         self.stride = stride or self.max_length
         self.prompts = self.cut_prompts = 0
+        self.state = state
+        if state is not None:  # lm-eval looks for processes only where it loads the model itself
+            self._rank, self._world_size = state.process_index, state.num_processes
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return gather(tensor) if self.world_size > 1 else tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            self.state.wait_for_everyone()
+
+    def counts(self) -> list[int]:
+        """How many prompts there were, and how many were cut, over all processes."""
+        own = torch.tensor([[self.prompts, self.cut_prompts]], device=self.device)
+        return self.all_gather(own).sum(0).tolist()
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        own = distinct(requests)
+        scores = dict(zip(map(id, own), super().loglikelihood(own, disable_tqdm or self.rank > 0)))
+        return [scores[id(request)] for request in requests]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        own = distinct(requests)
+        scores = dict(zip(map(id, own), self._rolling_scores(own, disable_tqdm)))
+        return [scores[id(request)] for request in requests]
+
+    def _rolling_scores(self, requests, disable_tqdm: bool) -> list[float]:
         owners, windows = [], []
         for index, request in enumerate(requests):
             for window in get_rolling_token_windows(
@@ -45,19 +75,37 @@ class HarnessModel(HFLM):
         longest = max(len(answer) for _, _, answer in requests)
         if longest > self.max_length:
             raise InputError(f"An answer of {longest} tokens does not fit the model's {self.max_length} positions.")
+        # lm-eval computes equal inputs once. It takes no heed of where the answer begins in each, and repetitive text
+        # has windows that are equal but for that.
+        self.logits_cache = all(text is not None for text, _, _ in requests)
         self.prompts += sum(text is not None for text, _, _ in requests)
         self.cut_prompts += sum(len(prompt) + len(answer) > self.max_length + 1 for _, prompt, answer in requests)
         return super()._loglikelihood_tokens(requests, **kwargs)
 
 
+def distinct(requests: list) -> list:
+    """Each request once. lm-eval repeats the last one of a process that has fewer of them than another."""
+    return list({id(request): request for request in requests}.values())
+
+
 def load_harness(
-    path: str, *, revision: str | None, dtype: str, device: str, batch_size: int, stride: int | None
+    path: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    stride: int | None,
+    state: PartialState | None = None,
 ) -> HarnessModel:
-    """A folder or a model of the Hub, ready for lm-eval; `InputError` where it cannot be loaded or used."""
+    """A folder or a model of the Hub, ready for lm-eval; `InputError` where it cannot be loaded or used.
+
+    `state` says which of several processes this is.
+    """
     model = load_model(path, device, revision=revision, dtype=dtype)
     tokenizer = load_tokenizer_of(model, path, revision=revision)
     model.config.use_cache = False  # nothing is generated
-    harness = HarnessModel(model, tokenizer, batch_size, stride)
+    harness = HarnessModel(model, tokenizer, batch_size, stride, state)
     if harness.stride > harness.max_length:
         raise InputError(f"--stride {stride} is more than the model's {harness.max_length} positions.")
     return harness
@@ -114,14 +162,26 @@ def perplexity_row(samples: list[dict], model: HarnessModel) -> dict:
 
 def run_tasks(
     model: HarnessModel, staged: StagedTasks, records: list[dict], *, path: str, revision: str | None, limit: int | None
-) -> dict:
-    """Run every staged task; returns the contents of evaluation.json.
+) -> dict | None:
+    """Run every staged task; returns the contents of evaluation.json, in the first of several processes.
 
-    `records` are the sources that the model was fine-tuned on, and `limit` the documents to use of each task.
+    `records` are the sources that the model was fine-tuned on, and `limit` the documents to use of each task. Raises
+    `InputError` for scores that are no numbers, and for a task that has not a document for each process.
     """
+    for name, task in staged.loaded["tasks"].items():
+        documents = min(limit or len(task.eval_docs), len(task.eval_docs))
+        if documents < model.world_size:
+            raise InputError(
+                f"{name} has {documents} documents, which is less than one for each of {model.world_size} processes: "
+                "launch fewer."
+            )
     say(f"making the prompts of {len(staged.loaded['tasks'])} tasks")
     results = lm_eval.evaluate(model, staged.loaded, limit=limit)
+    prompts, cut_prompts = model.counts()
+    if results is None:
+        return None
     for task, samples in results["samples"].items():
+        samples.sort(key=lambda sample: sample["doc_id"])  # those of one process come after those of another
         answers = [answer for sample in samples for answer in sample["filtered_resps"]]
         if not all(math.isfinite(answer[0] if isinstance(answer, tuple) else answer) for answer in answers):
             raise InputError(f"'{path}' gives scores that are no numbers (in {task}); try --dtype float32.")
@@ -157,10 +217,11 @@ def run_tasks(
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU x {torch.get_num_threads()}",
+        "processes": model.world_size,
         "batch_size": model.batch_size,
         "limit": limit,
-        "prompts": model.prompts,
-        "cut_prompts": model.cut_prompts,
+        "prompts": prompts,
+        "cut_prompts": cut_prompts,
         "tasks": tasks,
         "subtasks": subtasks,
         "perplexity": perplexity,

@@ -49,6 +49,7 @@ def copy_figures(run: Run, folder: Path) -> dict[str, dict[str, str]]:
         "loss_curve.png": {"title": "Training and held-out loss"},
         "expert_loads.png": {"title": "Tokens per expert and layer, on held-out text"},
         "evaluation/evaluation.png": {"title": "Scores beside guessing"},
+        "evaluation/long_context.png": {"title": "Perplexity by position, beyond the trained length"},
     }
     known |= {f"analysis/{name}": figure for name, figure in (run.analysis or {}).get("figures", {}).items()}
     figures = {}
