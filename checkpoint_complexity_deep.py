@@ -486,15 +486,17 @@ class CheckpointMixin(_Model):
         it the names that their tensors have in the model. Raises `ValueError` for experts that vLLM would compute with
         another activation.
         """
-        for_vllm = getattr(config, "_attn_implementation", None) == "vllm"
-        if for_vllm and config.is_routed and config.hidden_act not in ("silu", "swish"):
+        if getattr(config, "_attn_implementation", None) != "vllm":
+            return super()._from_config(config, **kwargs)
+        if config.is_routed and config.hidden_act not in ("silu", "swish"):
             raise ValueError(
-                f"vLLM computes SiLU in every expert, but this model has hidden_act={config.hidden_act!r}: serve it with "
-                "scripts/serve.py."
+                f"vLLM computes SiLU in every expert, but this model has hidden_act={config.hidden_act!r}: serve it "
+                "with scripts/serve.py."
             )
-        model = super()._from_config(config, **kwargs)
-        if for_vllm:
-            register_checkpoint_conversion_mapping("complexity-deep", _native_renamings(config), overwrite=True)
+        # vLLM puts modules of its own in the place of those that our kernels compute, and its experts take no plan.
+        config._kernels_implementation = "eager"
+        model = super()._from_config(config, **{**kwargs, "experts_implementation": "batched_mm"})
+        register_checkpoint_conversion_mapping("complexity-deep", _native_renamings(config), overwrite=True)
         return model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = True, **kwargs):

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightRenaming
 from complexity_deep import ComplexityDeepConfig, ComplexityDeepModel
 from complexity_deep.compatibility_complexity_deep import split_like_values
 from complexity_deep.modeling_complexity_deep import ComplexityDeepAttention, eager_attention_forward
-from support import tiny_config, tiny_model
+from support import random_ids, tiny_config, tiny_model
 
 
 @pytest.fixture
@@ -69,6 +69,12 @@ def test_the_registry_has_the_names_of_the_files_tensors(options, make_as_vllm, 
     assert any("frozen" in name for name in names)
 
 
+def test_no_kernel_of_ours_and_no_plan_for_them_is_used(make_as_vllm):
+    model = make_as_vllm(tiny_config(use_mu_routing=False))
+    assert model.config._kernels_implementation == "eager"
+    assert model.routing_plans([random_ids(1, 4)] * 3) == [None] * 3
+
+
 def test_a_model_that_is_not_for_vllm_leaves_the_registry_alone():
     model = AutoModel.from_config(tiny_config())
     assert not any("frozen" in str(rule.target_patterns) for rule in get_model_conversion_mapping(model))
@@ -84,7 +90,7 @@ def test_experts_that_vllm_would_compute_otherwise_are_refused(make_as_vllm):
 def test_value_embeddings_that_are_not_split_as_the_values_are_refused():
     embedded, value = torch.ones(1, 3, 4, 8, dtype=torch.float64), torch.ones(1, 3, 4, 8)
     assert split_like_values(embedded, value).dtype == value.dtype
-    with pytest.raises(ValueError, match="1 heads of the values and 4 of the value embeddings: .* without tensor"):
+    with pytest.raises(ValueError, match=r"1 heads of the values and 4 of the value embeddings: .* without tensor"):
         split_like_values(embedded, value[:, :, :1])
 
 
