@@ -90,8 +90,8 @@ test-commands: test-wheel
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-# Saved models are written with the package and served without it. It takes about half an hour on two cores, so CI does not
-# run it.
+# Saved models are written with the package and served without it. It took 25 minutes on two busy cores, so CI does not run
+# it.
 test-vllm: $(VENV)/.installed .venv-vllm/.installed
 	rm -rf build/vllm && mkdir -p build/vllm/models
 	$(BIN)/python tests/vllm_models.py build/vllm/models

@@ -5,8 +5,8 @@
 This runs in an environment with vLLM and without this package: models load with the code that their folders bring. Each
 runs in vLLM twice, eagerly and compiled, and gets prompts of many lengths at once, in parts where they are long. What a
 model is there for must matter for its tokens, so that a comparison could fail: mu overrides experts, and other tables,
-or weights of zero in a part, give other answers. The commands of docs/inference.md serve one of the models, where the
-two machines are two processes of this one.
+no window, or weights of zero in a part, give other answers. The commands of docs/inference.md serve one of the models,
+where the two machines are two processes of this one.
 """
 
 import argparse
@@ -100,6 +100,10 @@ def variants(model):
             yield f"{part} of zeros"
             for weight, value in zip(weights, kept, strict=True):
                 weight.copy_(value)
+    if (window := model.config.sliding_window) is not None:
+        model.config.sliding_window = None
+        yield "no window"
+        model.config.sliding_window = window
     if model.config.is_routed:
         table = model.model.token_to_expert
         kept = table.clone()
