@@ -98,6 +98,15 @@ def renamed_tensors(config) -> dict[str, str]:
     return renamed
 
 
+def _native_renamings(config) -> list:
+    """`renamed_tensors` as the library takes it, for files of the base model and of one with a head."""
+    return [
+        WeightRenaming(rf"^{re.escape(prefix + old)}$", prefix + new)
+        for old, new in renamed_tensors(config).items()
+        for prefix in ("", "model.")
+    ]
+
+
 def _name_in_file(config, name: str) -> str:
     """What a tensor of a model is called in files."""
     names = {new: old for old, new in renamed_tensors(config).items()}
@@ -130,11 +139,7 @@ def file_layouts(config, is_published: bool):
     if not hasattr(config, "is_routed"):  # a GGUF file, or a model that the library is about to refuse
         yield
         return
-    mapping = [
-        WeightRenaming(rf"^{re.escape(prefix + old)}$", prefix + new)
-        for old, new in renamed_tensors(config).items()
-        for prefix in ("", "model.")
-    ]
+    mapping = _native_renamings(config)
     if getattr(config, "quantization_config", None) is None:  # a quantized file has its own conversions
         mapping += [
             WeightConverter(rf"dynamics\.{name}\.weight$", f"dynamics.{name}.weight", operations=[_NoZeroRows()])
@@ -473,6 +478,27 @@ class CheckpointMixin(_Model):
         if kernels_implementation is not None:
             model.set_kernels_implementation(kernels_implementation)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """A new model, as the library makes it for `AutoModel.from_config`.
+
+        vLLM makes the model so, with an attention of its own, and loads the files itself: the library's registry tells
+        it the names that their tensors have in the model. Raises `ValueError` for experts that vLLM would compute with
+        another activation.
+        """
+        if getattr(config, "_attn_implementation", None) != "vllm":
+            return super()._from_config(config, **kwargs)
+        if config.is_routed and config.hidden_act not in ("silu", "swish"):
+            raise ValueError(
+                f"vLLM computes SiLU in every expert, but this model has hidden_act={config.hidden_act!r}: serve it "
+                "with scripts/serve.py."
+            )
+        # vLLM puts modules of its own in the place of those that our kernels compute, and its experts take no plan.
+        config._kernels_implementation = "eager"
+        model = super()._from_config(config, **{**kwargs, "experts_implementation": "batched_mm"})
+        register_checkpoint_conversion_mapping("complexity-deep", _native_renamings(config), overwrite=True)
+        return model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = True, **kwargs):
         """Save in the native layout; see `PreTrainedModel.save_pretrained`.

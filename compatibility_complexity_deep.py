@@ -56,8 +56,9 @@ def accepts_both_cache_names(forward: Callable) -> Callable:
         parameter.replace(name=CACHE_NAME) if parameter.name == "cache" else parameter
         for parameter in signature.parameters.values()
     ]
-    # A type checker does not know that `inspect` reads this attribute.
-    forward_with_either_name.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    # `inspect` finds it by way of `__wrapped__`. On the wrapper itself, PyTorch's ahead-of-time compilation, which vLLM
+    # uses, would take it for the names of the wrapper's local variables. A type checker does not know the attribute.
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return forward_with_either_name
 
 
@@ -74,6 +75,20 @@ def update_cache(cache, key, value, attention: nn.Module, attention_kwargs: dict
         return cache.update(key, value, attention.layer_idx, kwargs=attention_kwargs)
     attention_kwargs["cache"] = cache
     return key, value
+
+
+def split_like_values(embedded: Tensor, value: Tensor) -> Tensor:
+    """`embedded`, what value embeddings add to `value` [B, S, K, D], in its dtype.
+
+    Raises `ValueError` where an engine has split the heads of the values over processes and the embedding not, as vLLM
+    does. The sum of both would have all heads again, and be wrong.
+    """
+    if embedded.shape != value.shape:
+        raise ValueError(
+            f"This engine gives a process {value.shape[2]} heads of the values and {embedded.shape[2]} of the value "
+            "embeddings: serve a model with value_embedding_layers without tensor parallelism."
+        )
+    return embedded.to(value.dtype)
 
 
 def check_unknown_arguments(kwargs: dict) -> None:

@@ -57,6 +57,7 @@ from .compatibility_complexity_deep import (
     causal_mask,
     check_unknown_arguments,
     select_positions,
+    split_like_values,
     update_cache,
 )
 from .configuration_complexity_deep import ComplexityDeepConfig
@@ -283,7 +284,7 @@ class ComplexityDeepAttention(nn.Module):
         query, key, value = self.project(hidden_states, guidance, *position_embeddings)
         if self.value_embedding is not None:
             embedded = self.embedded_values(hidden_states if guidance is None else guidance, token_ids)
-            value = value + embedded.to(value.dtype)
+            value = value + split_like_values(embedded, value)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     @accelerated("projections")
@@ -582,13 +583,12 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, KernelsMixin, VocabularyMix
         super()._init_weights(module)
         config, std = self.config, self.config.initializer_range
         residual_std = std / math.sqrt(2 * config.num_hidden_layers) if config.scaled_residual_init else std
-        starts_at_zero = getattr(module, "starts_at_zero", False)
         if isinstance(module, ComplexityDeepExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=residual_std)
         elif getattr(module, "writes_residual", False):
             init.normal_(module.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, ComplexityDeepMuRouter) or starts_at_zero:
+        elif isinstance(module, ComplexityDeepMuRouter) or getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
         elif isinstance(module, ComplexityDeepFrozenWeights):
             for weight in module.buffers():

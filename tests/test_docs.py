@@ -99,6 +99,8 @@ def parse_command(words: list[str]) -> None:
         parse_script(words[1], words[2:])
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all(Path(word).exists() for word in words[3:] if not word.startswith("-"))
+    elif words[:2] == ["vllm", "serve"]:
+        assert Path(words[2]).is_dir(), words  # `make test-vllm` runs these
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE), words
     elif words[:2] == ["pip", "install"]:
