@@ -45,3 +45,19 @@ def test_only_rows_of_one_measurement_are_compared():
     assert benchmark_charts.newest(together + alone + newer, needed)[needed[0]]["tokens_per_s"] == 3.0
     with pytest.raises(benchmark_charts.NotMeasuredError):
         benchmark_charts.newest([*alone, row("peer", 4.0, commit="other")], needed)
+
+
+def test_users_takes_each_row_from_its_own_measurement():
+    """Part of the table was measured again: the rest stays as it was, and only that."""
+
+    def call(commit: str, ours: float, cases) -> list[dict]:
+        pairs = [(name, case) for name in ("complexity-deep", "llama") for case in cases]
+        times = {"complexity-deep": ours, "llama": 8.0}
+        return [
+            {**RUN, "commit": commit, "case": case, "variant": name, "median_ms": times[name]} for name, case in pairs
+        ]
+
+    cases = list(benchmark_charts.USERS)
+    figure = benchmark_charts.users(call("old", 4.0, cases) + call("new", 1.0, cases[:1]))
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == ["8x"] + ["2x"] * (len(cases) - 1)
+    assert "commit old" in figure.get_supxlabel() and "commit new" in figure.get_supxlabel()

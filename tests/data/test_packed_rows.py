@@ -94,6 +94,10 @@ def test_packed_row_trains_like_its_documents_apart(model_type, tokenizer):
     torch.testing.assert_close(together, sum(losses) / sum(len(d) - 1 for d in documents), atol=1e-5, rtol=1e-5)
     concatenated = model(**PackedCollator(mask_across_documents=False)([row])).loss
     assert abs(concatenated - together) > 1e-4
+    for mask_across_documents in (True, False):
+        batch = PackedCollator(mask_across_documents)([row, row])
+        # Memory in which two elements lie in one place cannot be pinned.
+        assert all(x.is_contiguous() for x in batch.values() if isinstance(x, torch.Tensor))
 
 
 @pytest.mark.parametrize(

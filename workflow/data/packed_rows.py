@@ -161,7 +161,8 @@ class PackedCollator:
             # The first token of a document would be predicted from the document before it.
             labels[position_ids == 0] = -100
         else:
-            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)  # (B, T)
+            # A row each: memory that rows share cannot be pinned.
+            position_ids = torch.arange(input_ids.shape[1]).repeat(len(rows), 1)  # (B, T)
         # With a cache the library takes restarting positions for decoding and builds no mask between documents.
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "use_cache": False}
         if "cursor" in rows[-1]:
