@@ -155,6 +155,19 @@ def test_readme_is_a_landing_page():
     assert "make demo" in readme and "make test" in readme
 
 
+def test_every_yes_of_what_runs_where_has_a_command(clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    table = (REPOSITORY / "README.md").read_text().split("## What runs where\n\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert len(rows) >= 6 and all(len(row) == 5 for row in rows)
+    for _, *places, commands in rows:
+        given = [shlex.split(command) for command in re.findall("`(.+?)`", commands)]
+        assert given and "yes" in places
+        for words in given:
+            parse_command(words)
+        assert len(given) == 1 + (places[2] == "yes")  # several GPUs take a command of their own
+
+
 def test_formats_of_fine_tuning_are_documented():
     rows = [
         line.split("|")[1:3] for line in (REPOSITORY / "docs" / "training.md").read_text().splitlines() if "|" in line
