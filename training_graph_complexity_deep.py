@@ -179,7 +179,7 @@ def _takes_graph(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
 def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = None, *args, **kwargs):
     """The forward of the base model, replayed for shapes that come again and again.
 
-    With gradients: ids [B, S], alone or with positions of the same shape.
+    With gradients: ids [B, S], alone, with positions, or with an attention mask that hides nothing.
     """
     if not torch.is_grad_enabled():
         return graphed_forward(plain, model, input_ids, *args, **kwargs)
@@ -187,7 +187,10 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
     given.pop("num_items_in_batch", None)  # the loss divides by it
     inputs = {"input_ids": input_ids, "position_ids": given.pop("position_ids", None)}
     inputs = {name: x for name, x in inputs.items() if x is not None}
+    mask = given.pop("attention_mask", None)
     if args or given or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, inputs):
+        return plain(model, input_ids, *args, **kwargs)
+    if mask is not None and ("position_ids" in inputs or not _hides_nothing(mask, input_ids)):
         return plain(model, input_ids, *args, **kwargs)
     shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
     with LOCK:
@@ -200,6 +203,14 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
         if step is not None and step.is_free():
             return step(plain, model, inputs)
     return plain(model, input_ids, *args, **kwargs)
+
+
+def _hides_nothing(mask: Tensor, ids: Tensor) -> bool:
+    """Whether a mask [B, S] is 1 everywhere, as data collators make it for rows of one length.
+
+    The host waits for the answer, as it would in the library's own look at the mask.
+    """
+    return is_ordinary((mask,)) and mask.shape == ids.shape and bool(mask.all())
 
 
 def is_replayed(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import compile_regions
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
 
 from complexity_deep import forward_graph_complexity_deep as forward_graphs
 from complexity_deep import training_graph_complexity_deep as graphs
@@ -111,6 +112,27 @@ def test_packed_documents_and_the_number_of_labels(steps):
             more = {"position_ids": positions, "num_items_in_batch": torch.tensor(7, device=DEVICE)}
             check_equal(gradients_of(model, loss_of(model, given, **more)), eager_gradients(model, given, **more))
     assert len(steps) == 1 and steps[0].replays == 4
+
+
+def test_a_mask_that_hides_nothing_is_left_out(steps):
+    model = triton_model().train()
+    ids = random_ids(2, 4).to(DEVICE)
+    full, padded = torch.ones_like(ids), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=DEVICE)
+    for mask in (full, padded):
+        check_equal(
+            gradients_of(model, loss_of(model, ids, attention_mask=mask)),
+            eager_gradients(model, ids, attention_mask=mask),
+        )
+    assert len(steps) == 1 and steps[0].replays == 1
+
+
+def test_trainer_as_it_comes_replays_its_steps(steps, monkeypatch, tmp_path):
+    monkeypatch.setattr(forward_graphs, "CALLS_BEFORE", 2)
+    rows = [{"input_ids": row, "attention_mask": [1] * 4, "labels": row} for row in random_ids(8, 4).tolist()]
+    options = {"max_steps": 5, "per_device_train_batch_size": 2, "report_to": "none", "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=not CUDA, **options)
+    Trainer(triton_model(), arguments, train_dataset=rows).train()
+    assert len(steps) == 1 and steps[0].replays == 1 + 3  # one is compared with the pass itself
 
 
 def test_gradients_add_up_and_stay_what_they_were(steps):
@@ -221,7 +243,8 @@ def test_autocast_is_part_of_what_is_recorded(steps):
 
 def test_calls_that_ask_for_more_run_as_they_are(steps):
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
-    mask, embeds = torch.ones_like(ids), model.model.embed_tokens(ids).detach().requires_grad_()
+    mask, embeds = torch.ones(1, 1, 4, 4, device=DEVICE).bool(), model.model.embed_tokens(ids).detach()
+    embeds.requires_grad_()
     for more in ({"use_cache": True}, {"attention_mask": mask}, {"routing_ids": ids}, {"output_hidden_states": True}):
         model(ids, **{"use_cache": False, **more}).logits.sum().backward()
     model(inputs_embeds=embeds, routing_ids=ids, use_cache=False).logits.sum().backward()
