@@ -13,7 +13,7 @@ from ablation_rows import finished
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.evidence import claim_measures, claims
 from complexity_deep.workflow.evidence.balance import FILE, measure_balance
-from support import REPOSITORY
+from support import REPOSITORY, run_command
 
 PLANS = REPOSITORY / "recipes" / "evidence"
 CAPACITY = "It has the capacity"
@@ -50,6 +50,7 @@ def runs(variant, edu, seeds=3, books=None, **changes):
         (3.15, 3.3, "holds in part"),
         (3.15, 3.21, "holds in part"),
         (3.15, 3.15, "does not hold"),
+        (3.17, 3.2, "does not hold"),  # by more than the margin, and a gain as large as the margin is excluded
     ],
 )
 def test_capacity_of_dense(line, total, active, expected):
@@ -93,7 +94,8 @@ def test_losses_of_other_token_files_are_not_subtracted(line):
 
 def test_runs_that_diverged_are_named(line):
     lost = finished("dense_total", 3, 9.0, "ablations", status="diverged")
-    rows = [*runs("v0", 3.2), *runs("dense_total", 3.21), lost, *runs("dense_active", 3.3)]
+    repeated = finished("dense_total", 0, 9.0, "ablations", status="diverged")  # seed 0 has ended since
+    rows = [repeated, *runs("v0", 3.2), *runs("dense_total", 3.21), lost, *runs("dense_active", 3.3)]
     measured, verdict = line(rows, CAPACITY)
     assert "(3 seeds, files first, 1 seed of dense_total diverged and left out)" in measured and verdict == "holds"
 
@@ -168,7 +170,7 @@ def test_unstable_runs_with_and_without_the_controller(line, ours, control, expe
     )
     one_seed = [row for row in rows if row["seed"] == 0]
     measured, verdict = line(one_seed, STABILITY)
-    assert "1 seed, so no interval" in measured and verdict == "open"
+    assert "1 seed, so no interval" in measured and "[" not in measured and verdict == "open"
 
 
 def test_interval_of_shares_is_newcombes():
@@ -223,6 +225,15 @@ def test_balance_in_the_corpus_is_counted(tmp_path, line, counts, expected):
     (tmp_path / FILE).write_text(json.dumps(written))
     measured, verdict = line([], "Experts are perfectly balanced: each")
     assert verdict == "holds in part" and "4 experts: modulo 1.020" in measured and "files abc" in measured
+
+
+def test_report_counts_tokens_and_writes_both_pages(tmp_path):
+    write_tokens(tmp_path / "data", np.arange(64 * 1024) % 8)
+    (tmp_path / "evidence").mkdir()
+    run_command("ablate", "report", "--output-dir", tmp_path / "evidence", "--data", tmp_path / "data")
+    assert json.loads((tmp_path / "evidence" / FILE).read_text())["experts"]["4"]["modulo"]["shares"] == [0.25, 0.25]
+    assert "evidence/claims.md" in (tmp_path / "evidence.md").read_text()
+    assert "4 experts: modulo 1.000" in (tmp_path / "evidence" / "claims.md").read_text()
 
 
 def test_balance_needs_token_files(tmp_path):

@@ -190,6 +190,8 @@ def stability_table(rows: list[dict]) -> list[str]:
     for row in rows:
         if row["plan"] == "stability" and row["status"] != "failed":
             grouped.setdefault((row["variant"], row["learning_rate"]), []).append(row)
+    if not grouped:
+        return ["Not measured yet."]
     for (variant, rate), found in sorted(grouped.items()):
         ended = [row["held_out_edu"] for row in found if row["status"] == "ok"]
         cells = [variant, f"{rate:g}", str(len(found)), str(len(found) - len(ended))]

@@ -198,7 +198,9 @@ CLAIMS = (
         "loss on the same tokens at those sizes",
         "dense of equal total and equal active size",
         why_not=lambda study: (
-            "Runs of that size are beyond this study. The rows above are such controls and ablations at the 30m shape."
+            "Runs of that size are beyond this study. The rows above are such controls and ablations at the 30m shape. "
+            "A later [card](https://huggingface.co/Pacific-i64/TR-MoE-190M) of the authors shows four runs of 500M tokens, "
+            "one each, of a model with a shared expert."
         ),
         command="run --plan recipes/evidence/headline.yaml recipes/evidence/ablations.yaml",
     ),
@@ -258,6 +260,8 @@ A verdict follows from the intervals alone:
 - A claim **holds** if all of its quantities hold on both texts. It **holds in part** if some do, or if a weaker form
   that the row names does on both texts. It **does not hold** if each of its quantities does not hold on either text.
 - Everything else is **open**: no rows, one seed and so no interval, or an interval too wide to decide.
+
+Each interval is at 95 %, without a correction for the number of claims. An interval from two or three seeds is wide.
 
 The curves that tokens are read off are those of whole runs with a cosine schedule. The faster run is compared before
 its rate has fallen, which draws the ratio of tokens towards 1."""
