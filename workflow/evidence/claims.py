@@ -199,8 +199,8 @@ CLAIMS = (
         "dense of equal total and equal active size",
         why_not=lambda study: (
             "Runs of that size are beyond this study. The rows above are such controls and ablations at the 30m shape. "
-            "A later [card](https://huggingface.co/Pacific-i64/TR-MoE-190M) of the authors shows four runs of 500M tokens, "
-            "one each, of a model with a shared expert."
+            "A later [card](https://huggingface.co/Pacific-i64/TR-MoE-190M) of the authors shows four runs of 500M "
+            "tokens, one of each kind, of a model with a shared expert."
         ),
         command="run --plan recipes/evidence/headline.yaml recipes/evidence/ablations.yaml",
     ),
@@ -249,9 +249,10 @@ experts, and with the residual-scaled init that all variants and controls share.
 
 A verdict follows from the intervals alone:
 
-- A gain **holds** on a text if the interval lies below 0, and does not hold if it lies above -{MARGIN}. Two runs that
-  differ in their seed alone are about {MARGIN} apart.
-- "As good as" **holds** on a text if the interval lies below +{MARGIN}, and does not hold if it lies above 0.
+- A gain **holds** on a text if the interval lies below 0. Otherwise it does not hold if the interval lies above
+  -{MARGIN}. Two runs that differ in their seed alone are about {MARGIN} apart.
+- "As good as" **holds** on a text if the interval lies below +{MARGIN}. Otherwise it does not hold if the interval lies
+  above 0.
 - The cost of shifted experts is a gain of the other sign.
 - A ratio or a share holds if its whole interval is on the side of the claim, and does not hold if it is wholly on the
   other.
