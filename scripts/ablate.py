@@ -5,6 +5,7 @@
     python scripts/ablate.py run --plan recipes/evidence/headline.yaml --runs-per-gpu 2
     python scripts/ablate.py run --plan recipes/evidence/headline.yaml --only shared_64 --seeds 0
     python scripts/ablate.py report
+    python scripts/ablate.py report --data runs/evidence/data      counts the tokens of each expert too
 
 A plan names variants of recipes/evidence/30m.yaml, seeds, tokens and learning rates; each combination is a run, and a
 row of docs/evidence/runs.csv. Every run has a process of its own; `run` starts as many at once as there are places on
@@ -23,11 +24,13 @@ from complexity_deep.workflow.provenance import REPOSITORY, commit
 
 with needs("eval"):
     from complexity_deep.workflow.evidence.ablation_data import prepare
-    from complexity_deep.workflow.evidence.ablation_plan import expand, finish, missing_of
+    from complexity_deep.workflow.evidence.ablation_plan import expand, finish, missing_of, read_yaml
     from complexity_deep.workflow.evidence.ablation_process import train_in_child
     from complexity_deep.workflow.evidence.ablation_report import write_study
     from complexity_deep.workflow.evidence.ablation_results import Results, read_data, read_rows
     from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
+    from complexity_deep.workflow.evidence.balance import measure_balance
+    from complexity_deep.workflow.evidence.claims import write_claims
 
 TIMED_OUT = 3
 
@@ -83,7 +86,12 @@ def prepare_data(args: argparse.Namespace) -> None:
 
 
 def write_report(args: argparse.Namespace) -> None:
-    print(write_study(Path(args.output_dir), read_rows(Path(args.output_dir, "runs.csv")), args.recipes))
+    output = Path(args.output_dir)
+    if args.data:
+        measure_balance(output, args.data, read_yaml(Path(args.recipes, "30m.yaml")))
+    rows = read_rows(output / "runs.csv")
+    print(write_study(output, rows, args.recipes))
+    print(write_claims(output, rows, args.recipes))
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,7 +118,8 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--start-method", default="forkserver", choices=("forkserver", "spawn"), help="of the processes")
     run.add_argument("--log-dir", default="runs/evidence/logs", help="what each run prints (default: %(default)s)")
     run.add_argument("--commit", default=commit(), help="commit to record (default: that of this checkout)")
-    report = commands.add_parser("report", help="write tables, figures and docs/evidence.md from runs.csv")
+    report = commands.add_parser("report", help="write tables, figures, docs/evidence.md and claims.md from runs.csv")
+    report.add_argument("--data", help="count the tokens of each expert in these token files first, into balance.json")
     report.add_argument("--recipes", default=str(REPOSITORY / "recipes/evidence"), help="where the plans lie")
     for command in (prepare, run):
         command.add_argument(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 
-def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """The lines of a table; its first column is text, the others are numbers and stand to the right."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
+def table(header: list[str], rows: Iterable[list[str]], text_columns: int = 1) -> list[str]:
+    """The lines of a table; its first `text_columns` are text, the others are numbers and stand to the right."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]

@@ -12,6 +12,7 @@ import yaml
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 
+from ablation_rows import finished
 from complexity_deep import training_graph_complexity_deep as training_graph
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.evidence import ablation_data, ablation_report, ablation_run
@@ -23,7 +24,7 @@ from complexity_deep.workflow.evidence.ablation_plan import (
     missing_of,
     newest_speeds,
 )
-from complexity_deep.workflow.evidence.ablation_results import FIELDS, Results, read_rows
+from complexity_deep.workflow.evidence.ablation_results import Results, read_rows
 from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
 from support import REPOSITORY
 
@@ -338,15 +339,6 @@ def test_weighted_experts_are_those_of_the_library():
     model.set_experts_implementation("cggr_weighted")
     with torch.no_grad():  # the weights count without a gradient too
         assert torch.allclose(experts(hidden, chosen, weights), expected, atol=1e-5)
-
-
-def finished(variant, seed, edu, plan="headline", **changes):
-    row = {name: None for name in FIELDS}
-    row |= {"variant": variant, "seed": seed, "size": "30m", "status": "ok", "plan": plan, "learning_rate": 1e-3}
-    row |= {"held_out_edu": edu, "held_out_books": edu + 1, "parameters": 2e6, "active_parameters": 1e6, "tokens": 1e8}
-    row |= {"data": "first", "commit": "new"}
-    row |= {"curve": [[t, edu + 1 / t, edu + 1] for t in range(1, 9)], "device": "H100", "versions": "torch"}
-    return row | {"spikes": 0, "max_grad_norm": 1.0} | changes
 
 
 @pytest.fixture

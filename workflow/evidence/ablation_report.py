@@ -164,7 +164,7 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
             axes.errorbar(mean, y, xerr=error, fmt="os"[offset], color=COLOURS[offset], capsize=3, label=label)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(variants)), variants)
-    axes.set(xlabel=f"difference in held-out loss to {name}, nats per token (left is better), 95 % interval")
+    axes.set(xlabel=f"held-out loss minus that of {name}, nats per token (left is better, bars: 95 %)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     write_figure(figure, path)
@@ -190,6 +190,8 @@ def stability_table(rows: list[dict]) -> list[str]:
     for row in rows:
         if row["plan"] == "stability" and row["status"] != "failed":
             grouped.setdefault((row["variant"], row["learning_rate"]), []).append(row)
+    if not grouped:
+        return ["Not measured yet."]
     for (variant, rate), found in sorted(grouped.items()):
         ended = [row["held_out_edu"] for row in found if row["status"] == "ok"]
         cells = [variant, f"{rate:g}", str(len(found)), str(len(found) - len(ended))]
@@ -218,6 +220,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         f"older than the runs, is [plan.md]({output.name}/plan.md). Means ± standard errors, 95 % intervals in",
         "brackets. `shifted experts` is the loss with each token sent to the next expert, `norm` the growth of the",
         "experts' norms (1 where they were not trained). Losses compare within one set of token files only.",
+        f"[claims.md]({output.name}/claims.md) puts what the preprints claim beside what these runs say.",
         "",
     ]
     for title, found in (("At equal tokens", equal_tokens), (f"At the seconds of {name}", equal_seconds)):
