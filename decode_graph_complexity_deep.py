@@ -148,12 +148,17 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
         return False
     known = [type(model).__module__, type(model.base_model).__module__, "transformers.activations"]
     known += [COMPILED_MODULES] if training else []
-    origins = (type(module).__module__ for module in model.modules())
+    modules, weights = list(model.modules()), list(model.parameters())
+    origins = (type(module).__module__ for module in modules)
     return (
         all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
-        and is_unhooked(*model.modules())
+        and is_unhooked(*modules)
+        # A weight that is no parameter, such as one that another network computes, may be a new tensor in every call.
+        and not any(isinstance(value, Tensor) for module in modules for value in module.__dict__.values())
         # fp64 goes to the plain PyTorch methods, which read on the host where each expert's tokens end.
-        and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in model.parameters())
+        and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in weights)
+        # PyTorch would call a hook of a weight twice: where the recording takes its gradient, and where it is added up.
+        and not (training and any(x._backward_hooks for x in weights))
     )
 
 
@@ -174,7 +179,7 @@ def _add_state(module: nn.Module, state: list) -> None:
     for tensors in (held["_parameters"], held["_buffers"]):
         for x in tensors.values():
             if x is not None:
-                state += (id(x), x.data_ptr(), x.dtype, x.shape, x.requires_grad)
+                state += (id(x), x.data_ptr(), x.dtype, x.shape, x.stride(), x.requires_grad, bool(x._backward_hooks))
     for child in held["_modules"].values():
         if child is not None:
             _add_state(child, state)

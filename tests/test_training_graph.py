@@ -180,7 +180,7 @@ def test_a_weight_that_changes_before_the_backward_pass_is_refused(steps):
 
 
 def test_what_changes_the_model_is_seen(steps):
-    """Frozen weights, a replaced weight, a hook."""
+    """Frozen weights, a replaced weight, one whose memory is read in another order, a hook."""
     model, ids = triton_model(num_hidden_layers=2).train(), random_ids(1, 4).to(DEVICE)
     layer = model.model.layers[1]
     loss_of(model, ids).backward()
@@ -194,9 +194,48 @@ def test_what_changes_the_model_is_seen(steps):
     assert is_followed(2)
     layer.self_attn.o_proj.weight = nn.Parameter(torch.eye(64, device=DEVICE))
     assert is_followed(3)
+    weight = layer.self_attn.o_proj.weight
+    weight.data.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    loss_of(model, ids).backward()
+    weight.data = weight.data.t()
+    assert is_followed(4)
     seen = []
     layer.mlp.register_forward_hook(lambda *_: seen.append(1))
-    assert is_followed(3) and seen
+    assert is_followed(4) and seen
+
+
+def test_hooks_of_a_weight_see_each_gradient_once(steps):
+    """A hook that changes the gradient; and one that steps an optimizer in the backward pass, which is no obstacle."""
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    weight, seen = model.model.layers[0].self_attn.o_proj.weight, []
+    weight.register_post_accumulate_grad_hook(lambda x: seen.append(x.grad.clone()))
+    for _ in range(2):
+        found = gradients_of(model, loss_of(model, ids))
+    assert len(seen) == 2 and steps[0].replays == 2
+    check_equal(found, eager_gradients(model, ids))
+    hook = weight.register_hook(lambda gradient: seen.append(gradient) or 2 * gradient)
+    expected = eager_gradients(model, ids)
+    for _ in range(3):
+        seen.clear()
+        check_equal(gradients_of(model, loss_of(model, ids)), expected)
+        assert len(seen) == 2
+    hook.remove()
+    for _ in range(2):
+        check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+    assert len(steps) == 2
+
+
+def test_a_weight_that_another_network_computes_gets_its_gradient(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    projection, scale = model.model.layers[0].self_attn.o_proj, torch.ones((), device=DEVICE, requires_grad=True)
+    start = projection.weight.detach()
+    del projection.weight
+    gradients = []
+    for _ in range(3):
+        projection.weight = start * scale
+        gradients += torch.autograd.grad(loss_of(model, ids), scale)
+    assert gradients[0] != 0 and not steps
+    check_equal(gradients[1:], gradients[:1] * 2)
 
 
 def test_layers_compiled_by_accelerate_are_recorded(steps):
