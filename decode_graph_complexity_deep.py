@@ -138,10 +138,10 @@ def step_variant(model: nn.Module, arguments: tuple, held: list[tuple[Tensor, Te
 
 
 def is_recordable(model: nn.Module, training: bool = False) -> bool:
-    """Whether every operation of `model` is known, so that a CUDA graph can hold it; in training, also if compiled."""
+    """Whether `model` may have CUDA graphs and each of its operations is known; in training, also if compiled."""
     config, attentions = model.config, ("sdpa", "flex_attention") if training else ("sdpa",)
     names = (config._kernels_implementation, config._experts_implementation)
-    if config._attn_implementation not in attentions or names != ("triton", "cggr"):
+    if config._attn_implementation not in attentions or names != ("triton", "cggr") or not model.takes_cuda_graphs:
         return False
     # The tables of these two kinds of RoPE depend on the largest position so far.
     if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):

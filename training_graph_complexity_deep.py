@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .accelerated_complexity_deep import ACCELERATED
+from .accelerated_complexity_deep import ACCELERATED, recordings_by_model
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
 from .forward_graph_complexity_deep import LOCK, Recordings, graphed_forward, is_default_stream, modes
 from .kernels.op_registration import is_ordinary
@@ -28,7 +28,7 @@ MAX_PRODUCTS = 2.5e11
 MAX_GRAPHS = 2  # of a model, for each keeps the activations of a pass
 OUTPUT_TOLERANCE = 1e-2  # relative to the norm: bf16 sums may differ in their order
 NORM_TOLERANCE = 3e-2  # of each gradient; those of embeddings are summed by atomic operations
-_GRAPHS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its recordings
+_GRAPHS = recordings_by_model()
 logger = logging.get_logger(__name__)
 
 
@@ -120,7 +120,7 @@ class _Replay(torch.autograd.Function):
         if ctx.awaited is None or torch.is_grad_enabled() or not is_ordinary((gradient,)):
             options = {"create_graph": torch.is_grad_enabled(), "allow_unused": True}
             return None, None, *torch.autograd.grad(ctx.anew(), weights, gradient, **options)
-        # The replay overwrites the activations, so that it cannot be repeated. Another thread waits until all is copied.
+        # The replay overwrites the activations, so that it cannot be repeated. Other threads wait until all is copied.
         awaited, ctx.awaited = ctx.awaited, None
         step.output_gradient.copy_(gradient)
         step.backward()

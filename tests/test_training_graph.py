@@ -363,6 +363,21 @@ def test_a_new_weight_in_the_place_of_a_deleted_one_gets_its_gradient(steps):
     assert projection.weight.grad is not None
 
 
+def test_graphs_can_be_turned_off_and_are_freed(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    loss_of(model, ids).backward()
+    assert graphs.is_replayed(model.model) and len(steps) == 1
+    model.set_cuda_graphs(False)
+    assert model.model not in graphs._GRAPHS
+    for _ in range(2):
+        check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+    assert not graphs.is_replayed(model.model) and len(steps) == 1
+    model.set_cuda_graphs(True)
+    for _ in range(2):  # one that sees the change, one that is recorded
+        loss_of(model, ids).backward()
+    assert graphs.is_replayed(model.model) and len(steps) == 2
+
+
 def test_what_cannot_be_recorded_runs_as_it_is(steps, monkeypatch):
     """CUDA refuses; or the replay gives something else than the pass."""
 
