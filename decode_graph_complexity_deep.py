@@ -23,6 +23,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .accelerated_complexity_deep import COMPILED_MODULES, is_unhooked, plain_static_layer
 from .compatibility_complexity_deep import CACHE_NAME
+from .kernels.op_registration import PLAIN_TENSORS
 
 if TYPE_CHECKING:  # what the mixin of this file is mixed into
     from transformers import GenerationMixin
@@ -33,6 +34,7 @@ GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
 _CAPTURE = threading.Lock()  # one capture at a time in a process
 _NUMBERS = frozenset((int, float, bool, str))
+_TENSORS = frozenset(PLAIN_TENSORS)
 HAVE_RUN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
 
 
@@ -154,7 +156,7 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
         all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
         and is_unhooked(*modules)
         # A weight that is no parameter, such as one that another network computes, may be a new tensor in every call.
-        and not any(isinstance(value, Tensor) for module in modules for value in module.__dict__.values())
+        and all(_TENSORS.isdisjoint(map(type, module.__dict__.values())) for module in modules)
         # fp64 goes to the plain PyTorch methods, which read on the host where each expert's tokens end.
         and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in weights)
         # PyTorch would call a hook of a weight twice: where the recording takes its gradient, and where it is added up.
