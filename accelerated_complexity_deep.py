@@ -66,6 +66,14 @@ _COMPILED_AHEAD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 # kernels_implementation -> name of a marked method -> the function that stands in for it.
 ACCELERATED: dict[str, dict[str, Callable]] = {"eager": {}}
+# Model -> its CUDA graphs, one dictionary for each kind of pass. `set_cuda_graphs(False)` empties them.
+_RECORDINGS: list[weakref.WeakKeyDictionary] = []
+
+
+def recordings_by_model() -> weakref.WeakKeyDictionary:
+    """A place for the CUDA graphs of one kind of pass, by model; they go with the model, or when it may have none."""
+    _RECORDINGS.append(weakref.WeakKeyDictionary())
+    return _RECORDINGS[-1]
 
 
 def setting(config, name: str):
@@ -95,6 +103,8 @@ def accelerated(name: str) -> Callable:
 class KernelsMixin(PreTrainedModel):
     """`kernels_implementation` of every Complexity-Deep class, beside the library's `experts_implementation`."""
 
+    takes_cuda_graphs = True  # see `set_cuda_graphs`
+
     @staticmethod
     def get_correct_kernels_implementation(requested: str | None) -> str:
         """`requested`, or the default of this machine for None; raises `ValueError` for an unknown name."""
@@ -115,6 +125,17 @@ class KernelsMixin(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, KernelsMixin):
                 module.config._kernels_implementation = self.get_correct_kernels_implementation(kernels_implementation)
+
+    def set_cuda_graphs(self, enabled: bool) -> None:
+        """Choose whether decode steps, repeated forward passes and training steps may be replayed as CUDA graphs.
+
+        By default they may. `False` also frees the memory of the graphs that there are. The choice is not saved.
+        """
+        for module in self.modules():
+            if isinstance(module, KernelsMixin):
+                module.takes_cuda_graphs = enabled
+                for recordings in _RECORDINGS if not enabled else ():
+                    recordings.pop(module, None)
 
 
 def default_kernels_implementation() -> str:

@@ -23,6 +23,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .accelerated_complexity_deep import COMPILED_MODULES, is_unhooked, plain_static_layer
 from .compatibility_complexity_deep import CACHE_NAME
+from .kernels.op_registration import PLAIN_TENSORS
 
 if TYPE_CHECKING:  # what the mixin of this file is mixed into
     from transformers import GenerationMixin
@@ -33,6 +34,7 @@ GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
 _CAPTURE = threading.Lock()  # one capture at a time in a process
 _NUMBERS = frozenset((int, float, bool, str))
+_TENSORS = frozenset(PLAIN_TENSORS)
 HAVE_RUN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
 
 
@@ -138,22 +140,27 @@ def step_variant(model: nn.Module, arguments: tuple, held: list[tuple[Tensor, Te
 
 
 def is_recordable(model: nn.Module, training: bool = False) -> bool:
-    """Whether every operation of `model` is known, so that a CUDA graph can hold it; in training, also if compiled."""
+    """Whether `model` may have CUDA graphs and each of its operations is known; in training, also if compiled."""
     config, attentions = model.config, ("sdpa", "flex_attention") if training else ("sdpa",)
     names = (config._kernels_implementation, config._experts_implementation)
-    if config._attn_implementation not in attentions or names != ("triton", "cggr"):
+    if config._attn_implementation not in attentions or names != ("triton", "cggr") or not model.takes_cuda_graphs:
         return False
     # The tables of these two kinds of RoPE depend on the largest position so far.
     if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         return False
     known = [type(model).__module__, type(model.base_model).__module__, "transformers.activations"]
     known += [COMPILED_MODULES] if training else []
-    origins = (type(module).__module__ for module in model.modules())
+    modules, weights = list(model.modules()), list(model.parameters())
+    origins = (type(module).__module__ for module in modules)
     return (
         all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
-        and is_unhooked(*model.modules())
+        and is_unhooked(*modules)
+        # A weight that is no parameter, such as one that another network computes, may be a new tensor in every call.
+        and all(_TENSORS.isdisjoint(map(type, module.__dict__.values())) for module in modules)
         # fp64 goes to the plain PyTorch methods, which read on the host where each expert's tokens end.
-        and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in model.parameters())
+        and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in weights)
+        # PyTorch would call a hook of a weight twice: where the recording takes its gradient, and where it is added up.
+        and not (training and any(x._backward_hooks for x in weights))
     )
 
 
@@ -174,7 +181,7 @@ def _add_state(module: nn.Module, state: list) -> None:
     for tensors in (held["_parameters"], held["_buffers"]):
         for x in tensors.values():
             if x is not None:
-                state += (id(x), x.data_ptr(), x.dtype, x.shape, x.requires_grad)
+                state += (id(x), x.data_ptr(), x.dtype, x.shape, x.stride(), x.requires_grad, bool(x._backward_hooks))
     for child in held["_modules"].values():
         if child is not None:
             _add_state(child, state)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .accelerated_complexity_deep import recordings_by_model
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record, state_of
 from .kernels.op_registration import is_ordinary
 from .speculation_complexity_deep import SpeculativeCache, speculative_step
@@ -25,7 +26,7 @@ CALLS_BEFORE = 2  # calls of a shape that run as they are; the second has all ke
 MAX_TOKENS = 8192  # with more, the GPU takes longer than the host
 NEVER = -(10**9)  # calls of a shape that cannot be recorded
 MAX_GRAPHS = 4  # of a model; the one that was not used for longest makes room
-_GRAPHS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its graphs
+_GRAPHS = recordings_by_model()
 LOCK = threading.Lock()
 logger = logging.get_logger(__name__)
 

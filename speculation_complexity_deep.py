@@ -6,7 +6,6 @@ a draft or continues one, is padded to one of a few lengths, so that few recordi
 the recordings of the steps that write into it, and waits for the next call. The library's loop stays as it is.
 """
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,15 +16,14 @@ from transformers.cache_utils import StaticCache
 from transformers.generation import GenerationMode
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, EarlyExitCandidateGenerator
 
-from .accelerated_complexity_deep import plain_static_layer
+from .accelerated_complexity_deep import plain_static_layer, recordings_by_model
 from .compatibility_complexity_deep import CACHE_NAME
 from .decode_graph_complexity_deep import HAVE_RUN, DecodeGraphMixin, leaves_cache_open, record, state_of, step_variant
 
 # Tokens of a recorded step. With one, the kernels of a decode step run; the others have no kernels of their own.
 STEP_LENGTHS = (1, 8, 32)
 LENGTH_UNIT = 256  # positions; a cache serves all calls of up to so many more than it was made for
-# Model -> number of layers -> the cache of an earlier call, which no call uses.
-_IDLE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_IDLE = recordings_by_model()  # number of layers -> the cache of an earlier call, which no call uses
 
 
 class SpeculativeCache(StaticCache):

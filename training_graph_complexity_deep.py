@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .accelerated_complexity_deep import ACCELERATED
+from .accelerated_complexity_deep import ACCELERATED, recordings_by_model
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
 from .forward_graph_complexity_deep import LOCK, Recordings, graphed_forward, is_default_stream, modes
 from .kernels.op_registration import is_ordinary
@@ -28,7 +28,7 @@ MAX_PRODUCTS = 2.5e11
 MAX_GRAPHS = 2  # of a model, for each keeps the activations of a pass
 OUTPUT_TOLERANCE = 1e-2  # relative to the norm: bf16 sums may differ in their order
 NORM_TOLERANCE = 3e-2  # of each gradient; those of embeddings are summed by atomic operations
-_GRAPHS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its recordings
+_GRAPHS = recordings_by_model()
 logger = logging.get_logger(__name__)
 
 
@@ -58,25 +58,35 @@ class TrainingStep:
             raise torch.OutOfMemoryError(f"it would hold {needed / 2**30:.1f} GiB")
         generator = torch.Generator(device).manual_seed(0)
         self.output_gradient = torch.randn(output.shape, generator=generator, device=device).to(output.dtype)
-        gradients = torch.autograd.grad(output, weights, self.output_gradient, allow_unused=True)
+
+        def gradients_of(output: Tensor) -> tuple[Tensor | None, ...]:
+            with torch.autocast(device.type, enabled=False):  # as backward passes are called
+                return torch.autograd.grad(output, weights, self.output_gradient, allow_unused=True)
+
+        gradients = gradients_of(output)
         expected, norms = output.detach(), _norms(gradients)
         del output, gradients
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # both graphs hold the activations
-        # Autocast keeps its casts of the weights while its context lasts, and so may hold some from before.
+        # Autocast keeps its casts of the weights while its context lasts. Some may be from before, and those that are
+        # made while recording have no values, which matters most where the recording fails and the caller goes on.
         torch.clear_autocast_cache()
-        self.forward, self.output = record(forward, device, pool)
-        torch.clear_autocast_cache()
-        self.backward, self.gradients = record(
-            lambda: torch.autograd.grad(self.output, weights, self.output_gradient, allow_unused=True), device, pool
-        )
+        try:
+            self.forward, self.output = record(forward, device, pool)
+        finally:
+            torch.clear_autocast_cache()
+        self.backward, self.gradients = record(lambda: gradients_of(self.output), device, pool)
         self.output = self.output.detach()  # lets go of the activations' tensors; their memory is the graphs'
         self.forward()
         self.backward()
         _compare(self.output, expected, _norms(self.gradients), norms)
 
     def is_free(self) -> bool:
-        """Whether no backward pass is to come through the activations that are held."""
-        return self.awaited is None or self.awaited() is None
+        """Whether no backward pass is to come through the activations that are held, and the weights are still there.
+
+        A new weight may have the id and the address of one that was deleted.
+        """
+        is_awaited = self.awaited is not None and self.awaited() is not None
+        return not is_awaited and all(x() is not None for x in self.weights)
 
     def __call__(self, plain: Callable, model: nn.Module, inputs: dict[str, Tensor]):
         """The model's output for `inputs`, which have the shapes of those that were recorded."""
@@ -98,6 +108,8 @@ class _Replay(torch.autograd.Function):
         step.forward()
         # Saved so that autograd refuses what it would refuse: a weight that changed in between, a freed graph.
         ctx.save_for_backward(*weights)
+        # The recorded backward pass reads them where they lie now, also if `weight.data` is replaced before.
+        ctx.storages = [x.untyped_storage() for x in weights]
         ctx.step, ctx.anew, ctx.awaited = step, anew, _Awaited()
         step.awaited = weakref.ref(ctx.awaited)
         return step.output.clone()
@@ -105,16 +117,18 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         weights, step = ctx.saved_tensors, ctx.step
-        if ctx.awaited is None or torch.is_grad_enabled():
+        if ctx.awaited is None or torch.is_grad_enabled() or not is_ordinary((gradient,)):
             options = {"create_graph": torch.is_grad_enabled(), "allow_unused": True}
             return None, None, *torch.autograd.grad(ctx.anew(), weights, gradient, **options)
+        # The replay overwrites the activations, so that it cannot be repeated. Other threads wait until all is copied.
+        awaited, ctx.awaited = ctx.awaited, None
         step.output_gradient.copy_(gradient)
         step.backward()
-        ctx.awaited = None
         # Copies, because the next replay writes the recorded ones again.
         recorded = [x for x in step.gradients if x is not None]
         copies = [torch.empty_like(x) for x in recorded]
         torch._foreach_copy_(copies, recorded)
+        del awaited
         copies.reverse()
         return None, None, *(None if x is None else copies.pop() for x in step.gradients)
 
@@ -197,7 +211,7 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
         step = Recordings.of(model, _GRAPHS, MAX_GRAPHS).find(
             (shapes, input_ids.device, autocast_of(input_ids.device), modes()),
             model,
-            lambda: is_recordable(model, training=True) and _has_no_dropout(model),
+            lambda: is_recordable(model, training=True) and _is_trained_without_dropout(model),
             lambda: TrainingStep(plain, model, inputs),
         )
         if step is not None and step.is_free():
@@ -218,8 +232,9 @@ def is_replayed(model: nn.Module) -> bool:
     return model in _GRAPHS and bool(_GRAPHS[model].recorded)
 
 
-def _has_no_dropout(model: nn.Module) -> bool:
-    return not any(isinstance(x, nn.modules.dropout._DropoutNd) and x.training and x.p > 0 for x in model.modules())
+def _is_trained_without_dropout(model: nn.Module) -> bool:
+    drops = any(isinstance(x, nn.modules.dropout._DropoutNd) and x.training and x.p > 0 for x in model.modules())
+    return not drops and any(x.requires_grad for x in model.parameters())
 
 
 if "triton" in ACCELERATED:

@@ -182,7 +182,7 @@ def test_sampling_draws_the_tokens_of_a_growing_cache(recordings, plain_function
 
 
 @pytest.mark.parametrize(
-    "reason", ("returned", "dynamic", "hook", "window", "attention", "memory", "few tokens", "own cache")
+    "reason", ("returned", "dynamic", "hook", "window", "attention", "memory", "few tokens", "own cache", "turned off")
 )
 def test_a_call_that_asks_otherwise_keeps_the_librarys_cache(recordings, plain_functions, monkeypatch, reason):
     model, draft = pair()
@@ -193,6 +193,8 @@ def test_a_call_that_asks_otherwise_keeps_the_librarys_cache(recordings, plain_f
         model.model.layers[0].register_forward_hook(lambda *_: None)
     if reason == "attention":
         model.set_attn_implementation("eager")
+    if reason == "turned off":
+        model.set_cuda_graphs(False)
     if reason == "memory":
         monkeypatch.setattr(graphs, "free_bytes", lambda device: 1000)
     expected = generate(model, ids, cache_implementation="dynamic")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils import compile_regions
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
@@ -28,17 +29,16 @@ class StandIn:
         result = step()
         if isinstance(result, Tensor):
             return lambda: self.forward(step, result), result
-        held = inspect.getclosurevars(step).nonlocals
-        return lambda: self.backward(held["self"], held["weights"], result), result
+        gradients_of = inspect.getclosurevars(step).nonlocals["gradients_of"]
+        return lambda: self.backward(gradients_of, result), result
 
     def forward(self, step, output):
         with torch.enable_grad():
             self.latest = step()
         output.detach().copy_(self.latest.detach())
 
-    def backward(self, step, weights, gradients):
-        fresh = torch.autograd.grad(self.latest, weights, step.output_gradient, allow_unused=True)
-        for gradient, new in zip(gradients, fresh, strict=True):
+    def backward(self, gradients_of, gradients):
+        for gradient, new in zip(gradients, gradients_of(self.latest), strict=True):
             if gradient is not None:
                 gradient.copy_(new)
 
@@ -189,6 +189,37 @@ def test_a_second_backward_and_a_second_derivative(steps):
     check_equal(found, gradients_of(model, penalty()))
 
 
+def test_a_batch_of_gradients_at_once(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    weight = model.model.layers[0].self_attn.o_proj.weight
+
+    def gradients() -> tuple[Tensor, ...]:
+        states = model.model(ids, use_cache=False).last_hidden_state
+        directions = torch.randn(3, *states.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        return torch.autograd.grad(states, weight, directions, is_grads_batched=True)
+
+    found = gradients()
+    model.set_kernels_implementation("eager")
+    check_equal(found, gradients())
+    assert len(steps) == 1
+
+
+def test_no_pass_disturbs_a_backward_pass_that_is_not_over(steps, monkeypatch):
+    """Gradients are copied before another thread may replay, and replaced memory stays until they are computed."""
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    weight, found, copy = model.model.layers[0].self_attn.o_proj.weight, [], torch._foreach_copy_
+    loss_of(model, ids).backward()
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *x: found.append(steps[0].is_free()) or copy(*x))
+    loss_of(model, ids).backward()
+    assert found == [False] and steps[0].is_free()
+    steps[0].forward = lambda: None  # as a recording, which holds no weight
+    loss, memory = loss_of(model, ids), StorageWeakRef(weight.untyped_storage())
+    weight.data = weight.data.clone()
+    assert not memory.expired()
+    del loss
+    assert memory.expired()
+
+
 def test_a_weight_that_changes_before_the_backward_pass_is_refused(steps):
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
     loss = loss_of(model, ids)
@@ -202,7 +233,7 @@ def test_a_weight_that_changes_before_the_backward_pass_is_refused(steps):
 
 
 def test_what_changes_the_model_is_seen(steps):
-    """Frozen weights, a replaced weight, a hook."""
+    """Frozen weights, a replaced weight, one whose memory is read in another order, a hook."""
     model, ids = triton_model(num_hidden_layers=2).train(), random_ids(1, 4).to(DEVICE)
     layer = model.model.layers[1]
     loss_of(model, ids).backward()
@@ -216,9 +247,48 @@ def test_what_changes_the_model_is_seen(steps):
     assert is_followed(2)
     layer.self_attn.o_proj.weight = nn.Parameter(torch.eye(64, device=DEVICE))
     assert is_followed(3)
+    weight = layer.self_attn.o_proj.weight
+    weight.data.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    loss_of(model, ids).backward()
+    weight.data = weight.data.t()
+    assert is_followed(4)
     seen = []
     layer.mlp.register_forward_hook(lambda *_: seen.append(1))
-    assert is_followed(3) and seen
+    assert is_followed(4) and seen
+
+
+def test_hooks_of_a_weight_see_each_gradient_once(steps):
+    """A hook that changes the gradient; and one that steps an optimizer in the backward pass, which is no obstacle."""
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    weight, seen = model.model.layers[0].self_attn.o_proj.weight, []
+    weight.register_post_accumulate_grad_hook(lambda x: seen.append(x.grad.clone()))
+    for _ in range(2):
+        found = gradients_of(model, loss_of(model, ids))
+    assert len(seen) == 2 and steps[0].replays == 2
+    check_equal(found, eager_gradients(model, ids))
+    hook = weight.register_hook(lambda gradient: seen.append(gradient) or 2 * gradient)
+    expected = eager_gradients(model, ids)
+    for _ in range(3):
+        seen.clear()
+        check_equal(gradients_of(model, loss_of(model, ids)), expected)
+        assert len(seen) == 2
+    hook.remove()
+    for _ in range(2):
+        check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+    assert len(steps) == 2
+
+
+def test_a_weight_that_another_network_computes_gets_its_gradient(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    projection, scale = model.model.layers[0].self_attn.o_proj, torch.ones((), device=DEVICE, requires_grad=True)
+    start = projection.weight.detach()
+    del projection.weight
+    gradients = []
+    for _ in range(3):
+        projection.weight = start * scale
+        gradients += torch.autograd.grad(loss_of(model, ids), scale)
+    assert gradients[0] != 0 and not steps
+    check_equal(gradients[1:], gradients[:1] * 2)
 
 
 def test_layers_compiled_by_accelerate_are_recorded(steps):
@@ -241,6 +311,39 @@ def test_autocast_is_part_of_what_is_recorded(steps):
     assert hidden.requires_grad
 
 
+def test_a_backward_pass_is_recorded_outside_of_autocast(steps, monkeypatch):
+    model, ids, found, plain = triton_model().train(), random_ids(1, 4).to(DEVICE), [], torch.autograd.grad
+
+    def gradients(*arguments, **options):
+        found.append(torch.is_autocast_enabled(DEVICE))
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", gradients)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss_of(model, ids)
+    assert len(steps) == 1 and found and not any(found)
+
+
+def test_a_recording_that_fails_leaves_no_casts_without_values(steps, monkeypatch):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    weights = [x.data for x in model.parameters()]
+
+    def fail(step, *_):
+        values = [x.clone() for x in weights]
+        torch._foreach_zero_(weights)  # what is cast now has other values than those of the weights
+        step()
+        torch._foreach_copy_(weights, values)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(graphs, "TrainingStep", graphs.TrainingStep.__base__)
+    monkeypatch.setattr(graphs, "record", fail)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        losses = [loss_of(model, ids)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        losses.append(loss_of(model, ids))
+    torch.testing.assert_close(*losses)
+
+
 def test_calls_that_ask_for_more_run_as_they_are(steps):
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
     mask, embeds = torch.ones(1, 1, 4, 4, device=DEVICE).bool(), model.model.embed_tokens(ids).detach()
@@ -258,6 +361,44 @@ def test_calls_that_ask_for_more_run_as_they_are(steps):
     with torch.no_grad():
         loss_of(triton_model().train(), ids)
     assert not steps
+
+
+def test_a_frozen_model_is_left_alone(steps, caplog):
+    model, ids = triton_model(tie_word_embeddings=False).train(), random_ids(1, 4).to(DEVICE)
+    model.model.requires_grad_(False)
+    loss_of(model, ids).backward()
+    assert model.lm_head.weight.grad is not None and not steps and not caplog.records
+
+
+def test_a_new_weight_in_the_place_of_a_deleted_one_gets_its_gradient(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    loss_of(model, ids).backward()
+    projection = model.model.layers[0].self_attn.o_proj
+    (index,) = [i for i, x in enumerate(steps[0].weights) if x() is projection.weight]
+    memory = projection.weight.data
+    del projection.weight
+    projection.weight = nn.Parameter(memory)
+    # As where Python gives the new one the id of the old one, which the stand-in still holds.
+    graphs._GRAPHS[model.model].state = forward_graphs.state_of(model.model)
+    steps[0].weights[index] = weakref.ref(nn.Parameter(memory))
+    assert steps[0].weights[index]() is None
+    loss_of(model, ids).backward()
+    assert projection.weight.grad is not None
+
+
+def test_graphs_can_be_turned_off_and_are_freed(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    loss_of(model, ids).backward()
+    assert graphs.is_replayed(model.model) and len(steps) == 1
+    model.set_cuda_graphs(False)
+    assert model.model not in graphs._GRAPHS
+    for _ in range(2):
+        check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+    assert not graphs.is_replayed(model.model) and len(steps) == 1
+    model.set_cuda_graphs(True)
+    for _ in range(2):  # one that sees the change, one that is recorded
+        loss_of(model, ids).backward()
+    assert graphs.is_replayed(model.model) and len(steps) == 2
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(steps, monkeypatch):

@@ -15,7 +15,7 @@ from complexity_deep.workflow.evidence.ablation_results import Results, is_dead
 
 
 def visible_gpus() -> list[str]:
-    """What each process is to be given as CUDA_VISIBLE_DEVICES: the GPUs that this one sees,."""
+    """What each process is to be given as CUDA_VISIBLE_DEVICES: one of the GPUs that this one sees."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     names = given.split(",") if given else [str(index) for index in range(count)]
