@@ -147,8 +147,11 @@ def modes() -> tuple:
     backends = torch.backends.cuda
     return (
         torch.is_inference_mode_enabled(),
-        torch.get_float32_matmul_precision(),
+        # `torch.get_float32_matmul_precision` raises where this one was set.
+        backends.matmul.fp32_precision,
         backends.matmul.allow_bf16_reduced_precision_reduction,
+        backends.matmul.allow_fp16_reduced_precision_reduction,
+        backends.matmul.allow_fp16_accumulation,
         torch.are_deterministic_algorithms_enabled(),
         backends.flash_sdp_enabled(),
         backends.mem_efficient_sdp_enabled(),

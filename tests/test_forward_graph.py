@@ -96,6 +96,29 @@ def test_a_change_before_the_first_recording_puts_it_off_only(recordings):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    (
+        ("fp32_precision", "tf32"),  # which PyTorch's own query of the precision does not take
+        ("allow_bf16_reduced_precision_reduction", False),
+        ("allow_fp16_reduced_precision_reduction", False),
+        ("allow_fp16_accumulation", True),
+    ),
+)
+def test_a_setting_of_matrix_products_has_its_own_recording(recordings, monkeypatch, setting, value):
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
+    logits(model, ids)
+    before = getattr(torch.backends.cuda.matmul, setting)
+    try:
+        setattr(torch.backends.cuda.matmul, setting, value)
+        logits(model, ids)
+    finally:
+        setattr(torch.backends.cuda.matmul, setting, before)
+    assert len(recordings) == 2
+
+
+@torch.no_grad()
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
     def refuse(step, device):
         refused.append(1)
