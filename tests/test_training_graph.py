@@ -378,6 +378,15 @@ def test_graphs_can_be_turned_off_and_are_freed(steps):
     assert graphs.is_replayed(model.model) and len(steps) == 2
 
 
+def test_a_model_that_moves_leaves_no_graphs_behind(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    loss_of(model, ids).backward()
+    model.to(DEVICE)
+    assert model.model in graphs._GRAPHS
+    model.to("meta")
+    assert model.model not in graphs._GRAPHS
+
+
 def test_what_cannot_be_recorded_runs_as_it_is(steps, monkeypatch):
     """CUDA refuses; or the replay gives something else than the pass."""
 
