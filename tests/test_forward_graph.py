@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep import forward_graph_complexity_deep as graphs
 from support import random_ids, triton_model
 
@@ -93,6 +94,21 @@ def test_a_change_before_the_first_recording_puts_it_off_only(recordings):
     for _ in range(5):
         logits(model, ids)
     assert len(recordings) == 1
+
+
+@pytest.mark.parametrize(("paid_back", "expected"), ((32, 2), (4, 10)))
+@torch.no_grad()
+def test_what_changes_often_is_recorded_later_and_later(recordings, monkeypatch, paid_back, expected):
+    """Here every seven calls: it is recorded after two and after four calls, and would be after eight."""
+    monkeypatch.setattr(graphs, "PAID_BACK", paid_back)
+    model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
+    if not CUDA:  # the interpreter would take seconds for each call
+        monkeypatch.setitem(accelerated.ACCELERATED, "triton", {"model": accelerated.ACCELERATED["triton"]["model"]})
+    for change in range(10):
+        model.model.layers[0].dynamics.dt = 0.1 + change
+        for _ in range(7):
+            logits(model, ids)
+    assert len(recordings) == expected
 
 
 @torch.no_grad()
