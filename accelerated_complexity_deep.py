@@ -134,8 +134,20 @@ class KernelsMixin(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, KernelsMixin):
                 module.takes_cuda_graphs = enabled
-                for recordings in _RECORDINGS if not enabled else ():
-                    recordings.pop(module, None)
+                if not enabled:
+                    module._free_recordings()
+
+    def _free_recordings(self) -> None:
+        for recordings in _RECORDINGS:
+            recordings.pop(self, None)
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `cuda` and `cpu` do. Whoever moves a model away from a GPU may need the memory there."""
+        before = self.device
+        super()._apply(fn, recurse)
+        if self.device != before:
+            self._free_recordings()
+        return self
 
 
 def default_kernels_implementation() -> str:

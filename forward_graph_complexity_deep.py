@@ -25,6 +25,7 @@ from .speculation_complexity_deep import SpeculativeCache, speculative_step
 CALLS_BEFORE = 2  # calls of a shape that run as they are; the second has all kernels compiled
 MAX_TOKENS = 8192  # with more, the GPU takes longer than the host
 NEVER = -(10**9)  # calls of a shape that cannot be recorded
+PAID_BACK = 32  # replays after which recordings have surely saved what they cost
 MAX_GRAPHS = 4  # of a model; the one that was not used for longest makes room
 _GRAPHS = recordings_by_model()
 LOCK = threading.Lock()
@@ -38,11 +39,11 @@ class Recordings:
     """
 
     def __init__(self, model: nn.Module, most: int):
-        self.most = most
+        self.most, self.calls_before = most, CALLS_BEFORE
         self._begin(model)
 
     def _begin(self, model: nn.Module) -> None:
-        self.calls_before = CALLS_BEFORE
+        self.replays = 0
         self.calls: dict[tuple, int] = {}
         self.recorded: dict[tuple, Any] = {}
         self.state = state_of(model)
@@ -59,18 +60,21 @@ class Recordings:
         """The recording of `key`, or None where a call of it runs as it is.
 
         The first calls do. So does every one where `make` raises `RuntimeError`, such as for want of memory. Where
-        modules, weights or settings are others than before, all begins anew.
+        modules, weights or settings are others than before, all begins anew; if they change often, later than before.
         """
         is_due = False
         if key not in self.recorded:
             calls = self.calls[key] = self.calls.get(key, 0) + 1
             is_due = calls > self.calls_before and is_possible()
         if (key in self.recorded or is_due) and self.state != state_of(model):
+            if self.recorded:
+                self.calls_before = CALLS_BEFORE if self.replays >= PAID_BACK else 2 * self.calls_before
             self._begin(model)
             return None
         if key not in self.recorded and is_due:
             self._make(key, make)
         if key in self.recorded:
+            self.replays += 1
             self.recorded[key] = self.recorded.pop(key)  # the newest comes last
         return self.recorded.get(key)
 
@@ -147,8 +151,11 @@ def modes() -> tuple:
     backends = torch.backends.cuda
     return (
         torch.is_inference_mode_enabled(),
-        torch.get_float32_matmul_precision(),
+        # `torch.get_float32_matmul_precision` raises where this one was set.
+        backends.matmul.fp32_precision,
         backends.matmul.allow_bf16_reduced_precision_reduction,
+        backends.matmul.allow_fp16_reduced_precision_reduction,
+        backends.matmul.allow_fp16_accumulation,
         torch.are_deterministic_algorithms_enabled(),
         backends.flash_sdp_enabled(),
         backends.mem_efficient_sdp_enabled(),

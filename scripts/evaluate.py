@@ -65,8 +65,7 @@ def main(args: argparse.Namespace) -> None:
         say("reading the tasks")
         staged = stage(Path(folder), *data)
         try:
-            report = run_tasks(model, staged, records, path=args.model, revision=args.revision, limit=args.limit)
-            if args.context_factor:
+            if args.context_factor:  # before the tasks, which take longer, because text or model may not fit
                 long_context = measure_long_context(
                     model.model,
                     model.tokenizer,
@@ -80,6 +79,7 @@ def main(args: argparse.Namespace) -> None:
                     batch_size=args.batch_size,
                     limit=args.limit,
                 )
+            report = run_tasks(model, staged, records, path=args.model, revision=args.revision, limit=args.limit)
         except torch.OutOfMemoryError as error:
             raise InputError(f"A batch of {args.batch_size} does not fit into memory: lower --batch-size.") from error
     if report is not None:  # the first of the processes has it

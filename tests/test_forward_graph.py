@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep import forward_graph_complexity_deep as graphs
 from support import random_ids, triton_model
 
@@ -93,6 +94,44 @@ def test_a_change_before_the_first_recording_puts_it_off_only(recordings):
     for _ in range(5):
         logits(model, ids)
     assert len(recordings) == 1
+
+
+@pytest.mark.parametrize(("paid_back", "expected"), ((32, 2), (4, 10)))
+@torch.no_grad()
+def test_what_changes_often_is_recorded_later_and_later(recordings, monkeypatch, paid_back, expected):
+    """Here every seven calls: it is recorded after two and after four calls, and would be after eight."""
+    monkeypatch.setattr(graphs, "PAID_BACK", paid_back)
+    model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
+    if not CUDA:  # the interpreter would take seconds for each call
+        monkeypatch.setitem(accelerated.ACCELERATED, "triton", {"model": accelerated.ACCELERATED["triton"]["model"]})
+    for change in range(10):
+        model.model.layers[0].dynamics.dt = 0.1 + change
+        for _ in range(7):
+            logits(model, ids)
+    assert len(recordings) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    (
+        ("fp32_precision", "tf32"),  # which PyTorch's own query of the precision does not take
+        ("allow_bf16_reduced_precision_reduction", False),
+        ("allow_fp16_reduced_precision_reduction", False),
+        ("allow_fp16_accumulation", True),
+    ),
+)
+def test_a_setting_of_matrix_products_has_its_own_recording(recordings, monkeypatch, setting, value):
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
+    logits(model, ids)
+    before = getattr(torch.backends.cuda.matmul, setting)
+    try:
+        setattr(torch.backends.cuda.matmul, setting, value)
+        logits(model, ids)
+    finally:
+        setattr(torch.backends.cuda.matmul, setting, before)
+    assert len(recordings) == 2
 
 
 @torch.no_grad()

@@ -401,22 +401,30 @@ def test_graphs_can_be_turned_off_and_are_freed(steps):
     assert graphs.is_replayed(model.model) and len(steps) == 2
 
 
+def test_a_model_that_moves_leaves_no_graphs_behind(steps):
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    loss_of(model, ids).backward()
+    model.to(DEVICE)
+    assert model.model in graphs._GRAPHS
+    model.to("meta")
+    assert model.model not in graphs._GRAPHS
+
+
 def test_what_cannot_be_recorded_runs_as_it_is(steps, monkeypatch):
     """CUDA refuses; or the replay gives something else than the pass."""
 
     def refuse(*_):
         raise torch.OutOfMemoryError("no memory")
 
-    ids = random_ids(1, 4).to(DEVICE)
-    for name, stand_in in (("record", refuse), ("_allocated", lambda _, amounts=[0, 2**60]: amounts.pop())):
-        with monkeypatch.context() as patch:
-            patch.setattr(graphs, name, stand_in)
-            if name == "_allocated":
-                patch.setattr(graphs, "free_bytes", lambda _: 0)
-            patch.setattr(graphs, "TrainingStep", graphs.TrainingStep.__base__)
-            model = triton_model().train()
-            for _ in range(2):
-                check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+    ids, tried = random_ids(1, 4).to(DEVICE), []
+    monkeypatch.setattr(graphs, "TrainingStep", graphs.TrainingStep.__base__)
+    monkeypatch.setattr(graphs, "record", lambda *_: tried.append(1) or refuse())
+    for free in (2**60, 0):
+        monkeypatch.setattr(graphs, "free_bytes", lambda _, free=free: free)
+        model = triton_model().train()
+        for _ in range(2):
+            check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+        assert len(tried) == 1  # once, and not at all where there is no memory
     with pytest.raises(RuntimeError, match="does not give"):
         graphs._compare(torch.ones(3), torch.ones(3), torch.ones(2), torch.tensor([1.0, 2.0]))
     with pytest.raises(RuntimeError, match="does not give"):

@@ -262,3 +262,4 @@ def test_text_without_long_documents_is_one_sentence(tmp_path, folder, data, cap
         with pytest.raises(SystemExit) as caught:
             refused(*options)
         assert sentence in str(caught.value) and not (tmp_path / "out").exists()
+        assert "making the prompts" not in capsys.readouterr().err  # nothing is computed for nothing

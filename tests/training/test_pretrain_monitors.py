@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from trl import TrlParser
 
+from complexity_deep.decode_graph_complexity_deep import state_of
 from complexity_deep.routing_complexity_deep import balanced_routing
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.packed_rows import tokenize
@@ -138,7 +139,10 @@ def test_rerouted_and_clamped_shares():
             layer.dynamics.mu.fill_(1e4)  # pulls every velocity to the limit ...
             layer.mlp.mu_router.weight.zero_()[0] = 1.0  # ... and every token to expert 0
     ids = random_ids(3, 16)
-    measured = read_monitors(model, {"input_ids": ids, "position_ids": torch.arange(16).expand(3, 16)})
+    state, batch = state_of(model), {"input_ids": ids, "position_ids": torch.arange(16).expand(3, 16)}
+    measured = read_monitors(model, batch)
+    assert state_of(model) == state  # with hooks left behind, no training step would be replayed any more
+    assert read_monitors(model, batch) == measured
     assert model.training
     moved = (model.model.token_to_expert[ids] != 0).float().mean().item()
     for layer in range(3):

@@ -13,8 +13,10 @@ whatever `report_to` names), N being a layer and E an expert:
     gradient_norm/COMPONENT           of the training step, before clipping
 """
 
+import contextlib
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -56,6 +58,24 @@ def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
     return {f"gradient_norm/{name}": math.sqrt(square) for name, square in squares.items()}
 
 
+@contextlib.contextmanager
+def recording_hooks_removed(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards the hooks are gone that the library put on modules to record their outputs.
+
+    It leaves them there, and modules with hooks run without the fused kernels and CUDA graphs.
+    """
+    mark = "_output_capturing_hooks_installed"  # by which the library knows that it has put them there
+    before = [(module, set(module._forward_hooks), hasattr(module, mark)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, is_marked in before:
+            for key in module._forward_hooks.keys() - hooks:
+                del module._forward_hooks[key]
+            if not is_marked and hasattr(module, mark):
+                delattr(module, mark)
+
+
 @torch.no_grad()
 def read_monitors(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, float]:
     """Everything but the gradients, from one forward pass over `batch` (input_ids and position_ids, each [B, S])."""
@@ -63,9 +83,9 @@ def read_monitors(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str,
     was_training = model.training
     model.eval()
     # The whole model, since that is where autocast and FSDP hook in, but hardly any logits.
-    outputs = model(
-        **batch, use_cache=False, logits_to_keep=1, output_expert_ids=True, output_velocities=True, output_mus=True
-    )
+    asked = {"output_expert_ids": True, "output_velocities": True, "output_mus": True}
+    with recording_hooks_removed(model):
+        outputs = model(**batch, **asked, use_cache=False, logits_to_keep=1)
     model.train(was_training)
 
     measured = {}
