@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from ablation_rows import finished
 from complexity_deep import training_graph_complexity_deep as training_graph
 from complexity_deep.workflow.command import InputError
-from complexity_deep.workflow.evidence import ablation_data, ablation_report, ablation_run
+from complexity_deep.workflow.evidence import ablation_data, ablation_run, study_page
 from complexity_deep.workflow.evidence.ablation_plan import (
     PlanError,
     expand,
@@ -433,7 +433,7 @@ def page(tmp_path):
     (tmp_path / "evidence").mkdir()
 
     def make(rows):
-        ablation_report.write_study(tmp_path / "evidence", rows, str(PLANS))
+        study_page.write_study(tmp_path / "evidence", rows, str(PLANS))
         return " ".join((tmp_path / "evidence.md").read_text().split())
 
     return make
