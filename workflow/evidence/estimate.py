@@ -2,6 +2,7 @@
 
 import csv
 import math
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,21 +168,22 @@ def tell_table(distance: float, spread: Spread, hours: float, sweep_hours: float
     return table(header, lines)
 
 
+def paragraph(*sentences: str, mark: str = "") -> list[str]:
+    """Lines of running text, or with a mark those of a list's item."""
+    return textwrap.wrap(mark + " ".join(sentences), 120, subsequent_indent=" " * len(mark), break_on_hyphens=False)
+
+
 def spread_lines(spreads: dict[str, dict[str, Spread]]) -> list[str]:
     header = ["size", "degrees of freedom", *(f"{title}, nats" for title in TEXTS.values())]
     described = []
     for size, found in spreads.items():
         cells = [f"{found[text].deviation:.4f} (at most {found[text].upper:.4f})" for text in TEXTS]
         described.append([size, str(found[TEXT].freedom), *cells])
-    return [
-        "## Spread of seeds",
-        "",
-        "Standard deviation of the held-out loss between runs that differ in their seed alone, pooled over the variants",
-        f"with several seeds in [runs.csv](runs.csv), and its one-sided {percent(CONFIDENCE)} bound.",
-        "",
-        *table(header, described),
-        "",
-    ]
+    text = paragraph(
+        "Standard deviation of the held-out loss between runs that differ in their seed alone, pooled over the",
+        f"variants with several seeds in [runs.csv](runs.csv), and its one-sided {percent(CONFIDENCE)} bound.",
+    )
+    return ["## Spread of seeds", "", *text, "", *table(header, described), ""]
 
 
 def speed_lines(arms: list[Arm], steps: dict[str, dict], active: int) -> list[str]:
@@ -193,53 +195,54 @@ def speed_lines(arms: list[Arm], steps: dict[str, dict], active: int) -> list[st
         described.append([*cells, f"{hours * PRICE_PER_GPU_HOUR:,.0f}"])
     header = ["model", "speed from", "tokens/s", "GPU hours a run", "days on 8 GPUs", "US dollars a run"]
     commits = " and ".join(dict.fromkeys(f"`{steps[name]['commit']}`" for name in (OURS, DENSE)))
-    return [
-        "## Speed and length of a run",
-        "",
+    before = paragraph(
         f"`configs/1.5b.json` has {active / 1e6:,.0f}M active parameters, its tied embedding included, so that",
-        f"{TOKENS_PER_PARAMETER} tokens for each are {tokens / 1e9:.1f}B tokens; every model gets as many. Speeds are those",
-        f"of one {steps[OURS]['device']} in training steps of 8 rows of {ROW_LENGTH:,} tokens with bf16 weights, the newest",
-        f"of [results.csv](../../benchmarks/results.csv) (commit {commits}, {steps[OURS]['date']}).",
-        "",
-        *table(header, described, text_columns=2),
-        "",
-        f"A GPU hour is taken to cost {PRICE_PER_GPU_HOUR:.2f} US dollars, which is an assumption and not a measurement.",
-        "Days are without any loss from spreading a run over 8 GPUs.",
-        "",
-    ]
+        f"{TOKENS_PER_PARAMETER} tokens for each are {tokens / 1e9:.1f}B tokens; every model gets as many. Speeds are",
+        f"those of one {steps[OURS]['device']} in training steps of 8 rows of {ROW_LENGTH:,} tokens, AdamW",
+        f"included and with bf16 weights, the newest of [results.csv](../../benchmarks/results.csv) (commit {commits},",
+        f"{steps[OURS]['date']}).",
+    )
+    after = paragraph(
+        f"A GPU hour is taken to cost {PRICE_PER_GPU_HOUR:.2f} US dollars, which is an assumption and not a",
+        "measurement. Days are without any loss from spreading a run over 8 GPUs.",
+    )
+    rows = table(header, described, text_columns=2)
+    return ["## Speed and length of a run", "", *before, "", *rows, "", *after, ""]
 
 
 def seeds_lines(best: Best, size: str, spread: Spread, compared: list[Arm], hours: float) -> list[str]:
-    return [
-        "## Seeds",
-        "",
-        f"At {size}, `{best.variant}` is {best.difference:+.3f} nats from `{best.reference}` on {TEXTS[TEXT]} (token files",
-        f"{best.data}). If the difference at 1.5b is that, or a part of it, a two-sided t test at {percent(CONFIDENCE)} finds it",
-        f"with a chance of {percent(POWER)} from so many seeds of each model, if seeds spread as at {size}: as the measured",
-        "deviation says, and as its upper bound does. Two seeds are the fewest that have a spread. GPU hours are those of",
-        f"{len(compared)} models with all seeds ({'; '.join(arm.name for arm in compared)}) and of a sweep of the learning rate",
-        f"for each, together as long as {SWEEP:g} run of it.",
-        "",
-        *tell_table(abs(best.difference), spread, hours, SWEEP * hours),
-        "",
-    ]
+    text = paragraph(
+        f"At {size}, `{best.variant}` is {best.difference:+.3f} nats from `{best.reference}` on {TEXTS[TEXT]} (token",
+        f"files {best.data}). The table takes that, and parts of it, as the true difference at 1.5b. It says how many",
+        f"seeds of each model let a two-sided t test tell it from 0 at {percent(CONFIDENCE)} with a chance of",
+        f"{percent(POWER)}, if seeds spread as they did at {size}, and if they spread as widely as the upper bound of",
+        f"that says. Two seeds are the fewest that have a spread. GPU hours are those of all seeds of {len(compared)}",
+        f"models ({'; '.join(arm.name for arm in compared)}), and of a sweep of the learning rate for each, which",
+        f"takes as many tokens as {SWEEP:g} run.",
+    )
+    rows = tell_table(abs(best.difference), spread, hours, SWEEP * hours)
+    return ["## Seeds", "", *text, "", *rows, ""]
 
 
 def limit_lines(best: Best, size: str, freedom: int, parameters: int) -> list[str]:
     gib = parameters * BYTES_PER_PARAMETER / 2**30
     fits = "which fit" if gib < GPU_GIB else "which do not fit"
-    return [
-        "## What this does not know",
-        "",
-        f"- The spread of seeds at 1.5b. It is that of {size} here, on {freedom} degrees of freedom.",
-        f"- The difference at 1.5b. The runs at {size} saw {best.tokens_per_parameter:.1f} tokens for each active parameter,",
-        f"  not {TOKENS_PER_PARAMETER}, and models that are trained for longer may differ by less or by more.",
-        f"- The speed of `{best.variant}` at 1.5b, which was not built. It would have {parameters / 1e9:.1f}B parameters;",
-        f"  their weights, gradients and AdamW moments in fp32 are {gib:,.0f} GiB, {fits} one GPU of {GPU_GIB} GiB. What it",
-        "  costs to spread them over several, and to step the experts' AdamW, is not in its row.",
-        "- fp32 weights under autocast, as a training run has them: they cost time on top of these steps.",
-        "- The text. As many tokens as this are not prepared here, and the estimate assumes that none is repeated.",
+    items = [
+        (f"The spread of seeds at 1.5b. It is that of {size} here, on {freedom} degrees of freedom.",),
+        (
+            f"The difference at 1.5b. The runs at {size} saw {best.tokens_per_parameter:.1f} tokens for each active",
+            f"parameter, not {TOKENS_PER_PARAMETER}, and models that are trained for longer may differ by less or by",
+            "more. It is also that of the best of several candidates, which choosing it makes too large.",
+        ),
+        (
+            f"The speed of `{best.variant}` at 1.5b, which was not measured. It would have {parameters / 1e9:.1f}B",
+            f"parameters; their weights, gradients and AdamW moments in fp32 are {gib:,.0f} GiB, {fits} one GPU of",
+            f"{GPU_GIB} GiB. What spreading them over several costs, and AdamW over that many, is not in its row.",
+        ),
+        ("The cost of fp32 weights under bf16 autocast, as a training run has them, over these steps in bf16.",),
+        ("The text. So many tokens are not prepared here, and the estimate assumes that none is repeated.",),
     ]
+    return ["## What this does not know", "", *(line for item in items for line in paragraph(*item, mark="- "))]
 
 
 def estimate_lines(rows: list[dict], recipes: Path, results: Path, config: Path) -> list[str]:
@@ -270,7 +273,9 @@ def estimate_lines(rows: list[dict], recipes: Path, results: Path, config: Path)
 def write_estimate(output: Path, rows: list[dict], recipes: str) -> str:
     """Write scaling.md into `output`; returns what was written."""
     page = ["# What it would take to tell at 1.5b", ""]
-    page += ["An estimate on paper: nothing of that size was trained for it. Written by `python scripts/ablate.py report`;"]
+    page += [
+        "An estimate on paper: nothing of that size was trained for it. Written by `python scripts/ablate.py report`;"
+    ]
     page += ["the runs at three sizes are in the [study](../evidence.md).", ""]
     results, config = REPOSITORY / "benchmarks/results.csv", REPOSITORY / "configs/1.5b.json"
     path = output / "scaling.md"

@@ -1,4 +1,4 @@
-"""The scaling section of docs/evidence.md: the same variants at three sizes, against the compute of their active weights.
+"""The scaling section of docs/evidence.md: the same variants at three sizes, against their active weights' compute.
 
 Three sizes at equal tokens do not identify L = E + A C^-alpha: its three numbers go through any three losses that fall
 and flatten, and nothing is left over to measure their error with. What is fitted is a line in log10 C.
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import stats
 
 from complexity_deep.workflow.charts import subplots, write_figure
@@ -32,20 +33,22 @@ from complexity_deep.workflow.markdown_table import table
 SIZES = ("10m", "30m", "150m")
 # At 30m the rows are those of the headline: scaling.yaml has the same variants and tokens at the other sizes.
 SCALING, LARGE = (*EQUAL_TOKENS, "scaling"), ("large",)
+UNIT, UNIT_NAME = 1e15, "1e15 FLOPs"  # of tables and figures
 NOT_MEASURED = "Not measured yet."
 Points = dict[str, dict[str, list[dict]]]  # size -> variant -> a row for each seed
 
 METHOD = f"""\
-Compute is {FLOPS_PER_PARAMETER} FLOPs for each active parameter and training token, forward and backward: of the attention, of
-one expert, of the shared one, of mu and dynamics, and of the head, which is the tied embedding. Attention's products of
-queries with keys and values are left out, and so is looking up embeddings. `shared_64_layers_values_plain` has fewer
-active parameters than the others of its size, for it has no mu and no dynamics.
+Compute is {FLOPS_PER_PARAMETER} FLOPs for each active parameter and training token, forward and backward: of the
+attention, of one expert, of the shared one, of mu and dynamics, and of the head, which is the tied embedding.
+Attention's products of queries with keys and values are left out, and so is looking up embeddings.
+`shared_64_layers_values_plain` has fewer active parameters than the others of its size, for it has no mu and no
+dynamics.
 
-The fit is a straight line of the loss in log10 of compute, by least squares through all runs of a variant; its interval
-is Student's with two degrees of freedom fewer than runs, and contains what the three sizes lie off a line. The trend is
-the least-squares slope of the difference to dense through the three sizes. Its interval holds the spread of seeds alone,
-pooled over both variants and all sizes. Nothing of it says that a line goes on beyond the largest size. All sizes see the
-same tokens, so that a larger model sees fewer for each of its parameters."""
+The fit is a straight line of the loss in log10 of compute, by least squares through all runs of a variant; its
+interval is Student's with two degrees of freedom fewer than runs, and contains what the three sizes lie off a line.
+The trend is the least-squares slope of the difference to dense through the three sizes. Its interval holds the spread
+of seeds alone, pooled over both variants and all sizes. Nothing of it says that a line goes on beyond the largest
+size. All sizes see the same tokens, so that a larger model sees fewer for each of its parameters."""
 
 
 class Line(NamedTuple):
@@ -145,14 +148,14 @@ def bracketed(value: float, bounds: tuple | None) -> str:
 
 def size_table(points: Points, variants: list[str], reference: str) -> list[str]:
     """One line for each size and variant, with the difference to the reference of the same size."""
-    header = ["size", "variant", "parameters, M (total / active)", "compute, 1e15 FLOPs", "seeds"]
+    header = ["size", "variant", "parameters, M (total / active)", f"compute, {UNIT_NAME}", "seeds"]
     header += ["held-out edu", "held-out books", "edu, difference", "books, difference"]
     lines = []
     for size in SIZES:
         for variant in variants:
             rows, dense = points[size][variant], points[size][reference]
             cells = [size, variant, f"{rows[0]['parameters'] / 1e6:.1f} / {rows[0]['active_parameters'] / 1e6:.1f}"]
-            cells += [f"{compute(rows[0]) / 1e15:.1f}", str(len(rows))]
+            cells += [f"{compute(rows[0]) / UNIT:.1f}", str(len(rows))]
             cells += [as_mean(column(rows, text)) for text in TEXTS]
             for text in TEXTS:
                 cells.append("" if variant == reference else as_difference(column(rows, text), column(dense, text)))
@@ -176,9 +179,7 @@ def fit_table(points: Points, variants: list[str], reference: str) -> list[str]:
             line = fit_of(points, variant, text)
             cells = [variant, title, bracketed(line.slope, line.bounds), str(line.freedom), "", ""]
             if variant != reference:
-                ours, dense = (
-                    [column(points[size][name], text) for size in SIZES] for name in (variant, reference)
-                )
+                ours, dense = ([column(points[size][name], text) for size in SIZES] for name in (variant, reference))
                 slope, bounds, freedom = trend(x, ours, dense)
                 cells[-2:] = [bracketed(slope, bounds), str(freedom)]
             lines.append(cells)
@@ -189,21 +190,22 @@ def draw_scaling(path: Path, points: Points, variants: list[str], reference: str
     """Educational loss against compute with a line and its band, and the difference to the reference at each size."""
     text = "held_out_edu"
     figure, (losses, differences) = subplots(1, 2, figsize=(12, 4.8))
-    for index, variant in enumerate(variants):
+    others = [variant for variant in variants if variant != reference]
+    for index, variant in enumerate([*others, reference]):
         colour = COLOURS[index]
         rows = [row for size in SIZES for row in points[size][variant]]
-        losses.plot(list(map(compute, rows)), column(rows, text), "o", color=colour, markersize=4)
+        losses.plot([compute(row) / UNIT for row in rows], column(rows, text), "o", color=colour, markersize=4)
         line = fit_of(points, variant, text)
         x = np.linspace(*(math.log10(end(map(compute, rows))) for end in (min, max)), 50)
         middle, half = line.band(x)
-        losses.plot(10**x, middle, color=colour, label=f"{variant} ({len(rows)} runs)")
-        losses.fill_between(10**x, middle - half, middle + half, color=colour, alpha=0.12, linewidth=0)
+        losses.plot(10**x / UNIT, middle, color=colour, label=f"{variant} ({len(rows)} runs)")
+        losses.fill_between(10**x / UNIT, middle - half, middle + half, color=colour, alpha=0.12, linewidth=0)
         if variant == reference:
             continue
         for place, size in enumerate(SIZES):
             mean, bounds = difference(column(points[size][variant], text), column(points[size][reference], text))
             error = [[mean - bounds[0]], [bounds[1] - mean]] if bounds else None
-            where = place + 0.12 * (index - len(variants) / 2)  # side by side
+            where = place + 0.12 * (index - (len(others) - 1) / 2)  # side by side
             label = variant if place == 0 else None
             differences.errorbar(where, mean, yerr=error, fmt="o", color=colour, capsize=3, label=label)
     lowest, highest = losses.get_ylim()
@@ -211,7 +213,11 @@ def draw_scaling(path: Path, points: Points, variants: list[str], reference: str
     # A band of few runs may be wider than all that was measured.
     margin = 0.25 * (max(measured) - min(measured))
     losses.set_ylim(max(lowest, min(measured) - margin), min(highest, max(measured) + margin))
-    losses.set(xscale="log", xlabel="training compute of active parameters, FLOPs", ylabel="held-out loss, nats per token")
+    losses.set(xscale="log", xlabel=f"training compute of active parameters, {UNIT_NAME}")
+    losses.set(ylabel="held-out loss, nats per token")
+    losses.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    losses.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    losses.xaxis.set_minor_formatter(NullFormatter())
     losses.set_title("Held-out educational text: each run, lines and 95 % bands")
     differences.axhline(0, color="black", linewidth=0.8)
     differences.set_xticks(range(len(SIZES)), SIZES)
@@ -246,6 +252,8 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
         own = [row for row in rows if row["size"] == size]
         for data, runs in by_data(own, LARGE).items():
             lines += [f"## {size} on more tokens, token files {data}", ""]
-            lines += ["More than one pass over the token files; each pass takes every row once, in an order of its own."]
+            lines += [
+                "More than one pass over the token files, each of which takes every row once, in an order of its own."
+            ]
             lines += ["", *variant_table(runs, runs.get(reference, []), newest_speeds(own)), ""]
     return lines
