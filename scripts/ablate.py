@@ -26,11 +26,12 @@ with needs("eval"):
     from complexity_deep.workflow.evidence.ablation_data import prepare
     from complexity_deep.workflow.evidence.ablation_plan import expand, finish, missing_of, read_yaml
     from complexity_deep.workflow.evidence.ablation_process import train_in_child
-    from complexity_deep.workflow.evidence.ablation_report import write_study
     from complexity_deep.workflow.evidence.ablation_results import Results, read_data, read_rows
     from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
     from complexity_deep.workflow.evidence.balance import measure_balance
     from complexity_deep.workflow.evidence.claims import write_claims
+    from complexity_deep.workflow.evidence.estimate import write_estimate
+    from complexity_deep.workflow.evidence.study_page import write_study
 
 TIMED_OUT = 3
 
@@ -92,6 +93,7 @@ def write_report(args: argparse.Namespace) -> None:
     rows = read_rows(output / "runs.csv")
     print(write_study(output, rows, args.recipes))
     print(write_claims(output, rows, args.recipes))
+    print(write_estimate(output, rows, args.recipes))
 
 
 def parse_args() -> argparse.Namespace:
@@ -118,7 +120,7 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--start-method", default="forkserver", choices=("forkserver", "spawn"), help="of the processes")
     run.add_argument("--log-dir", default="runs/evidence/logs", help="what each run prints (default: %(default)s)")
     run.add_argument("--commit", default=commit(), help="commit to record (default: that of this checkout)")
-    report = commands.add_parser("report", help="write tables, figures, docs/evidence.md and claims.md from runs.csv")
+    report = commands.add_parser("report", help="write docs/evidence.md, its pages and figures from runs.csv")
     report.add_argument("--data", help="count the tokens of each expert in these token files first, into balance.json")
     report.add_argument("--recipes", default=str(REPOSITORY / "recipes/evidence"), help="where the plans lie")
     for command in (prepare, run):

@@ -29,7 +29,8 @@ from pretraining import write_recipe
 from served import Served
 from support import GOLDEN, REPOSITORY, run_command
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "docs/evidence/claims.md"]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES += [REPOSITORY / "docs/evidence" / name for name in ("claims.md", "scaling.md")]
 BLOCK = re.compile(r"(?:<!-- test: (run|serve) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 SCRIPT = re.compile(r"\bscripts/\w+\.py$")

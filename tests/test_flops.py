@@ -57,3 +57,13 @@ def test_keys_of_a_window():
     config.sliding_window, config.layer_types = 20, ["sliding_attention", "full_attention"]
     by_hand = sum(min(20, position) for position in range(1, 101)) / 100
     assert keys_per_query(config, 100) == pytest.approx(50 + by_hand, rel=0.03)
+
+
+def test_value_embeddings_are_looked_up():
+    plain, embedded = (
+        AutoModelForCausalLM.from_config(tiny_config(value_embedding_layers=layers)) for layers in (None, [1])
+    )
+    table = embedded.model.layers[1].self_attn.value_embedding.weight
+    added = embedded.num_parameters() - plain.num_parameters() - table.numel()  # the gate of the values
+    # One row counts, as it does among the active parameters.
+    assert flops_per_token(embedded, LENGTH) - flops_per_token(plain, LENGTH) == 6 * (added + table.shape[1])

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 # Dense bf16 FLOP/s of the SXM boards, from NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+FLOPS_PER_PARAMETER = 6  # of a product, for a token, forward and backward (PaLM, appendix B)
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
@@ -42,10 +43,17 @@ def active_parameters(model: PreTrainedModel) -> int:
 
 
 def looked_up_parameters(model: PreTrainedModel) -> int:
-    """Parameters of embeddings that are no product's weight: a tied head is one, and counts as that."""
+    """Parameters of embeddings that are no product's weight: a tied head is one, and counts as that.
+
+    Value embeddings are left out, for of those the model's own count of active parameters has a single row.
+    """
     head = model.get_output_embeddings()
     tied = None if head is None else head.weight
-    tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = {
+        id(module.weight): module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not name.endswith(".value_embedding")
+    }
     return sum(weight.numel() for weight in tables.values() if weight is not tied)
 
 
@@ -64,14 +72,14 @@ def keys_per_query(config: PreTrainedConfig, sequence_length: int) -> float:
 def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
     """FLOPs of one token, forward and backward, in rows of `sequence_length`; a third of it is the forward.
 
-    6 per parameter in a product that the token passes through (PaLM, appendix B), and 12 per key and channel of
+    `FLOPS_PER_PARAMETER` for each parameter in a product that the token passes through, and 12 per key and channel of
     attention, which is causal: half of the square.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     products = active_parameters(model) - looked_up_parameters(model)
-    return 6 * products + 12 * keys_per_query(config, sequence_length) * width
+    return FLOPS_PER_PARAMETER * products + 12 * keys_per_query(config, sequence_length) * width
 
 
 def peak_flops() -> float | None:

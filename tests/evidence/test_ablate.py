@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from ablation_rows import finished
 from complexity_deep import training_graph_complexity_deep as training_graph
 from complexity_deep.workflow.command import InputError
-from complexity_deep.workflow.evidence import ablation_data, ablation_report, ablation_run
+from complexity_deep.workflow.evidence import ablation_data, ablation_run, study_page
 from complexity_deep.workflow.evidence.ablation_plan import (
     PlanError,
     expand,
@@ -26,16 +26,23 @@ from complexity_deep.workflow.evidence.ablation_plan import (
 )
 from complexity_deep.workflow.evidence.ablation_results import Results, read_rows
 from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
+from complexity_deep.workflow.flops import FLOPS_PER_PARAMETER, flops_per_token, keys_per_query
 from support import REPOSITORY
 
 PLANS = REPOSITORY / "recipes" / "evidence"
 DATA = {"id": "4e12", "eos_token_id": 0}  # an id that could be taken for a number
 
 
-def swept(variant, rate, loss, plan="learning_rates", speed=1000, status="ok"):
+BASES = ("10m.yaml", "30m.yaml", "150m.yaml")
+ALL_PLANS = sorted(
+    str(path.relative_to(PLANS)) for path in PLANS.rglob("*.yaml") if str(path.relative_to(PLANS)) not in BASES
+)
+
+
+def swept(variant, rate, loss, plan="learning_rates", speed=1000, status="ok", size="30m"):
     return {
         "variant": variant,
-        "size": "30m",
+        "size": size,
         "data": DATA["id"],
         "status": status,
         "plan": plan,
@@ -46,17 +53,19 @@ def swept(variant, rate, loss, plan="learning_rates", speed=1000, status="ok"):
     }
 
 
-def all_swept():
-    """A finished sweep of every family, in which 2e-3 is best."""
-    variants = yaml.safe_load((PLANS / "30m.yaml").read_text())["variants"]
-    return [swept(name, rate, 3.0 + abs(rate - 2e-3)) for name in variants for rate in (1e-3, 2e-3, 4e-3)]
+def all_swept(base="30m.yaml", best=2e-3):
+    """A finished sweep of every family, in which `best` is best."""
+    base = yaml.safe_load((PLANS / base).read_text())
+    rates = (1e-3, 2e-3, 4e-3)
+    return [swept(n, rate, 3.0 + abs(rate - best), size=base["size"]) for n in base["variants"] for rate in rates]
 
 
-@pytest.mark.parametrize("plan", sorted(path.name for path in PLANS.glob("*.yaml") if path.name != "30m.yaml"))
+@pytest.mark.parametrize("plan", ALL_PLANS)
 def test_every_plan_expands_seed_by_seed(plan):
     fields = yaml.safe_load((PLANS / plan).read_text())
+    sweep = all_swept((PLANS / plan).parent.joinpath(fields["base"]).resolve().name)
     speeds = [swept(name, 1e-3, 3.0, "speed") for name in fields["variants"]] + [swept("dense_active", 1, 3, "speed")]
-    runs = [finish(run, smoke=False) for run in expand(PLANS / plan, all_swept() + speeds, DATA)]
+    runs = [finish(run, smoke=False) for run in expand(PLANS / plan, sweep + speeds, DATA)]
     rates = 1 if fields["learning_rates"] == "swept" else len(fields["learning_rates"])
     rates *= len(fields.get("learning_rate_factors", [1]))
     assert len(runs) == len(fields["seeds"]) * len(fields["variants"]) * rates
@@ -64,20 +73,71 @@ def test_every_plan_expands_seed_by_seed(plan):
     assert len({identity(run) for run in runs}) == len(runs)
 
 
-def test_controls_have_the_active_size_of_what_they_control():
+def test_rows_of_runs_csv_count_as_done():
+    """The plans of today make every recorded run again, with the settings that its row has."""
+    rows = read_rows(REPOSITORY / "docs/evidence/runs.csv")
+    assert len(rows) >= 66
+    made = {}
+    for index, row in enumerate(rows):
+        size = "" if row["size"] == "30m" else row["size"]
+        # The length of a run of equal seconds is that of the speeds which were known then.
+        until = index if row["plan"] == "equal_seconds" else len(rows)
+        key = (size, row["plan"], row["data"], until, row["variant"] if until == index else None)
+        if key not in made:
+            only = [row["variant"]] if until == index else None
+            plan = PLANS / size / f"{row['plan']}.yaml"
+            made[key] = {identity(finish(run, False)) for run in expand(plan, rows[:until], {"id": row["data"]}, only)}
+        assert identity(row) in made[key], f"row {index} of {row['plan']}"
+
+
+def test_a_size_takes_the_rate_of_its_own_sweep():
+    rows = all_swept() + all_swept("150m.yaml", best=1e-3)
+    assert {run["learning_rate"] for run in expand(PLANS / "150m/scaling.yaml", rows, DATA)} == {1e-3}
+    with pytest.raises(PlanError, match="has no swept learning rate yet"):
+        expand(PLANS / "10m/scaling.yaml", rows, DATA)
+
+
+@pytest.mark.parametrize("size", ["10m", "150m"])
+def test_scaled_variants_are_those_of_30m(size):
+    """Experts keep their proportion to hidden_size, every other field is that of 30m, and so is the training."""
+    ours, known = (yaml.safe_load((PLANS / base).read_text()) for base in (f"{size}.yaml", "30m.yaml"))
+    assert ours["training"] == known["training"] and ours["shape"].keys() == known["shape"].keys()
+    scale = known["shape"]["hidden_size"] / ours["shape"]["hidden_size"]
+    layers = ours["shape"]["num_hidden_layers"]
+    assert ours["shape"]["intermediate_size"] * scale == known["shape"]["intermediate_size"]
+    for name, variant in ours["variants"].items():
+        config, original = variant["config"], dict(known["variants"][name]["config"])
+        assert variant["family"] == known["variants"][name]["family"] and config.keys() == original.keys()
+        for field, value in config.items():
+            if field == "value_embedding_layers":
+                assert value == list(range(1, layers, 2))
+            elif not field.endswith("intermediate_size"):
+                assert value == original[field]
+            elif not name.startswith("dense"):
+                assert value * scale == original[field]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_controls_have_the_active_size_of_what_they_control(base):
     data = {"vocab_size": 16384}
-    variants = yaml.safe_load((PLANS / "30m.yaml").read_text())
+    variants = yaml.safe_load((PLANS / base).read_text())
     counts = {}
-    for name in ("v0", "dense_active", "shared_64", "experts_16", "learned_16", "dense_total", "dense_total_64"):
+    for name in variants["variants"]:
         shape = {**variants["shape"], **variants["variants"][name]["config"], **data}
         with torch.device("meta"):
             config = AutoConfig.for_model(shape.pop("model_type"), **shape)
             model = AutoModelForCausalLM.from_config(config)
         counts[name] = ablation_run.total_parameters(model), ablation_run.active_parameters(model)
-    for name in ("dense_active", "shared_64", "experts_16", "learned_16"):
-        assert counts[name][1] == pytest.approx(counts["v0"][1], rel=0.005)
+        # What the report takes as compute is the count of workflow/flops.py without attention.
+        attention = 12 * keys_per_query(config, 1024) * config.hidden_size
+        assert FLOPS_PER_PARAMETER * counts[name][1] == flops_per_token(model, 1024) - attention
+    same_active = {"dense_active", "dense_active_values", "shared_64", "shared_64_layers_values", "experts_16"}
+    for name in same_active | {"learned_16"}:
+        if name in counts:
+            assert counts[name][1] == pytest.approx(counts["v0"][1], rel=0.005)
     assert counts["dense_total"][0] == pytest.approx(counts["v0"][0], rel=0.005)
-    assert counts["dense_total_64"][0] == pytest.approx(counts["shared_64"][0], rel=0.005)
+    if "dense_total_64" in counts:
+        assert counts["dense_total_64"][0] == pytest.approx(counts["shared_64"][0], rel=0.005)
 
 
 def test_a_family_takes_the_best_rate_of_its_sweep():
@@ -304,6 +364,33 @@ def test_the_order_of_rows_depends_on_the_seed_alone():
         ablation_data.TrainingBatches(rows, 2, 6, 0, 0)
 
 
+def test_repeated_data_are_shuffled_anew_in_each_pass():
+    rows = torch.arange(36, dtype=torch.int32).view(9, 4)
+
+    def chosen(steps, repeat):
+        batches = ablation_data.TrainingBatches(rows, 2, steps, 5, 0, repeat)
+        return [int(row[0]) // 4 for batch in batches for row in batch["input_ids"]]
+
+    order = chosen(14, True)  # 28 rows of three passes and one row of a fourth
+    passes = [order[start : start + 9] for start in (0, 9, 18)]
+    assert len(order) == 28 and all(sorted(found) == list(range(9)) for found in passes)
+    assert len({tuple(found) for found in passes}) == 3
+    assert order[:8] == chosen(4, False) == chosen(4, True)  # the first pass is that of runs that make no second
+
+
+def test_only_a_plan_that_says_so_repeats_its_data():
+    rows = all_swept("150m.yaml")
+    large, once = (expand(PLANS / f"150m/{plan}.yaml", rows, DATA) for plan in ("large", "scaling"))
+    assert all(run["repeat_data"] for run in large) and not any("repeat_data" in run for run in once)
+
+
+def test_a_run_may_take_its_data_twice(data):
+    run = toy_run(tokens=64 * 4 * 100)
+    with pytest.raises(InputError, match="100 steps of 4 rows are more than the 312 rows"):
+        ablation_run.train(run, data, eos_token_id=0, compiled=False)
+    assert ablation_run.train({**run, "repeat_data": True}, data, eos_token_id=0, compiled=False)["steps"] == 100
+
+
 def test_a_batch_keeps_documents_apart():
     batch = ablation_data.batch_of(torch.tensor([[5, 6, 0, 7, 0, 0, 8]], dtype=torch.int32), eos_token_id=0)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0]]
@@ -346,7 +433,7 @@ def page(tmp_path):
     (tmp_path / "evidence").mkdir()
 
     def make(rows):
-        ablation_report.write_study(tmp_path / "evidence", rows, str(PLANS))
+        study_page.write_study(tmp_path / "evidence", rows, str(PLANS))
         return " ".join((tmp_path / "evidence.md").read_text().split())
 
     return make

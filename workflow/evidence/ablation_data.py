@@ -10,6 +10,7 @@ A row is `row_length` tokens from a multiple of it on. Nothing else is stored: w
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,18 +123,25 @@ def batch_of(input_ids: Tensor, eos_token_id: int) -> dict:
 
 
 class TrainingBatches:
-    """Batches of `rows_per_step` rows without repetition, in an order that depends on the seed alone.
+    """Batches of `rows_per_step` rows in an order that depends on the seed alone.
 
-    Everything is on the device already, so that a step waits for no copy.
+    No row comes twice, unless `repeat` allows for more steps than the rows suffice for: then every pass takes each row
+    once, in an order of its own, the first as without `repeat`. Everything is on the device already, so that a step
+    waits for no copy.
     """
 
-    def __init__(self, rows: Tensor, rows_per_step: int, steps: int, seed: int, eos_token_id: int):
-        if steps * rows_per_step > len(rows):
+    def __init__(
+        self, rows: Tensor, rows_per_step: int, steps: int, seed: int, eos_token_id: int, repeat: bool = False
+    ):
+        needed = steps * rows_per_step
+        if needed > len(rows) and not repeat:
             raise InputError(
                 f"{steps:,} steps of {rows_per_step} rows are more than the {len(rows):,} rows of train.bin: lower the "
-                "tokens of the run, or prepare more."
+                "tokens of the run, prepare more, or set repeat_data in the plan."
             )
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        passes = max(1, math.ceil(needed / len(rows)))
+        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])
         self.rows, self.order = rows, order.to(rows.device)
         self.rows_per_step, self.steps, self.eos_token_id = rows_per_step, steps, eos_token_id
 

@@ -64,6 +64,8 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
                         "balance_loss": variant.get("balance_loss", 0.0),
                         **base["training"],
                     }
+                    if plan.get("repeat_data"):  # not in the settings of runs that take a single pass
+                        run["repeat_data"] = True
                     runs.append({**run, "plan": plan_path.stem})
     return runs
 

@@ -1,16 +1,13 @@
-"""Tables, figures and docs/evidence.md from the rows of runs.csv: every number there is computed here."""
+"""Tables and figures of docs/evidence.md from the rows of runs.csv, which are of one size: 30m unless they say so."""
 
 import math
 import statistics
-from collections import Counter
 from pathlib import Path
 
-import yaml
 from matplotlib import colormaps
 from scipy import stats
 
 from complexity_deep.workflow.charts import subplots, write_figure
-from complexity_deep.workflow.evidence.ablation_plan import newest_speeds
 from complexity_deep.workflow.markdown_table import table
 
 CONFIDENCE = 0.95
@@ -171,8 +168,13 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
 
 
 def sweep_table(rows: list[dict]) -> list[str]:
-    """Held-out educational loss of each swept variant and rate; one that did not finish says what became of it."""
+    """Held-out educational loss of each swept variant and rate; one that did not finish says what became of it.
+
+    `rows` are of one size.
+    """
     swept = [row for row in rows if row["plan"] == "learning_rates"]
+    if not swept:
+        return ["Not measured yet."]
     rates = sorted({row["learning_rate"] for row in swept})
     cells = {(row["variant"], row["learning_rate"]): row for row in swept}
     lines = []
@@ -205,44 +207,3 @@ def by_data(rows: list[dict], plans: tuple[str, ...]) -> dict[str, dict[str, lis
     ids = dict.fromkeys(row["data"] for row in rows)
     grouped = {data: group([row for row in rows if row["data"] == data], plans) for data in ids}
     return {data: runs for data, runs in grouped.items() if runs}
-
-
-def write_study(output: Path, rows: list[dict], recipes: str) -> str:
-    """Write the figures into `output` and the page beside it; returns what was written."""
-    base = yaml.safe_load(Path(recipes, "30m.yaml").read_text())
-    name = base["reference"]
-    rows = [row for row in rows if row["size"] == base["size"]]
-    equal_tokens, equal_seconds = by_data(rows, EQUAL_TOKENS), by_data(rows, EQUAL_SECONDS)
-    speeds = newest_speeds(rows)
-    lines = ["# Evidence", "", *verdict(equal_tokens, equal_seconds, name, base["candidates"]), ""]
-    lines += [
-        f"Written by `python scripts/ablate.py report` from [runs.csv]({output.name}/runs.csv); the plan, which is",
-        f"older than the runs, is [plan.md]({output.name}/plan.md). Means ± standard errors, 95 % intervals in",
-        "brackets. `shifted experts` is the loss with each token sent to the next expert, `norm` the growth of the",
-        "experts' norms (1 where they were not trained). Losses compare within one set of token files only.",
-        f"[claims.md]({output.name}/claims.md) puts what the preprints claim beside what these runs say.",
-        "",
-    ]
-    for title, found in (("At equal tokens", equal_tokens), (f"At the seconds of {name}", equal_seconds)):
-        for data, runs in found.items():
-            reference = equal_tokens.get(data, {}).get(name, [])
-            lines += [f"## {title}, token files {data}", "", *variant_table(runs, reference, speeds), ""]
-    if equal_tokens:
-        data = max(equal_tokens, key=lambda data: len(equal_tokens[data]))
-        runs, reference = equal_tokens[data], equal_tokens[data].get(name, [])
-        if headline := by_data(rows, ("headline",)).get(data):
-            draw_curves(output / "curves.png", headline)
-            lines += [f"![held-out loss against tokens, token files {data}]({output.name}/curves.png)", ""]
-        if reference and len(runs) > 1:
-            draw_differences(output / "differences.png", runs, reference)
-            lines += [f"![differences to {name}, token files {data}]({output.name}/differences.png)", ""]
-    lines += ["## Learning rates", "", *sweep_table(rows), "", "## Stability", "", *stability_table(rows), ""]
-    counted = Counter(row["status"] for row in rows)
-    outcomes = ", ".join(f"{number} {status}" for status, number in sorted(counted.items()))
-    places = sorted({f"{row['device']}, {row['versions']}" for row in rows if row["device"]})
-    lines += ["## Runs", "", f"{len(rows)} runs: {outcomes}.", *(f"- {place}" for place in places), ""]
-    lines += ["The command that makes a row again, with the names in it:", ""]
-    lines += ["    python scripts/ablate.py run --plan recipes/evidence/PLAN.yaml --only VARIANT --seeds SEED"]
-    page = output.with_suffix(".md")
-    page.write_text("\n".join(lines) + "\n")
-    return f"{page}: {len(rows)} runs"

@@ -249,7 +249,8 @@ def train(run: dict, data: str, eos_token_id: int, compiled: bool) -> dict:
     tokens_per_step = run["rows_per_step"] * run["row_length"]
     steps = int(run["tokens"] // tokens_per_step)
     rows = token_rows(data, "train", run["row_length"], device)
-    batches = TrainingBatches(rows, run["rows_per_step"], steps, run["seed"], eos_token_id)
+    repeat = run.get("repeat_data", False)
+    batches = TrainingBatches(rows, run["rows_per_step"], steps, run["seed"], eos_token_id, repeat)
     held_out = HeldOut(model, data, run["row_length"], run["rows_per_step"], eos_token_id)
     has_experts = any(hasattr(getattr(layer, "mlp", None), "experts") for layer in model.base_model.layers)
     norm_before = expert_norm(model) if has_experts else None

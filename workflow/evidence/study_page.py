@@ -1,0 +1,65 @@
+"""docs/evidence.md from the rows of runs.csv: every number there is computed."""
+
+from collections import Counter
+from pathlib import Path
+
+from complexity_deep.workflow.evidence.ablation_plan import newest_speeds, read_yaml
+from complexity_deep.workflow.evidence.ablation_report import (
+    EQUAL_SECONDS,
+    EQUAL_TOKENS,
+    by_data,
+    draw_curves,
+    draw_differences,
+    stability_table,
+    sweep_table,
+    variant_table,
+    verdict,
+)
+from complexity_deep.workflow.evidence.scaling import SIZES, scaling_section
+
+
+def write_study(output: Path, rows: list[dict], recipes: str) -> str:
+    """Write the figures into `output` and the page beside it; returns what was written."""
+    base = read_yaml(Path(recipes, "30m.yaml"))
+    name = base["reference"]
+    studied = [row for row in rows if row["size"] in SIZES]
+    rows = [row for row in studied if row["size"] == base["size"]]
+    equal_tokens, equal_seconds = by_data(rows, EQUAL_TOKENS), by_data(rows, EQUAL_SECONDS)
+    speeds = newest_speeds(rows)
+    lines = ["# Evidence", "", *verdict(equal_tokens, equal_seconds, name, base["candidates"]), ""]
+    lines += [
+        f"Written by `python scripts/ablate.py report` from [runs.csv]({output.name}/runs.csv); the plan, which is",
+        f"older than the runs, is [plan.md]({output.name}/plan.md). Means ± standard errors, 95 % intervals in",
+        "brackets. `shifted experts` is the loss with each token sent to the next expert, `norm` the growth of the",
+        "experts' norms (1 where they were not trained). Losses compare within one set of token files only. All runs",
+        f"are of the {base['size']} shape where nothing else is said.",
+        f"[claims.md]({output.name}/claims.md) puts what the preprints claim beside what these runs say.",
+        "",
+    ]
+    for title, found in (("At equal tokens", equal_tokens), (f"At the seconds of {name}", equal_seconds)):
+        for data, runs in found.items():
+            reference = equal_tokens.get(data, {}).get(name, [])
+            lines += [f"## {title}, token files {data}", "", *variant_table(runs, reference, speeds), ""]
+    if equal_tokens:
+        data = max(equal_tokens, key=lambda data: len(equal_tokens[data]))
+        runs, reference = equal_tokens[data], equal_tokens[data].get(name, [])
+        if headline := by_data(rows, ("headline",)).get(data):
+            draw_curves(output / "curves.png", headline)
+            lines += [f"![held-out loss against tokens, token files {data}]({output.name}/curves.png)", ""]
+        if reference and len(runs) > 1:
+            draw_differences(output / "differences.png", runs, reference)
+            lines += [f"![differences to {name}, token files {data}]({output.name}/differences.png)", ""]
+    lines += ["## Stability", "", *stability_table(rows), "", *scaling_section(output, studied, Path(recipes))]
+    for size in SIZES:
+        swept = sweep_table([row for row in studied if row["size"] == size])
+        lines += [f"## Learning rates at {size}", "", *swept, ""]
+    counted = Counter(row["status"] for row in studied)
+    outcomes = ", ".join(f"{number} {status}" for status, number in sorted(counted.items()))
+    places = sorted({f"{row['device']}, {row['versions']}" for row in studied if row["device"]})
+    lines += ["## Runs", "", f"{len(studied)} runs: {outcomes}.", *(f"- {place}" for place in places), ""]
+    lines += ["The command that makes a row again, with the names in it:", ""]
+    lines += ["    python scripts/ablate.py run --plan recipes/evidence/PLAN.yaml --only VARIANT --seeds SEED", ""]
+    lines += ["Plans of the 10m and 150m shapes lie in folders of these names."]
+    page = output.with_suffix(".md")
+    page.write_text("\n".join(lines) + "\n")
+    return f"{page}: {len(studied)} runs"
