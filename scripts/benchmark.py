@@ -22,17 +22,12 @@ from pathlib import Path
 
 import torch
 
-from complexity_deep.workflow.command import ArgumentParser, InputError, needs, run_script
+from complexity_deep.workflow.command import ArgumentParser, InputError, is_first_process, needs, run_script
 from complexity_deep.workflow.provenance import REPOSITORY
 
 with needs("train"):
     from complexity_deep.workflow.benchmarks.kernel_speed import benchmark_kernels
-    from complexity_deep.workflow.benchmarks.model_speed import (
-        benchmark_generate,
-        benchmark_train,
-        is_first_process,
-        processes,
-    )
+    from complexity_deep.workflow.benchmarks.model_speed import benchmark_generate, benchmark_train, processes
     from complexity_deep.workflow.benchmarks.results import check_results, report
     from complexity_deep.workflow.benchmarks.speculation import benchmark_speculation, check_speculation
     from complexity_deep.workflow.benchmarks.timing import ceilings

@@ -27,9 +27,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def is_first_process() -> bool:
+    """Whether this is the first process that torchrun or accelerate started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(what: str) -> None:
     """Tell a person what is being done, on stderr, beside the results; of several processes the first one does."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(f"{what} ...", file=sys.stderr, flush=True)
 
 

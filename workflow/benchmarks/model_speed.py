@@ -18,7 +18,7 @@ from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import record
 from complexity_deep.workflow.benchmarks.results import measured_row
 from complexity_deep.workflow.benchmarks.timing import timed
-from complexity_deep.workflow.command import InputError, one_line
+from complexity_deep.workflow.command import InputError, is_first_process, one_line
 from complexity_deep.workflow.flops import flops_per_token
 
 
@@ -56,11 +56,6 @@ def build(config, device: str, attn_implementation: str, dtype: torch.dtype | No
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-
-
-def is_first_process() -> bool:
-    """Whether this is the first process that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def processes() -> int:
