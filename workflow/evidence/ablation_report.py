@@ -11,6 +11,7 @@ from complexity_deep.workflow.charts import subplots, write_figure
 from complexity_deep.workflow.markdown_table import table
 
 CONFIDENCE = 0.95
+NOT_MEASURED = "Not measured yet."
 EQUAL_TOKENS, EQUAL_SECONDS = ("headline", "ablations"), ("equal_seconds",)
 TEXTS = {"held_out_edu": "educational text", "held_out_books": "books"}
 # The goal: mean difference to the reference, and the bound that the upper end of its interval must not exceed.
@@ -49,9 +50,13 @@ def column(rows: list[dict], name: str) -> list[float]:
     return [row[name] for row in rows]
 
 
-def as_difference(values: list[float], reference: list[float]) -> str:
-    mean, bounds = difference(values, reference)
+def signed(mean: float, bounds: tuple[float, float] | None) -> str:
+    """A difference with its sign, and its interval where there is one."""
     return f"{mean:+.3f}" + (f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else "")
+
+
+def as_difference(values: list[float], reference: list[float]) -> str:
+    return signed(*difference(values, reference))
 
 
 def as_mean(values: list[float]) -> str:
@@ -174,7 +179,7 @@ def sweep_table(rows: list[dict]) -> list[str]:
     """
     swept = [row for row in rows if row["plan"] == "learning_rates"]
     if not swept:
-        return ["Not measured yet."]
+        return [NOT_MEASURED]
     rates = sorted({row["learning_rate"] for row in swept})
     cells = {(row["variant"], row["learning_rate"]): row for row in swept}
     lines = []
@@ -193,7 +198,7 @@ def stability_table(rows: list[dict]) -> list[str]:
         if row["plan"] == "stability" and row["status"] != "failed":
             grouped.setdefault((row["variant"], row["learning_rate"]), []).append(row)
     if not grouped:
-        return ["Not measured yet."]
+        return [NOT_MEASURED]
     for (variant, rate), found in sorted(grouped.items()):
         ended = [row["held_out_edu"] for row in found if row["status"] == "ok"]
         cells = [variant, f"{rate:g}", str(len(found)), str(len(found) - len(ended))]

@@ -15,7 +15,14 @@ from typing import NamedTuple, Protocol
 from scipy import stats
 
 from complexity_deep.routing_complexity_deep import modulo_routing
-from complexity_deep.workflow.evidence.ablation_report import CONFIDENCE, EQUAL_TOKENS, by_data, difference, interval
+from complexity_deep.workflow.evidence.ablation_report import (
+    CONFIDENCE,
+    EQUAL_TOKENS,
+    by_data,
+    difference,
+    interval,
+    signed,
+)
 from complexity_deep.workflow.evidence.balance import numbers_of_experts
 from complexity_deep.workflow.provenance import REPOSITORY
 
@@ -76,10 +83,6 @@ def negated(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
     return (-bounds[1], -bounds[0]) if bounds else None
 
 
-def signed(mean: float, bounds: tuple[float, float] | None) -> str:
-    return f"{mean:+.3f}" + (f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else "")
-
-
 def plural(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
@@ -115,17 +118,23 @@ def rank(groups: list[list]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class LossDifference:
-    """Held-out loss of `ours` minus that of `control`, which is to be at most `allowed`: 0 for a gain."""
+class Comparison:
+    """A measure that compares runs of the variant `ours` with those of `control`."""
 
     ours: str
     control: str
-    allowed: float = 0.0
-    plans = EQUAL_TOKENS
 
     @property
     def variants(self) -> tuple[str, ...]:
         return self.ours, self.control
+
+
+@dataclass(frozen=True)
+class LossDifference(Comparison):
+    """Held-out loss of `ours` minus that of `control`, which is to be at most `allowed`: 0 for a gain."""
+
+    allowed: float = 0.0
+    plans = EQUAL_TOKENS
 
     def measure(self, study: Study) -> Measured:
         data, (ours, control) = most_seeds(study, self.variants, lambda row: True)
@@ -167,19 +176,13 @@ class NormGrowth:
 
 
 @dataclass(frozen=True)
-class ShiftCost:
+class ShiftCost(Comparison):
     """What sending each token to the next expert adds to the loss of `ours`, beyond what it adds to that of `control`.
 
     The claim wants it above 0, and MARGIN nats to matter.
     """
 
-    ours: str
-    control: str
     plans = EQUAL_TOKENS
-
-    @property
-    def variants(self) -> tuple[str, ...]:
-        return self.ours, self.control
 
     def measure(self, study: Study) -> Measured:
         def is_shifted(row: dict) -> bool:
@@ -215,20 +218,14 @@ def tokens_to_reach(level: float, curve: list[list[float]], text: int) -> float 
 
 
 @dataclass(frozen=True)
-class Speedup:
+class Speedup(Comparison):
     """Tokens that `control` takes to reach a loss over those that `ours` takes, seed by seed.
 
     The loss is the final one of the slower of the two. The interval is Student's, on the logarithms of the ratios.
     The claim wants at least SPEEDUP, and its weaker form more than 1.
     """
 
-    ours: str
-    control: str
     plans = EQUAL_TOKENS
-
-    @property
-    def variants(self) -> tuple[str, ...]:
-        return self.ours, self.control
 
     def measure(self, study: Study) -> Measured:
         data, (ours, control) = most_seeds(study, self.variants, lambda row: True)
@@ -255,19 +252,13 @@ class Speedup:
 
 
 @dataclass(frozen=True)
-class UnstableRuns:
+class UnstableRuns(Comparison):
     """Share of runs at multiples of the rate that diverged or spiked, `ours` minus `control`; Newcombe's interval.
 
     The runs are those of the rates and seeds that both have.
     """
 
-    ours: str
-    control: str
     plans = STABILITY
-
-    @property
-    def variants(self) -> tuple[str, ...]:
-        return self.ours, self.control
 
     def measure(self, study: Study) -> Measured:
         best: tuple[str, list[tuple[dict, dict]]] = "", []

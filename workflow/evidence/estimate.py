@@ -11,8 +11,15 @@ from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from complexity_deep.workflow.evidence.ablation_plan import newest_speeds, read_yaml
-from complexity_deep.workflow.evidence.ablation_report import CONFIDENCE, TEXTS, by_data, column, difference
-from complexity_deep.workflow.evidence.scaling import LARGE, NOT_MEASURED, SCALING, SIZES, pooled_variance
+from complexity_deep.workflow.evidence.ablation_report import (
+    CONFIDENCE,
+    NOT_MEASURED,
+    TEXTS,
+    by_data,
+    column,
+    difference,
+)
+from complexity_deep.workflow.evidence.scaling import LARGE, SCALING, SIZES, pooled_variance
 from complexity_deep.workflow.flops import active_parameters, flops_per_token, total_parameters
 from complexity_deep.workflow.markdown_table import table
 from complexity_deep.workflow.provenance import REPOSITORY

@@ -19,6 +19,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     COLOURS,
     CONFIDENCE,
     EQUAL_TOKENS,
+    NOT_MEASURED,
     TEXTS,
     as_difference,
     as_mean,
@@ -34,7 +35,6 @@ SIZES = ("10m", "30m", "150m")
 # At 30m the rows are those of the headline: scaling.yaml has the same variants and tokens at the other sizes.
 SCALING, LARGE = (*EQUAL_TOKENS, "scaling"), ("large",)
 UNIT, UNIT_NAME = 1e15, "1e15 FLOPs"  # of tables and figures
-NOT_MEASURED = "Not measured yet."
 Points = dict[str, dict[str, list[dict]]]  # size -> variant -> a row for each seed
 
 METHOD = f"""\
