@@ -150,13 +150,15 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
         return False
     known = [type(model).__module__, type(model.base_model).__module__, "transformers.activations"]
     known += [COMPILED_MODULES] if training else []
-    modules, weights = list(model.modules()), list(model.parameters())
+    modules = list(model.modules())
     origins = (type(module).__module__ for module in modules)
+    is_known = all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
+    if not is_known or not is_unhooked(*modules):
+        return False  # a model with adapters or hooks is asked in every call: its weights need not be looked at
+    weights = list(model.parameters())
     return (
-        all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
-        and is_unhooked(*modules)
         # A weight that is no parameter, such as one that another network computes, may be a new tensor in every call.
-        and all(_TENSORS.isdisjoint(map(type, module.__dict__.values())) for module in modules)
+        all(_TENSORS.isdisjoint(map(type, module.__dict__.values())) for module in modules)
         # fp64 goes to the plain PyTorch methods, which read on the host where each expert's tokens end.
         and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in weights)
         # PyTorch would call a hook of a weight twice: where the recording takes its gradient, and where it is added up.
