@@ -63,10 +63,15 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def own_device(device: str) -> str:
+    """The GPU of this process of torchrun, where random weights are made in seconds that take minutes on a CPU."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
+
+
 def divide(model, device: str):
     """A model on the CPU, divided among the processes of torchrun by its own plan, each part on its device."""
     if device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own_device(device))
     heads = model.config.num_key_value_heads
     if heads % processes():
         raise InputError(f"{heads} key/value heads cannot be divided among {processes()} processes: start fewer.")
@@ -213,8 +218,7 @@ def benchmark_generate(
     for name, config in tqdm(models, desc="generate", file=sys.stderr, disable=not is_first_process()):
         torch.manual_seed(0)
         if tensor_parallel:  # the same weights in every process
-            dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-            model = divide(build(config, "cpu", attn_implementation, dtype), device).eval()
+            model = divide(build(config, own_device(device), attn_implementation).cpu(), device).eval()
         else:
             model = build(config, device, attn_implementation).eval()
         ids = zipf_ids(config.vocab_size, batch_size, sequence_length, device=device)
