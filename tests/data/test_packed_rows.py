@@ -140,6 +140,16 @@ def test_loader_puts_batches_where_they_are_used(corpus, tokenizer):
     assert batch["use_cache"] is False and "cursor" not in batch
 
 
+def test_workers_do_not_wait_for_tokenizer_threads_of_the_process_they_were_forked_from(
+    corpus, texts, tokenizer, monkeypatch
+):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as people do who were warned about it
+    tokenize(tokenizer, texts)  # starts the threads
+    dataset = packed(load_sources([f"{corpus}/*.jsonl"]), tokenizer)
+    loader = ResumableLoader(dataset, batch_size=2, collate_fn=PackedCollator(True), num_workers=1, timeout=30)
+    assert next(iter(loader))["input_ids"].shape == (2, ROW)
+
+
 @pytest.mark.parametrize("world_size, workers", [(2, 1), (2, 2), (3, 1)])  # 3 files: shared by document, or by file
 def test_ranks_and_workers_read_disjoint_shares_that_cover_everything(corpus, texts, tokenizer, world_size, workers):
     seen = []

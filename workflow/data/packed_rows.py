@@ -15,6 +15,7 @@ own share without end, so ranks never wait for one that ran out of text.
 """
 
 import hashlib
+import os
 import time
 from collections.abc import Iterable, Iterator
 
@@ -97,6 +98,7 @@ class PackedDocuments(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         if worker:
             fsspec.asyn.reset_lock()  # a lock copied by fork would hang the first read from the Hub
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # "true" would wait for threads that a fork does not copy
         return pack(self._documents(self.cursors[worker.id if worker else 0]), self.row_length)
 
     def _documents(self, cursor: dict) -> Iterator[tuple[dict, list[int]]]:
