@@ -151,7 +151,7 @@ class Kernel:
             name = self, *key[:first], *numbers
             if found is None and name not in _AHEAD.jobs:
                 self.jit.device_caches[device]  # a dictionary that makes its entries: not from several threads at once
-                _AHEAD.jobs[name] = _AHEAD.pool.submit(self._compile, device, grid, args, constants)
+                _AHEAD.jobs[name] = device, _AHEAD.pool.submit(self._compile, device, grid, args, constants)
         elif found is None or pointers % 16:
             kernel = self.jit[grid](*args, **constants)
             if pointers % 16 == 0:
@@ -163,10 +163,15 @@ class Kernel:
             stream = _current_stream(device)
             run(*grid, *_ONES[len(grid) :], stream, function, metadata, None, None, None, *args, *values)
 
-    def _compile(self, device: int, grid: tuple[int, ...], args: tuple, constants: dict) -> None:
+    def _compile(self, device: int, grid: tuple[int, ...], args: tuple, constants: dict) -> Any:
+        """A compiled kernel, not yet loaded."""
         with torch.cuda.device(device):
             kernel = self.jit.warmup(*args, grid=grid, **constants)
-            kernel[grid]  # loads it; some releases of Triton compile what passes the arguments here, in C
+            # Some releases of Triton compile what passes the arguments, in C. This one is left to Triton's cache of
+            # files: they load all of them as modules of one name, and where two threads load at a time, either may get
+            # the other's.
+            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+            return kernel
 
 
 _ONES = (1, 1, 1)
@@ -179,7 +184,7 @@ class _Ahead(threading.local):
     """What `compiling_ahead` compiles with, in the thread that it runs in."""
 
     pool: ThreadPoolExecutor | None = None
-    jobs: dict[tuple, Future] = {}
+    jobs: dict[tuple, tuple[int, Future]] = {}  # of each: the device, and what compiles
 
 
 _AHEAD = _Ahead()
@@ -192,12 +197,15 @@ def compiling_ahead() -> Iterator[None]:
     Tensors may be on the device "meta". It ends when all kernels are compiled, because the pool of threads waits for
     them. A kernel that does not compile is left to its first launch, which says so.
     """
+    jobs = _AHEAD.jobs = {}
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as _AHEAD.pool:
-        _AHEAD.jobs = {}
         try:
             yield
         finally:
             _AHEAD.pool, _AHEAD.jobs = None, {}
+    for device, job in jobs.values():
+        with contextlib.suppress(Exception), torch.cuda.device(device):
+            job.result()[_ONES]  # loads it
 
 
 def kernel(*runtime: str) -> Callable[[Callable], Kernel]:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import sys
+import time
 from collections import Counter, defaultdict
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from complexity_deep import accelerated_complexity_deep as accelerated
 from support import tiny_config, tiny_model
 
 pytest.importorskip("triton")
+import triton
+
 from complexity_deep.kernels import kernel_launch
 from complexity_deep.kernels.first_call import compile_layer_kernels
 from complexity_deep.kernels.token_routed_gemm import token_classes
@@ -69,6 +72,39 @@ def test_generation_has_the_kernels_of_the_prompt_and_of_a_step(compiled):
     assert "decode_attention_kernel" in compiled and "decode_qkv_kernel" not in compiled
     for options in ({"use_mu_routing": False}, {"use_qk_norm": False}, {"use_dynamics": False}):
         compile_for([33, 2048], rows=2, **options)
+
+
+def test_kernels_compiled_by_threads_have_their_own_launchers(monkeypatch):
+    """Triton 3.6 loads all launchers as modules of one name, and loading one again changes the one loaded last."""
+    module = SimpleNamespace()
+
+    class Launcher:
+        def __init__(self, name, metadata):
+            module.launch = name
+            time.sleep(0.01)  # for other threads to load theirs
+            self.launch = module.launch
+
+    class Compiled:
+        def __init__(self, name):
+            self.src, self.metadata, self.run = name, None, None
+
+        def __getitem__(self, grid):
+            self.run = self.run or Launcher(self.src, self.metadata)
+
+    def sums(x, y):
+        pass
+
+    made = {name: Compiled(name) for name in range(8)}
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(launcher_cls=Launcher)))
+    monkeypatch.setattr(kernel_launch, "_current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with kernel_launch.compiling_ahead():
+        for name in made:
+            kernel = kernel_launch.Kernel(sums, ())
+            kernel.is_interpreted, warmup = False, lambda *_, name=name, **__: made[name]
+            kernel.jit = SimpleNamespace(device_caches=defaultdict(list), warmup=warmup)
+            kernel.launch((1,), 1, 2)
+    assert [kernel.run.launch for kernel in made.values()] == list(made)
 
 
 def test_another_length_compiles_the_rest_once(monkeypatch):
