@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import is_compiled_module
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +23,7 @@ from complexity_deep.workflow.data.packed_rows import PackedCollator, held_out_r
 from complexity_deep.workflow.data.text_sources import is_held_out, load_sources
 from complexity_deep.workflow.training.atomic_checkpoint import UNFINISHED, damage, last_good_checkpoint, write_manifest
 from complexity_deep.workflow.training.new_model import new_model
+from complexity_deep.workflow.training.pretraining import PretrainTrainer
 from pretraining import ROW, documents_in, finish, small_texts, small_tokenizer, start, write_recipe
 from support import run_command
 
@@ -158,6 +160,20 @@ def test_finished_run_given_again_changes_nothing(recipe, uninterrupted, capsys)
     assert capsys.readouterr().out.splitlines()[-1] == output.splitlines()[-1]
     assert (folder / "model.safetensors").read_bytes() == before
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == STEPS
+
+
+def test_models_are_compiled_layer_by_layer(recipe, tmp_path, monkeypatch):
+    """Also where `accelerate launch` says what it says by default."""
+    trainers, train = [], PretrainTrainer.train_and_evaluate
+    monkeypatch.setattr(
+        PretrainTrainer, "train_and_evaluate", lambda self, *a: trainers.append(self) or train(self, *a)
+    )
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "False")
+    options = ["--torch-compile-backend", "aot_eager", "--max-steps", 4, "--save-strategy", "no"]
+    run_command("pretrain", "--config", recipe, "--output-dir", tmp_path / "run", *options)
+    compiled = [x for x in trainers[0].model_wrapped.modules() if is_compiled_module(x)]
+    assert trainers[0].model_wrapped not in compiled
+    assert {type(x._orig_mod).__name__ for x in compiled} >= {"ComplexityDeepDecoderLayer"}
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:

@@ -154,9 +154,8 @@ def launch(
 
 
 def test_ddp_compiled_layer_by_layer_is_one_process(recipe, one_process, tmp_path):
-    """As recipes/accelerate/ddp.yaml says; gloo processes on the CPU cannot start by that file."""
     options = ["--torch-compile-backend", "aot_eager", "--save-strategy", "no"]
-    run_on_several(recipe, tmp_path / "run", *options, ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION="true")
+    run_on_several(recipe, tmp_path / "run", *options)
     assert_same_training(tmp_path / "run", one_process)
 
 
