@@ -166,7 +166,7 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
             axes.errorbar(mean, y, xerr=error, fmt="os"[offset], color=COLOURS[offset], capsize=3, label=label)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(variants)), variants)
-    axes.set(xlabel=f"held-out loss minus that of {name}, nats per token (left is better, bars: 95 %)")
+    axes.set(xlabel=f"held-out loss minus that of {name}, nats per token\n(left is better, bars: 95 %)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     write_figure(figure, path)
