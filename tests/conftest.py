@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
+# A shell has what it starts in the background ignore Ctrl-C. Tests press it, and processes they start inherit this.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # With two processes that take a file at a time (`make test`), a long file at the end would have one of them wait.

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -220,6 +222,26 @@ def test_every_outcome_is_recorded_and_a_finished_run_is_not_made_again(tmp_path
     assert "CUDA graphs" in rows[4]["versions"] and "CUDA graphs" not in rows[0]["versions"]
     assert missing_of(runs, read_rows(tmp_path / "runs.csv")) == [runs[2], runs[3]]
     assert "edu 3.0000" in capsys.readouterr().out
+
+
+def test_an_exit_code_is_known_though_other_threads_start_processes(tmp_path, monkeypatch):
+    """A process that ended is collected by whoever asks first: the thread that waits for it, or one that starts one."""
+    collect, collected_at_start = os.waitpid, threading.Event()
+
+    def collect_slowly(pid, flags):
+        if flags == 0 and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT).si_status == 9:
+            collected_at_start.wait(1)
+        collected, status = collect(pid, flags)
+        if flags == os.WNOHANG and os.waitstatus_to_exitcode(status) == 9:
+            collected_at_start.set()
+            time.sleep(0.5)  # in which no other thread can know the exit code
+        return collected, status
+
+    monkeypatch.setattr(os, "waitpid", collect_slowly)
+    run = finish(expand(PLANS / "learning_rates.yaml", [], DATA)[0], False)
+    work(tmp_path, [{**run, "seed": seed} for seed in (3, 0, 0, 0, 0, 0, 0, 0)])
+    (failed,) = (row for row in read_rows(tmp_path / "runs.csv") if row["seed"] == 3)
+    assert failed["reason"] == "the process ended with exit code 9"
 
 
 def test_a_process_gets_one_of_the_gpus_that_are_visible(monkeypatch):

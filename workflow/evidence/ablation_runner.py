@@ -48,6 +48,8 @@ class Runner:
         self.logs = Path(log_dir)
         self.logs.mkdir(parents=True, exist_ok=True)
         self.queue, self.failed = deque(), 0
+        # A start collects the children that have ended. If another thread joins one at the time, its exit code is lost.
+        self.starts_and_joins = threading.Lock()
 
     def work(self, runs: list[dict], gpus: list[str]) -> None:
         self.queue.extend(runs)
@@ -79,15 +81,16 @@ class Runner:
         log = self.logs / f"{run['plan']}-{run['variant']}-{run['seed']}-{run['settings']}.log"
         arguments = (run, gpu, self.threads, str(log), sender)
         process = self.context.Process(target=self.train_in_child, args=arguments, kwargs=self.options)
-        process.start()
+        with self.starts_and_joins:
+            process.start()
         sender.close()
         try:
             result = receiver.recv()
         except EOFError:  # it was killed, or crashed in compiled code
+            result = None
+        with self.starts_and_joins:  # by now it has ended, or is about to
             process.join()
-            result = {"status": "failed", "reason": f"the process ended with exit code {process.exitcode}"}
-        process.join()
-        return result
+        return result or {"status": "failed", "reason": f"the process ended with exit code {process.exitcode}"}
 
     def _line(self, row: dict) -> str:
         minutes = (time.monotonic() - self.started) / 60
