@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from complexity_deep.workflow.command import InputError, first_line, whole_folder
+from complexity_deep.workflow.command import InputError, whole_folder
 from complexity_deep.workflow.data.conversations import ChatEncoder, load_conversations, shuffled_mix, split_held_out
 from complexity_deep.workflow.data.sources import check_weights
+from complexity_deep.workflow.saved_model import why_not
 from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
 from complexity_deep.workflow.training.resumable_trainer import ResumableTrainerMixin
 
@@ -94,7 +95,7 @@ def load_model_to_tune(model_args: ModelConfig, training_args: SFTConfig) -> Pre
             quantization_config=get_quantization_config(model_args),
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"'{path}' cannot be loaded: {first_line(error)}") from error
+        raise InputError(f"'{path}' cannot be loaded: {why_not(path, error)}") from error
 
 
 def check_sizes(model: PreTrainedModel, tokenizer, training_args: SFTConfig) -> None:
