@@ -29,6 +29,10 @@ def main(args: argparse.Namespace) -> None:
         if (file := args.output.with_name(f"{args.output.name}.{suffix}")).is_dir():
             raise InputError(f"--output '{args.output}' cannot be written, for '{file}' is a folder: name another.")
     runs = [read(run) for run in args.runs]
+    names = [run["name"] for run in runs]
+    if len(set(names)) < len(names):  # as of runs/one/model and runs/other/model
+        for run, path in zip(runs, args.runs):
+            run["name"] = str(path)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     # Not with_suffix, which would take the .5b of runs/1.5b for one.
     write_figure(draw(runs), args.output.with_name(f"{args.output.name}.png"))

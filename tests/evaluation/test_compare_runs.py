@@ -56,12 +56,20 @@ def test_what_differs_is_said(tmp_path, monkeypatch):
 def test_losses_of_other_text_or_in_other_tokens_are_told_apart(tmp_path, monkeypatch):
     options = {"tokenizer": "runs/tokenizer", "held_out_rows": 256, "validation_sources": None}
     other = {"tokenizer": "runs/other", "held_out_rows": 4, "validation_sources": None}
-    compare(
-        monkeypatch, tmp_path / "out", write_run(tmp_path / "a", 1.0, **options), write_run(tmp_path / "b", 1.0, **other)
-    )
+    runs = [write_run(tmp_path / "a", 1.0, **options), write_run(tmp_path / "b", 1.0, **other)]
+    compare(monkeypatch, tmp_path / "out", *runs)
     text = (tmp_path / "out.md").read_text()
     assert "| **differs: tokenizer** | runs/tokenizer | runs/other |" in text
     assert "| **differs: held out rows** | 256 | 4 |" in text and "validation" not in text
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, monkeypatch):
+    runs = [tmp_path / place / "model" for place in ("a", "b")]
+    for run in runs:
+        run.parent.mkdir()
+        write_run(run, 1.0)
+    compare(monkeypatch, tmp_path / "out", *runs)
+    assert f"| {runs[0]} | {runs[1]} |" in (tmp_path / "out.md").read_text()
 
 
 def test_the_picture_of_a_name_with_a_space_is_linked(tmp_path, monkeypatch):
