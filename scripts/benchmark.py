@@ -27,7 +27,7 @@ from complexity_deep.workflow.provenance import REPOSITORY
 
 with needs("train"):
     from complexity_deep.workflow.benchmarks.kernel_speed import benchmark_kernels
-    from complexity_deep.workflow.benchmarks.model_speed import benchmark_generate, benchmark_train, processes
+    from complexity_deep.workflow.benchmarks.model_speed import benchmark_generate, benchmark_train, peers, processes
     from complexity_deep.workflow.benchmarks.results import check_results, report
     from complexity_deep.workflow.benchmarks.speculation import benchmark_speculation, check_speculation
     from complexity_deep.workflow.benchmarks.timing import ceilings
@@ -107,6 +107,8 @@ def main(args: argparse.Namespace) -> None:
     check_results(Path(args.output_dir))
     if args.speculate:
         check_speculation(args)
+    elif args.benchmark != "kernels":
+        peers(args.model_config, args.only)
     for name in ("batch_size", "sequence_length", "new_tokens", "repeats", "draft_tokens"):
         if getattr(args, name) < 1 + (name == "new_tokens"):
             raise InputError(f"--{name.replace('_', '-')} is too small: {getattr(args, name)}.")

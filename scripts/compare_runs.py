@@ -7,6 +7,7 @@ Writes OUTPUT.md and OUTPUT.png from the training_summary.json and trainer_state
 
 import argparse
 from pathlib import Path
+from urllib.parse import quote
 
 from complexity_deep.workflow.command import ArgumentParser, InputError, check_output_folder, needs, run_script
 
@@ -28,10 +29,15 @@ def main(args: argparse.Namespace) -> None:
         if (file := args.output.with_name(f"{args.output.name}.{suffix}")).is_dir():
             raise InputError(f"--output '{args.output}' cannot be written, for '{file}' is a folder: name another.")
     runs = [read(run) for run in args.runs]
+    names = [run["name"] for run in runs]
+    if len(set(names)) < len(names):  # as of runs/one/model and runs/other/model
+        for run, path in zip(runs, args.runs):
+            run["name"] = str(path)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     # Not with_suffix, which would take the .5b of runs/1.5b for one.
     write_figure(draw(runs), args.output.with_name(f"{args.output.name}.png"))
-    text = f"# {args.output.name}\n\n{comparison_table(runs)}\n\n![held-out loss]({args.output.name}.png)\n"
+    picture = quote(f"{args.output.name}.png")  # Markdown takes no space in an address
+    text = f"# {args.output.name}\n\n{comparison_table(runs)}\n\n![held-out loss]({picture})\n"
     args.output.with_name(f"{args.output.name}.md").write_text(text)
     print(text)
 

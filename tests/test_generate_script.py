@@ -68,7 +68,9 @@ def test_the_oldest_turns_make_room(monkeypatch, folder, capsys):
 
 def test_bad_input_is_one_sentence(monkeypatch, folder, tmp_path):
     for model, options, sentence in (
-        (tmp_path / "nothing", [], "is not a causal language model that loads"),
+        (tmp_path / "nothing", [], "is not a causal language model that loads: there is no such folder"),
+        (tmp_path, [], "is not a causal language model that loads: Unrecognized model"),
+        (folder, ["--tokenizer", "no/such/folder"], "has no tokenizer that loads .there is no such folder.: name one"),
         (folder, ["--device", "abacus"], "The device 'abacus' cannot be used"),
         (folder, ["--tokenizer", str(tmp_path)], "has no tokenizer that loads .*: name one with --tokenizer"),
         (folder, [], "The prompt is empty"),

@@ -2,11 +2,23 @@
 
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from complexity_deep.workflow.command import InputError, check_output_folder, first_line
 
 NAME_ONE = ": name one with --tokenizer"  # what to do, where the command has that option
+
+
+def why_not(path: str | Path, error: Exception) -> str:
+    """Why nothing was loaded from `path`: the first line of the error, which of a mistyped folder is about Hub ids."""
+    try:
+        validate_repo_id(str(path))
+    except HFValidationError:
+        if not Path(path).is_dir():
+            return "there is no such folder"
+    return first_line(error)
 
 
 def load_model(
@@ -20,7 +32,7 @@ def load_model(
     try:
         model = model_class.from_pretrained(path, trust_remote_code=True, **options).eval()
     except Exception as error:  # a wrong shape, a strict config and code of the folder's own raise classes of their own
-        raise InputError(f"'{path}' is not a causal language model that loads: {first_line(error)}") from error
+        raise InputError(f"'{path}' is not a causal language model that loads: {why_not(path, error)}") from error
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -35,7 +47,7 @@ def load_tokenizer_of(model: PreTrainedModel, path: str | Path, advice: str = ""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, **options)
     except Exception as error:  # as above
-        raise InputError(f"'{path}' has no tokenizer that loads ({first_line(error)}){advice}.") from error
+        raise InputError(f"'{path}' has no tokenizer that loads ({why_not(path, error)}){advice}.") from error
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise InputError(

@@ -23,12 +23,16 @@ def test_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "ceilings", lambda device: pytest.fail("the work began"))
     (tmp_path / "file").touch()
     (tmp_path / "results.csv").write_text("name,value\n")
+    strict = tmp_path / "strict.json"
+    strict.write_text('{"model_type": "complexity-deep", "vocab_size": null}')
     for options, sentence in (
         (["--output-dir", tmp_path / "file"], "is a file"),
         (["--output-dir", "/proc/out"], "cannot be written"),
         (["--output-dir", tmp_path], "is no table of this script's results"),
         (["--output-dir", tmp_path / "new", "--batch-size", 0], "--batch-size is too small: 0."),
         (["--output-dir", tmp_path / "new", "--tensor-parallel"], "start it by torchrun"),
+        (["--output-dir", tmp_path / "new", "--model-config", strict], "is no config that loads: .*'vocab_size'"),
+        (["--output-dir", tmp_path / "new", "--model-config", "configs/absent.json"], "loads: .*No such file"),
     ):
         with pytest.raises(InputError, match=sentence):
             run(monkeypatch, *options)

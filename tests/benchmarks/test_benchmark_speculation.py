@@ -104,10 +104,15 @@ def test_refused_before_the_work(monkeypatch, folder, tmp_path):
     tiny_tokenizer().save_pretrained(other)
     short = tmp_path / "short.txt"
     short.write_text("a")
+    strict = tmp_path / "strict"
+    strict.mkdir()
+    (strict / "config.json").write_text('{"model_type": "complexity-deep", "vocab_size": null}')
     for options, sentence in (
         (["--batch-size", 2], "speculates for one row only"),
         (["--assistant-model", other], "other' has another vocabulary than .*: train it with --tokenizer"),
         (["--assistant-model", tmp_path], "is no model that loads"),
+        (["--assistant-model", strict], "is no model that loads: .*'vocab_size'"),
+        (["--assistant-model", tmp_path / "absent"], "is no model that loads: there is no such folder"),
         (["--early-exit", 3], "must be from 1 to 2"),
         (["--sequence-length", 100_000], "more than the model's .* positions"),
         (["--prompts", short], "No document of --prompts is longer than 8 tokens"),

@@ -11,11 +11,11 @@ from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.evaluation.run_comparison import draw, read
 
 
-def write_run(folder: Path, loss: float, tokens: int = 1000) -> Path:
+def write_run(folder: Path, loss: float, tokens: int = 1000, **options) -> Path:
     folder.mkdir()
     held_out = [{"step": step, "loss": loss + 2 - step, "perplexity": 9.0} for step in (0, 1, 2)]
     summary = {"model_type": "llama", "parameters": 12345, "active_parameters": 6789, "tokens": tokens}
-    summary |= {"tokens_per_second": 10.0, "device": "a CPU", "held_out": held_out, "options": {"seed": 7}}
+    summary |= {"tokens_per_second": 10.0, "device": "a CPU", "held_out": held_out, "options": {"seed": 7, **options}}
     (folder / "training_summary.json").write_text(json.dumps(summary))
     history = [{"step": 1, "loss": loss + 1}, {"step": 1, "eval_loss": loss + 1}, {"step": 2, "loss": loss}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
@@ -51,6 +51,30 @@ def test_held_out_points_are_on_the_chart(tmp_path):
 def test_what_differs_is_said(tmp_path, monkeypatch):
     compare(monkeypatch, tmp_path / "out", write_run(tmp_path / "a", 1.0), write_run(tmp_path / "b", 1.0, tokens=2000))
     assert "| **differs: tokens** | 1000 | 2000 |" in (tmp_path / "out.md").read_text()
+
+
+def test_losses_of_other_text_or_in_other_tokens_are_told_apart(tmp_path, monkeypatch):
+    options = {"tokenizer": "runs/tokenizer", "held_out_rows": 256, "validation_sources": None}
+    other = {"tokenizer": "runs/other", "held_out_rows": 4, "validation_sources": None}
+    runs = [write_run(tmp_path / "a", 1.0, **options), write_run(tmp_path / "b", 1.0, **other)]
+    compare(monkeypatch, tmp_path / "out", *runs)
+    text = (tmp_path / "out.md").read_text()
+    assert "| **differs: tokenizer** | runs/tokenizer | runs/other |" in text
+    assert "| **differs: held out rows** | 256 | 4 |" in text and "validation" not in text
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, monkeypatch):
+    runs = [tmp_path / place / "model" for place in ("a", "b")]
+    for run in runs:
+        run.parent.mkdir()
+        write_run(run, 1.0)
+    compare(monkeypatch, tmp_path / "out", *runs)
+    assert f"| {runs[0]} | {runs[1]} |" in (tmp_path / "out.md").read_text()
+
+
+def test_the_picture_of_a_name_with_a_space_is_linked(tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path / "two runs", write_run(tmp_path / "a", 1.0))
+    assert "](two%20runs.png)" in (tmp_path / "two runs.md").read_text()
 
 
 def test_standard_errors_are_shown_where_the_runs_have_them(tmp_path, monkeypatch):

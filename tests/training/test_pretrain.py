@@ -196,6 +196,8 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         (["--text-column", "body"], "has no column 'body'; its columns are: text."),
         (["--tokenizer", "nothing"], "There is no tokenizer at 'nothing'"),
         (["--model-config", "nothing.json"], "'nothing.json' is not a readable JSON model config"),
+        (["--tokenizer", "broken"], "There is no tokenizer at 'broken'"),
+        (["--model-config", "strict.json"], "'strict.json' is not a model that can be built: Validation error"),
         (["--row-length", "4096"], "row_length 4096 is more than the model's 128 positions."),
         (["--max-steps", "0"], "max_steps is needed"),
         (["--sources", "empty.txt"], "The file 'empty.txt' is empty."),
@@ -220,6 +222,9 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 def test_bad_input_gives_one_sentence(recipe, options, sentence, monkeypatch, capsys):
     monkeypatch.chdir(recipe.parent)
     Path("empty.txt").touch()
+    Path("broken").mkdir(exist_ok=True)
+    Path("broken/tokenizer.json").write_text("{}")
+    Path("strict.json").write_text('{"model_type": "complexity-deep", "hidden_size": "64"}')
     Path("latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     Path("null.jsonl").write_text('{"text": null}\n' * 3)
     Path("number.jsonl").write_text('{"text": "one"}\n{"text": 3}\n')

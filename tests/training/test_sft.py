@@ -336,6 +336,12 @@ BAD_OPTIONS = {
     "packing that leaks": ({"packing_strategy": "wrapped"}, "lets them see each other"),
     "no model": ({"model_name_or_path": "nowhere"}, "'nowhere'"),
     "no tokenizer": ({"tokenizer": "nowhere"}, "There is no tokenizer at 'nowhere'"),
+    "no folder of weights": (
+        {"model_name_or_path": "no/such/folder", "tokenizer": "{folder}/llama"},
+        "'no/such/folder' cannot be loaded: there is no such folder",
+    ),
+    "broken weights": ({"model_name_or_path": "broken"}, "'broken' cannot be loaded: "),
+    "broken tokenizer": ({"tokenizer": "broken tokenizer"}, "There is no tokenizer at 'broken tokenizer'"),
     "dropout on the experts": ({**LORA, "lora_dropout": 0.1}, "--lora-dropout 0"),
     "no such layer": ({**LORA, "lora_target_modules": "out_proj"}, "no 'out_proj' for LoRA"),
     "no such weights": ({**LORA, "lora_target_parameters": ["experts.down_proj", "w1"]}, "no 'w1' for LoRA"),
@@ -352,7 +358,12 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("name", BAD_OPTIONS)
 def test_unusable_options(folder, tmp_path, monkeypatch, name):
     changed, sentence = BAD_OPTIONS[name]
+    changed = {key: value.format(folder=folder) if isinstance(value, str) else value for key, value in changed.items()}
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "llama", "broken")
+    Path("broken/model.safetensors").write_bytes(b"cut")
+    Path("broken tokenizer").mkdir()
+    Path("broken tokenizer/tokenizer.json").write_text("{}")
     with pytest.raises(SystemExit) as stop:
         run_command("sft", *options(folder, **{"output_dir": tmp_path / "out", **changed}))
     assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1

@@ -17,8 +17,8 @@ from complexity_deep.workflow.analysis.interventions import RANDOM_EXPERTS, read
 from complexity_deep.workflow.analysis.neighbours import embed
 from complexity_deep.workflow.analysis.verdict import give_verdict
 from complexity_deep.workflow.analysis.weights import NOISE_LIMIT, initial_norms, read_weights
-from complexity_deep.workflow.command import InputError, first_line
-from complexity_deep.workflow.saved_model import NAME_ONE, load_model, load_tokenizer_of
+from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.saved_model import NAME_ONE, load_model, load_tokenizer_of, why_not
 
 TSNE_TOKENS = 1500  # t-SNE takes seconds for these, minutes for ten times as many
 CONFIG_FIELDS = (
@@ -34,7 +34,7 @@ def load_analysed_model(path: str, device: str) -> PreTrainedModel:
     try:
         model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type", "complexity-deep")
     except (OSError, ValueError) as error:
-        raise InputError(f"'{path}' is no model: {first_line(error)}") from error
+        raise InputError(f"'{path}' is no model: {why_not(path, error)}") from error
     if model_type != "complexity-deep":
         raise InputError(
             f"{path} is a '{model_type}' model; this script reads the experts, mu and velocity of Complexity-Deep "

@@ -23,10 +23,12 @@ from complexity_deep.workflow.flops import flops_per_token
 
 
 def peers(model_config: str, only: str | None) -> dict[str, transformers.PreTrainedConfig]:
-    """This model and its peers of the same shape."""
+    """This model and its peers of the same shape; `InputError` for a config that is not there or not of ours."""
     try:
+        if model_config.endswith(".json"):  # a folder and a file may be a name on the Hub too, this is none
+            Path(model_config).read_text()
         ours = AutoConfig.from_pretrained(model_config)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a strict config raises classes of its own
         raise InputError(f"--model-config '{model_config}' is no config that loads: {one_line(error)}") from error
     if ours.model_type != "complexity-deep":
         raise InputError(f"--model-config '{model_config}' is of '{ours.model_type}'; its peers are built from ours.")

@@ -16,9 +16,9 @@ from transformers import AutoConfig
 from complexity_deep import ComplexityDeepForCausalLM
 from complexity_deep.workflow.benchmarks.results import measured_row
 from complexity_deep.workflow.benchmarks.timing import timed
-from complexity_deep.workflow.command import InputError, first_line
+from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.text_sources import load_sources, read_documents
-from complexity_deep.workflow.saved_model import load_model, load_tokenizer_of
+from complexity_deep.workflow.saved_model import load_model, load_tokenizer_of, why_not
 
 PROMPTS = 16  # documents; what is accepted differs much between texts
 
@@ -83,8 +83,8 @@ def load_ours(path: str, device: str, dtype: torch.dtype) -> tuple:
     """Model and tokenizer of a folder, run by this package's code and not by what the folder brings along."""
     try:
         model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
-    except (OSError, ValueError) as error:
-        raise InputError(f"'{path}' is no model that loads: {first_line(error)}") from error
+    except Exception as error:  # a strict config raises classes of its own
+        raise InputError(f"'{path}' is no model that loads: {why_not(path, error)}") from error
     if model_type != ComplexityDeepForCausalLM.config_class.model_type:
         raise InputError(f"'{path}' is of '{model_type}', and --speculate measures this package's models.")
     model = load_model(path, device, ComplexityDeepForCausalLM, dtype=dtype)

@@ -10,8 +10,11 @@ from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.evaluation.perplexity import with_error
 from complexity_deep.workflow.markdown_table import table
 
-# What must be the same for a comparison to mean anything; the table says where it is not.
-COMMON = ("text", "tokens", "rows_per_step", "row_length", "device", "torch", "transformers", "commit", "date")
+# What must be the same for a comparison to mean anything; the table says where it is not. The options, and the number
+# of held-out conversations, say which text the losses are of and in which tokens.
+COMMON = ("text", "conversations", "tokens", "rows_per_step", "row_length", "held_out_conversations")
+COMMON_OPTIONS = ("tokenizer", "validation_sources", "held_out_fraction", "held_out_rows")
+MADE_WITH = ("device", "torch", "transformers", "commit", "date")
 
 
 def read(run: Path) -> dict:
@@ -44,8 +47,8 @@ def comparison_table(runs: list[dict]) -> str:
         ["seed", *(str(run["options"].get("seed", "")) for run in runs)],
     ]
     shared = {}
-    for name in COMMON:
-        values = [run.get(name) for run in runs]
+    for name in (*COMMON, *COMMON_OPTIONS, *MADE_WITH):
+        values = [run["options"].get(name) if name in COMMON_OPTIONS else run.get(name) for run in runs]
         if any(value != values[0] for value in values):
             rows.append([f"**differs: {name.replace('_', ' ')}**", *map(str, values)])
         elif values[0] is not None:

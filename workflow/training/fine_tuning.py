@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from complexity_deep.workflow.command import InputError, first_line, whole_folder
+from complexity_deep.workflow.command import InputError, whole_folder
 from complexity_deep.workflow.data.conversations import ChatEncoder, load_conversations, shuffled_mix, split_held_out
 from complexity_deep.workflow.data.sources import check_weights
+from complexity_deep.workflow.saved_model import why_not
 from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
 from complexity_deep.workflow.training.resumable_trainer import ResumableTrainerMixin
 
@@ -68,7 +69,7 @@ def load_chat_tokenizer(model_args: ModelConfig, script_args: FineTuningArgument
     path = script_args.tokenizer or model_args.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=training_args.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken tokenizer.json raises a class of its own
         raise InputError(
             f"There is no tokenizer at '{path}': correct --model-name-or-path, or name a tokenizer with --tokenizer."
         ) from error
@@ -93,8 +94,8 @@ def load_model_to_tune(model_args: ModelConfig, training_args: SFTConfig) -> Pre
             attn_implementation=model_args.attn_implementation,
             quantization_config=get_quantization_config(model_args),
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"'{path}' cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # strict configs, broken weights and code of the folder's own raise classes of their own
+        raise InputError(f"'{path}' cannot be loaded: {why_not(path, error)}") from error
 
 
 def check_sizes(model: PreTrainedModel, tokenizer, training_args: SFTConfig) -> None:

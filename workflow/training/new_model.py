@@ -19,7 +19,7 @@ RESIDUAL_PROJECTION = re.compile(r"\.(o_proj|down_proj)(\.weight)?$")
 def load_tokenizer(path: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken tokenizer.json raises a class of its own
         raise InputError(
             f"There is no tokenizer at '{path}': write one with scripts/train_tokenizer.py --output-dir {path}"
         ) from error
@@ -67,7 +67,7 @@ def model_of_shape(shape: dict, path: str, tokenizer, **implementations) -> PreT
         shape[name] = getattr(tokenizer, name)
     try:
         config = AutoConfig.for_model(model_type, **shape)
-    except ValueError as error:
+    except Exception as error:  # a strict config raises classes of its own
         raise InputError(f"'{path}' is not a model that can be built: {error}") from error
     if shape.get("routing") and not getattr(config, "is_routed", False):
         raise InputError(f"routing is for token-routed models, and '{path}' is none.")
