@@ -425,7 +425,12 @@ def _takes_layer_tail(layer: nn.Module, hidden_states: Tensor) -> bool:
     """
     modules = layer._modules
     dynamics, mlp, norm = modules.get("dynamics"), modules["mlp"], modules["post_attention_layernorm"]
-    if dynamics is None or not setting(layer.config, "use_dynamics") or "experts" not in mlp._modules or mlp._modules.get("shared_expert") is not None:
+    if (
+        dynamics is None
+        or not setting(layer.config, "use_dynamics")
+        or "experts" not in mlp._modules
+        or mlp._modules.get("shared_expert") is not None
+    ):
         return False
     linear, origin = dynamics._modules, type(layer).__module__
     return (

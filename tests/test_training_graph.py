@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils import compile_regions
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
@@ -187,6 +188,22 @@ def test_a_second_backward_and_a_second_derivative(steps):
     found = gradients_of(model, penalty())
     model.set_kernels_implementation("eager")
     check_equal(found, gradients_of(model, penalty()))
+
+
+def test_a_backward_pass_that_runs_anew_has_the_weights_of_the_forward_pass(steps):
+    """The caller of `functional_call` has put back the model's own by then."""
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    given = {name: nn.Parameter(1.1 * x.detach()) for name, x in model.model.named_parameters()}
+
+    def gradients(**options) -> list[Tensor]:
+        states = functional_call(model.model, given, (ids,), {"use_cache": False}).last_hidden_state
+        return list(torch.autograd.grad(states.square().sum(), list(given.values()), **options))
+
+    for _ in range(2):  # one that sees the change, one that is recorded
+        expected = gradients()
+    assert len(steps) == 1 and steps[0].replays == 2
+    check_equal(gradients(create_graph=True), expected)
+    assert len(steps) == 1 and steps[0].replays == 2
 
 
 def test_a_batch_of_gradients_at_once(steps):
