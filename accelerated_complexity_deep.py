@@ -596,16 +596,16 @@ def cggr_experts_forward(
     hidden_states [..., H] of T tokens; top_k_index and top_k_weights [T, 1], because every token has one expert, or
     weights None for ones. Returns [..., H].
     """
-    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
-    if not _takes_cggr(experts, hidden_states):
+    gate_up_proj, down_proj, activation = experts.gate_up_proj, experts.down_proj, activation_of(experts)
+    if activation is None or not _takes_cggr(experts, hidden_states):
         plain = type(experts).forward.__wrapped__  # as it was before `use_experts_implementation`
         plan = {"routing_plan": routing_plan} if routing_plan is not None else {}
         return plain(experts, hidden_states, top_k_index, top_k_weights, **plan)
     if routing_plan is None:
         routing_plan = _cggr_plan(top_k_index.flatten(), experts.num_experts)
     dtype = compute_dtype(gate_up_proj)
-    states, activation = hidden_states.to(dtype), activation_of(experts)
-    out = token_routed_mlp(states, gate_up_proj.to(dtype), down_proj.to(dtype), *routing_plan, activation)
+    weights = gate_up_proj.to(dtype), down_proj.to(dtype)
+    out = token_routed_mlp(hidden_states.to(dtype), *weights, *routing_plan, activation)
     # The routing weights are ones. They carry a gradient only for a router that learns.
     return out * top_k_weights.to(dtype) if top_k_weights is not None and top_k_weights.requires_grad else out
 
