@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
@@ -60,6 +61,8 @@ logger = logging.get_logger(__name__)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "mu_to_q", "mu_to_k", "mu_to_v")
 FEW_TOKENS = (2, 16, 32)  # the kernels of few tokens are compiled for up to so many
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
+# Class of an activation -> the name that the kernels know it by.
+_ACTIVATIONS = {type(ACT2FN[name]): name for name in ("swish", "silu", "gelu", "relu")}
 COMPILED_MODULES = "torch._dynamo.eval_frame"  # where the class is that torch.compile puts around a module
 # First layer of a model -> kind of call -> numbers of tokens whose kernels are compiled.
 _COMPILED_AHEAD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -205,7 +208,7 @@ def triton_projections(
     """Attention's `project` as one product over [hidden states, guidance] and one norm-and-RoPE kernel."""
     names = _PROJECTIONS if guidance is not None else _PROJECTIONS[:3]
     weights = _plain_weights(*(attention._modules[name] for name in names))
-    if weights is None or not _runs_on_triton(hidden_states):
+    if weights is None or not _runs_on_triton(hidden_states) or not _has_own_norms(attention):
         return plain(attention, hidden_states, guidance, cos, sin)
     qkv = mu_guided_qkv(hidden_states, guidance, weights)
     return _split_heads(attention, qkv, cos, sin)
@@ -221,6 +224,14 @@ def _split_heads(attention: nn.Module, qkv: Tensor, cos: Tensor, sin: Tensor) ->
     return query, key, value
 
 
+def _has_own_norms(attention: nn.Module) -> bool:
+    """Whether the norms of queries and keys are those that the model was made with, unhooked, or neither exists."""
+    norms, origin = (attention.q_norm, attention.k_norm), type(attention).__module__
+    if None in norms:
+        return norms == (None, None)
+    return all(type(norm).__module__ == origin for norm in norms) and is_unhooked(*norms)
+
+
 def _norm_weights(attention: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
     """The weights of the query and the key norm, and their epsilon; None where there is no norm."""
     if attention.q_norm is None:
@@ -233,7 +244,8 @@ def triton_dynamics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward of the dynamics as one fused kernel and its matrix products."""
     modules = [dynamics._modules.get(name) for name in ("mu_proj", "controller_in", "controller_out")]
-    if None in modules or not _runs_on_triton(hidden_states) or _plain_weights(*modules) is None:
+    is_fused = setting(dynamics.config, "use_dynamics") and None not in modules and _runs_on_triton(hidden_states)
+    if not is_fused or _plain_weights(*modules) is None:
         return plain(dynamics, hidden_states, velocity, highway)
     hidden_states, velocity, guidance, highway, mu = inl_dynamics_block(
         hidden_states, velocity, highway, *_dynamics_weights(dynamics)
@@ -322,6 +334,8 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
         return False
     return (
         mlp.shared_expert is None
+        and activation_of(experts) is not None
+        and _has_own_norms(attention)
         and attention.value_embedding is None
         and layer.config._experts_implementation == "cggr"
         and not getattr(experts, "_is_expert_parallel", False)
@@ -411,7 +425,12 @@ def _takes_layer_tail(layer: nn.Module, hidden_states: Tensor) -> bool:
     """
     modules = layer._modules
     dynamics, mlp, norm = modules.get("dynamics"), modules["mlp"], modules["post_attention_layernorm"]
-    if dynamics is None or "experts" not in mlp._modules or mlp._modules.get("shared_expert") is not None:
+    if (
+        dynamics is None
+        or not setting(layer.config, "use_dynamics")
+        or "experts" not in mlp._modules
+        or mlp._modules.get("shared_expert") is not None
+    ):
         return False
     linear, origin = dynamics._modules, type(layer).__module__
     return (
@@ -448,7 +467,7 @@ def _attention_and_tail(
     )
     norm = layer.post_attention_layernorm
     base_logit = 0.0 if router is None else router.base_logit
-    settings = dynamics.dt, norm.eps, base_logit, setting(experts.config, "hidden_act")
+    settings = dynamics.dt, norm.eps, base_logit, activation_of(experts)
     plan = routing_plan if router is None else None
     ids = expert_ids.reshape(-1)
     arguments = weights[:6], norm.weight, weights[6:8], weights[8], ids, plan, settings
@@ -506,7 +525,7 @@ def triton_layer(
         0.0 if router is None else router.base_logit,
         experts.gate_up_proj,
         experts.down_proj,
-        layer.config.hidden_act,
+        activation_of(experts),
     )
     return tuple(x.view(B, 1, H) for x in states)
 
@@ -551,11 +570,18 @@ def _runs_expert_kernels(mlp: nn.Module, hidden_states: Tensor) -> bool:
     )
 
 
+def activation_of(experts: nn.Module) -> str | None:
+    """The name by which kernels know what experts apply to their gate, or None where they cannot stand for it."""
+    module = experts.act_fn
+    return _ACTIVATIONS.get(type(module)) if is_unhooked(module) else None
+
+
 def _takes_cggr(experts: nn.Module, hidden_states: Tensor) -> bool:
-    """Whether the grouped GEMM takes these experts: all on this rank, and not quantized."""
+    """Whether the grouped GEMM takes these experts: all on this rank, not quantized, of an activation that it knows."""
     weights = experts.gate_up_proj, experts.down_proj
     is_split = getattr(experts, "_is_expert_parallel", False)
-    return not is_split and _runs_on_triton(hidden_states, weights[0]) and takes_grouped_linear(*weights)
+    is_known = not is_split and activation_of(experts) is not None
+    return is_known and _runs_on_triton(hidden_states, weights[0]) and takes_grouped_linear(*weights)
 
 
 def cggr_experts_forward(
@@ -570,16 +596,16 @@ def cggr_experts_forward(
     hidden_states [..., H] of T tokens; top_k_index and top_k_weights [T, 1], because every token has one expert, or
     weights None for ones. Returns [..., H].
     """
-    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
-    if not _takes_cggr(experts, hidden_states):
+    gate_up_proj, down_proj, activation = experts.gate_up_proj, experts.down_proj, activation_of(experts)
+    if activation is None or not _takes_cggr(experts, hidden_states):
         plain = type(experts).forward.__wrapped__  # as it was before `use_experts_implementation`
         plan = {"routing_plan": routing_plan} if routing_plan is not None else {}
         return plain(experts, hidden_states, top_k_index, top_k_weights, **plan)
     if routing_plan is None:
         routing_plan = _cggr_plan(top_k_index.flatten(), experts.num_experts)
     dtype = compute_dtype(gate_up_proj)
-    states, activation = hidden_states.to(dtype), experts.config.hidden_act
-    out = token_routed_mlp(states, gate_up_proj.to(dtype), down_proj.to(dtype), *routing_plan, activation)
+    weights = gate_up_proj.to(dtype), down_proj.to(dtype)
+    out = token_routed_mlp(hidden_states.to(dtype), *weights, *routing_plan, activation)
     # The routing weights are ones. They carry a gradient only for a router that learns.
     return out * top_k_weights.to(dtype) if top_k_weights is not None and top_k_weights.requires_grad else out
 

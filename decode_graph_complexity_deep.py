@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import logging
 
-from .accelerated_complexity_deep import COMPILED_MODULES, is_unhooked, plain_static_layer
+from .accelerated_complexity_deep import COMPILED_MODULES, activation_of, is_unhooked, plain_static_layer
 from .compatibility_complexity_deep import CACHE_NAME
 from .kernels.op_registration import PLAIN_TENSORS
 
@@ -34,8 +36,11 @@ GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
 _CAPTURE = threading.Lock()  # one capture at a time in a process
 _NUMBERS = frozenset((int, float, bool, str))
-_TENSORS = frozenset(PLAIN_TENSORS)
+# Attributes that a pass may read and `state_of` does not see: tensors that are no parameters, numbers of NumPy.
+_UNSEEN = frozenset((*PLAIN_TENSORS, *np.sctypeDict.values()))
+_LOOP = threading.local()  # of the call of `generate` in this thread: whether a function of the caller is its loop
 HAVE_RUN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
+logger = logging.get_logger(__name__)
 
 
 class DecodeGraph:
@@ -67,7 +72,12 @@ class DecodeGraph:
                 have_run.append(variant)
                 return outputs
             device = inputs["input_ids"].device
-            self.replay, self.outputs = record(lambda: self.model(**(inputs | self.inputs)), device)
+            try:
+                self.replay, self.outputs = record(lambda: self.model(**(inputs | self.inputs)), device)
+            except RuntimeError as error:  # such as for want of memory
+                logger.warning_once(f"Decode steps are not recorded as a CUDA graph: {error}")
+                self.fits, self.otherwise = False, self.model
+                return self.model(**inputs)
         for name, x in self.inputs.items():
             if inputs[name] is not x:
                 x.copy_(inputs[name])
@@ -158,7 +168,9 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
     weights = list(model.parameters())
     return (
         # A weight that is no parameter, such as one that another network computes, may be a new tensor in every call.
-        all(_TENSORS.isdisjoint(map(type, module.__dict__.values())) for module in modules)
+        all(_UNSEEN.isdisjoint(map(type, module.__dict__.values())) for module in modules)
+        # With another activation, experts run as plain PyTorch, which reads on the host where each one's tokens end.
+        and all(activation_of(module) is not None for module in modules if hasattr(module, "gate_up_proj"))
         # fp64 goes to the plain PyTorch methods, which read on the host where each expert's tokens end.
         and all(type(x) is nn.Parameter and x.dtype != torch.float64 for x in weights)
         # PyTorch would call a hook of a weight twice: where the recording takes its gradient, and where it is added up.
@@ -189,6 +201,24 @@ def _add_state(module: nn.Module, state: list) -> None:
             _add_state(child, state)
 
 
+def modes() -> tuple:
+    """What PyTorch lets a caller choose for all operations."""
+    backends = torch.backends.cuda
+    return (
+        torch.is_inference_mode_enabled(),
+        # `torch.get_float32_matmul_precision` raises where this one was set.
+        backends.matmul.fp32_precision,
+        backends.matmul.allow_bf16_reduced_precision_reduction,
+        backends.matmul.allow_fp16_reduced_precision_reduction,
+        backends.matmul.allow_fp16_accumulation,
+        torch.are_deterministic_algorithms_enabled(),
+        backends.flash_sdp_enabled(),
+        backends.mem_efficient_sdp_enabled(),
+        backends.math_sdp_enabled(),
+        backends.cudnn_sdp_enabled(),
+    )
+
+
 def free_bytes(device: torch.device) -> float:
     """Memory of the device that a new tensor can have, what PyTorch holds and does not use included."""
     if device.type != "cuda":
@@ -213,22 +243,24 @@ def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, A
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     # A stream of the model's device: torch's default one for captures lies on the device that was the first to record.
     options = {"stream": torch.cuda.Stream(device), "pool": pool, "capture_error_mode": "thread_local"}
-    collects = gc.isenabled()
-    gc.disable()  # a graph that nobody holds any more would spoil this one if it were freed now
-    try:
-        with _CAPTURE, torch.cuda.graph(graph, **options):
-            outputs = step()
-    finally:
-        torch.cuda.set_stream(stream)  # a capture that fails leaves its own in place
-        if collects:
-            gc.enable()
+    with _CAPTURE:
+        collects = gc.isenabled()
+        gc.disable()  # a graph that nobody holds any more would spoil this one if it were freed now
+        try:
+            with torch.cuda.graph(graph, **options):
+                outputs = step()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own in place
+            if collects:
+                gc.enable()
     return graph.replay, outputs
 
 
 def leaves_cache_open(generation_config, model_kwargs: dict, length: int) -> bool:
     """Whether a call of `generate` lets the model choose a cache of `length` positions, and is worth a recording."""
     asks_otherwise = (
-        model_kwargs.get(CACHE_NAME) is not None
+        getattr(_LOOP, "is_callers", False)  # which may crop the cache, or write beyond `length`
+        or model_kwargs.get(CACHE_NAME) is not None
         or generation_config.cache_implementation is not None
         or generation_config.use_cache is False
         or generation_config.return_dict_in_generate  # the cache is a part of that output
@@ -281,10 +313,15 @@ class DecodeGraphMixin(GenerationMixin):
         cache_bytes = 2 * config.num_hidden_layers * rows * length * width * self.dtype.itemsize
         return (
             config.sliding_window is None
+            and not torch.is_grad_enabled()  # a static cache is written in place
             and not torch.is_autocast_enabled(self.device.type)
             and is_recordable(self)
             and cache_bytes < free_bytes(self.device) / 2
         )
+
+    def _extract_generation_mode_kwargs(self, custom_generate, *args, **kwargs):
+        _LOOP.is_callers = callable(custom_generate)
+        return super()._extract_generation_mode_kwargs(custom_generate, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .accelerated_complexity_deep import recordings_by_model
-from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record, state_of
+from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, modes, record, state_of
 from .kernels.op_registration import is_ordinary
 from .speculation_complexity_deep import SpeculativeCache, speculative_step
 
@@ -144,21 +144,3 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
             replay()
             return type(outputs)(last_hidden_state=outputs.last_hidden_state.clone())
     return plain(model, input_ids, use_cache=False)
-
-
-def modes() -> tuple:
-    """What PyTorch lets a caller choose for all operations."""
-    backends = torch.backends.cuda
-    return (
-        torch.is_inference_mode_enabled(),
-        # `torch.get_float32_matmul_precision` raises where this one was set.
-        backends.matmul.fp32_precision,
-        backends.matmul.allow_bf16_reduced_precision_reduction,
-        backends.matmul.allow_fp16_reduced_precision_reduction,
-        backends.matmul.allow_fp16_accumulation,
-        torch.are_deterministic_algorithms_enabled(),
-        backends.flash_sdp_enabled(),
-        backends.mem_efficient_sdp_enabled(),
-        backends.math_sdp_enabled(),
-        backends.cudnn_sdp_enabled(),
-    )

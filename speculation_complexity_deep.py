@@ -15,15 +15,25 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
 from transformers.generation import GenerationMode
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, EarlyExitCandidateGenerator
+from transformers.utils import logging
 
 from .accelerated_complexity_deep import plain_static_layer, recordings_by_model
 from .compatibility_complexity_deep import CACHE_NAME
-from .decode_graph_complexity_deep import HAVE_RUN, DecodeGraphMixin, leaves_cache_open, record, state_of, step_variant
+from .decode_graph_complexity_deep import (
+    HAVE_RUN,
+    DecodeGraphMixin,
+    leaves_cache_open,
+    modes,
+    record,
+    state_of,
+    step_variant,
+)
 
 # Tokens of a recorded step. With one, the kernels of a decode step run; the others have no kernels of their own.
 STEP_LENGTHS = (1, 8, 32)
 LENGTH_UNIT = 256  # positions; a cache serves all calls of up to so many more than it was made for
 _IDLE = recordings_by_model()  # number of layers -> the cache of an earlier call, which no call uses
+logger = logging.get_logger(__name__)
 
 
 class SpeculativeCache(StaticCache):
@@ -61,8 +71,8 @@ class SpeculativeCache(StaticCache):
 
 
 def _state(model: nn.Module) -> list:
-    # Tensors that are made in inference mode cannot be changed outside of it.
-    return [torch.is_inference_mode_enabled(), *state_of(model)]
+    # Of the modes, one is that of inference: tensors that are made in it cannot be changed outside of it.
+    return [modes(), *state_of(model)]
 
 
 class RecordedStep:
@@ -75,6 +85,7 @@ class RecordedStep:
         self.ids, self.positions = ids.new_zeros(1, length), positions.new_zeros(1, length)
         self.mask = mask.new_zeros(1, 1, length, mask.shape[3])
         self.replay: Callable | None = None
+        self.is_recordable = True
         self.hidden_states: Any = None
         self.output_type: Any = None
 
@@ -101,12 +112,18 @@ class RecordedStep:
         held = [(layer.keys, layer.values) for layer in cache.layers]
         arguments = self.ids.shape, self.ids.dtype, self.mask.dtype, torch.is_inference_mode_enabled()
         variant, have_run = step_variant(model, arguments, held), HAVE_RUN.setdefault(model, [])
-        if variant in have_run:
-            self.replay, outputs = record(step, self.ids.device)
+        if variant in have_run and self.is_recordable:
+            try:
+                self.replay, outputs = record(step, self.ids.device)
+            except RuntimeError as error:  # such as for want of memory
+                logger.warning_once(f"Steps of speculation are not recorded as a CUDA graph: {error}")
+                self.is_recordable = False
+        if self.replay is not None:
             self.replay()
         else:
             outputs = step()  # compiles the kernels: not possible while recording
-            have_run.append(variant)
+            if variant not in have_run:
+                have_run.append(variant)
         self.hidden_states, self.output_type = outputs.last_hidden_state, type(outputs)
 
 

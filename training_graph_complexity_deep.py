@@ -15,11 +15,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.utils import logging
 
 from .accelerated_complexity_deep import ACCELERATED, recordings_by_model
-from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, record
-from .forward_graph_complexity_deep import LOCK, Recordings, graphed_forward, is_default_stream, modes
+from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, modes, record
+from .forward_graph_complexity_deep import LOCK, Recordings, graphed_forward, is_default_stream
 from .kernels.op_registration import is_ordinary
 
 # Multiplications of a layer's weights in one pass. From about so many on, the GPU takes longer for them than the host
@@ -45,6 +46,8 @@ class TrainingStep:
         self.awaited: weakref.ref | None = None
         weights, device = [x for x in model.parameters() if x.requires_grad], inputs["input_ids"].device
         self.weights = [weakref.ref(x) for x in weights]
+        named = (*model.named_parameters(), *model.named_buffers())
+        self.tensors = {f"model.{name}": weakref.ref(x) for name, x in named}  # as `_Plain` names them
 
         def forward() -> Tensor:
             outputs = plain(model, **self.inputs, use_cache=False)
@@ -93,13 +96,27 @@ class TrainingStep:
         for name, x in self.inputs.items():
             x.copy_(inputs[name])
         own = {name: x.clone() for name, x in inputs.items()}
+        found = {name: x() for name, x in self.tensors.items()}
+        tensors = {name: x for name, x in found.items() if x is not None}
 
         def anew() -> Tensor:
             dtype, kind = self.autocast, own["input_ids"].device.type
             with torch.enable_grad(), torch.autocast(kind, dtype, enabled=dtype is not None):
-                return plain(model, **own, use_cache=False).last_hidden_state
+                # With the tensors of the forward pass: those of a caller's `functional_call` are the model's no longer.
+                return functional_call(_Plain(plain, model), tensors, (), {**own, "use_cache": False}).last_hidden_state
 
         return self.output_type(last_hidden_state=_Replay.apply(self, anew, *(x() for x in self.weights)))
+
+
+class _Plain(nn.Module):
+    """A forward as it was written, for `functional_call`, which calls modules."""
+
+    def __init__(self, plain: Callable, model: nn.Module):
+        super().__init__()
+        self.plain, self.model = plain, model
+
+    def forward(self, **inputs):
+        return self.plain(self.model, **inputs)
 
 
 class _Replay(torch.autograd.Function):
@@ -108,8 +125,9 @@ class _Replay(torch.autograd.Function):
         step.forward()
         # Saved so that autograd refuses what it would refuse: a weight that changed in between, a freed graph.
         ctx.save_for_backward(*weights)
-        # The recorded backward pass reads them where they lie now, also if `weight.data` is replaced before.
-        ctx.storages = [x.untyped_storage() for x in weights]
+        # The recorded backward pass reads all tensors of the model where they lie now, also if one is replaced before.
+        held = [x() for x in step.tensors.values()]
+        ctx.storages = [x.untyped_storage() for x in held if x is not None]
         ctx.step, ctx.anew, ctx.awaited = step, anew, _Awaited()
         step.awaited = weakref.ref(ctx.awaited)
         return step.output.clone()
@@ -233,8 +251,11 @@ def is_replayed(model: nn.Module) -> bool:
 
 
 def _is_trained_without_dropout(model: nn.Module) -> bool:
-    drops = any(isinstance(x, nn.modules.dropout._DropoutNd) and x.training and x.p > 0 for x in model.modules())
-    return not drops and any(x.requires_grad for x in model.parameters())
+    for module in model.modules():
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+        if module.training and (module.p if is_dropout else getattr(module, "attention_dropout", 0)) > 0:
+            return False
+    return any(x.requires_grad for x in model.parameters())
 
 
 if "triton" in ACCELERATED:

@@ -1,7 +1,11 @@
 """Decode steps as one CUDA graph. Without a GPU a stand-in records, which runs the step again at every replay."""
 
+import contextlib
 import gc
+import inspect
+import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -315,6 +319,75 @@ def test_generate_keeps_the_librarys_cache_where_a_recording_cannot_be(
         model.set_attn_implementation("eager")
     model.generate(ids, max_new_tokens=10, min_new_tokens=10, do_sample=False)
     assert not recordings
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(generate_records, monkeypatch):
+    """Such as for want of memory: tokens are those of a dynamic cache, and no step tries again."""
+    model, ids, tried = triton_model(), random_ids(1, 6).to(DEVICE), []
+    expected = model.generate(ids, max_new_tokens=10, do_sample=False, cache_implementation="dynamic")
+
+    def refuse(*_):
+        tried.append(1)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(graphs, "record", refuse)
+    assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False), expected)
+    assert len(tried) == 1
+
+
+def test_a_loop_of_the_caller_gets_a_cache_that_grows(recordings, generate_records):
+    """It may crop what it has written, which the library's static cache cannot."""
+    model, ids, given = triton_model(), random_ids(1, 6).to(DEVICE), []
+
+    def loop(model, input_ids, **kwargs):
+        given.append(kwargs[CACHE_NAME])
+        return input_ids
+
+    for options in ({}, {"prompt_lookup_num_tokens": 2}):
+        model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=loop, **options)
+    assert [type(cache) for cache in given] == [DynamicCache, DynamicCache]
+    model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert recordings
+
+
+def test_generate_with_gradients_gets_a_cache_that_grows(recordings, generate_records):
+    """A static cache is written in place, and the backward pass would be refused."""
+    model, ids = triton_model(), random_ids(1, 6).to(DEVICE)
+    scores = []
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    processor = lambda ids, logits: scores.append(logits) or logits  # noqa: E731
+    inspect.unwrap(type(model).generate)(model, ids, logits_processor=[processor], **options)
+    scores[-1].sum().backward()
+    assert model.model.norm.weight.grad is not None and not recordings
+
+
+def test_a_capture_is_not_disturbed_by_one_that_waits(monkeypatch):
+    """The one that ends must not let garbage be collected while the next one captures."""
+    found, first, second = [], threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def capture(*_, **__):
+        found.append(gc.isenabled())
+        first.set()
+        second.wait(5)
+        yield
+        found.append(gc.isenabled())
+
+    cuda = SimpleNamespace(CUDAGraph=lambda: SimpleNamespace(replay=None), graph=capture)
+    cuda.current_stream = cuda.set_stream = cuda.Stream = lambda *_: None
+    monkeypatch.setattr(torch, "cuda", cuda)
+    enabled = []
+    disable = gc.disable
+    monkeypatch.setattr(graphs.gc, "disable", lambda: enabled.append(gc.isenabled()) or disable())
+    threads = [threading.Thread(target=graphs.record, args=(lambda: None, DEVICE)) for _ in range(2)]
+    threads[0].start()
+    first.wait(5)
+    threads[1].start()
+    threads[1].join(0.2)
+    second.set()
+    for thread in threads:
+        thread.join()
+    assert enabled == [True, True] and found == 4 * [False] and gc.isenabled()
 
 
 @pytest.mark.parametrize("padded", (False, True))

@@ -4,6 +4,7 @@ import gc
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -84,6 +85,21 @@ def test_what_changes_the_model_is_seen(recordings, monkeypatch):
     layer.mlp.register_forward_hook(lambda *_: seen.append(1))
     logits(model, ids)
     assert seen and len(recordings) == 4
+
+
+@torch.no_grad()
+def test_a_number_of_numpy_is_followed(recordings, monkeypatch):
+    """A schedule may set the step size by one; its class is none of Python's own."""
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
+    if not CUDA:  # as a recording, which computes with the number that was recorded
+        monkeypatch.setattr(graphs, "record", lambda step, device: (lambda: None, step()))
+    for dt in np.linspace(0.1, 0.9, 3):
+        model.model.layers[0].dynamics.dt = dt
+        found = [logits(model, ids) for _ in range(2)]
+        model.set_kernels_implementation("eager")
+        torch.testing.assert_close(found, 2 * [logits(model, ids)], rtol=1e-4, atol=1e-4)
+        model.set_kernels_implementation("triton")
 
 
 @torch.no_grad()

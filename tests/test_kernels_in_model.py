@@ -253,6 +253,36 @@ def test_a_decode_step_captures_in_a_cuda_graph():
         torch.testing.assert_close(captured, expected)
 
 
+@pytest.mark.parametrize("grad", (False, True))
+@pytest.mark.parametrize("tokens", (1, 4))
+@pytest.mark.parametrize(
+    "change",
+    (
+        pytest.param(lambda layer: layer.self_attn.q_norm.register_forward_hook(lambda *x: 2 * x[2]), id="norm-hook"),
+        pytest.param(lambda layer: setattr(layer.self_attn, "k_norm", torch.nn.Tanh()), id="norm-of-another-class"),
+        pytest.param(lambda layer: setattr(layer.self_attn, "q_norm", None), id="one-norm"),
+        pytest.param(lambda layer: layer.mlp.experts.act_fn.register_forward_hook(lambda *x: 2 * x[2]), id="act-hook"),
+        pytest.param(lambda layer: setattr(layer.mlp.experts, "act_fn", torch.nn.ReLU()), id="known-activation"),
+        pytest.param(lambda layer: setattr(layer.mlp.experts, "act_fn", torch.nn.Tanh()), id="other-activation"),
+        pytest.param(lambda layer: setattr(layer.config, "use_dynamics", False), id="no-dynamics"),
+    ),
+)
+def test_what_is_changed_in_a_layer_holds_on_the_kernels(change, tokens, grad):
+    """A hook, another module, a setting: the kernels stand for the modules as they are."""
+    model, ids = tiny_model(num_hidden_layers=1).to(DEVICE), random_ids(1, tokens).to(DEVICE)
+    with torch.no_grad():
+        before = model(ids).logits
+    change(model.model.layers[0])
+    found = []
+    for kernels, experts in (("triton", "cggr"), ("eager", "eager")):
+        model.set_kernels_implementation(kernels)
+        model.set_experts_implementation(experts)
+        with torch.set_grad_enabled(grad):
+            found.append(model(ids).logits)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert tokens == 1 or not torch.allclose(found[1], before, rtol=1e-2)
+
+
 def test_adapters_on_experts_and_backward_hooks_are_not_passed_over():
     """What has a say in a module of the layer is asked: an adapter of its 3D weights, a hook on its gradient."""
     ids = random_ids(1, 4).to(DEVICE)

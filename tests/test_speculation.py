@@ -306,6 +306,36 @@ def test_a_later_call_records_nothing(recordings, plain_functions, way):
     assert made[-3] and not made[-1]
 
 
+def test_a_precision_that_was_chosen_since_holds_for_a_later_call(recordings, plain_functions):
+    model, ids = triton_model(), random_ids(1, 9).to(DEVICE)
+    for _ in range(4):
+        recordings.made = 0
+        generate(model, ids, prompt_lookup_num_tokens=5)
+    assert not recordings.made
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        generate(model, ids, prompt_lookup_num_tokens=5)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert recordings.made
+
+
+def test_steps_that_cannot_be_recorded_run_as_they_are(recordings, plain_functions, monkeypatch):
+    model, ids, tried = triton_model(), random_ids(1, 9, vocab_size=12).to(DEVICE), []
+    expected = generate(model, ids, cache_implementation="dynamic")
+
+    def refuse(*_):
+        tried.append(1)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(speculation, "record", refuse)
+    for _ in range(2):
+        assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=5), expected)
+    assert 1 <= len(tried) <= len(STEP_LENGTHS)  # each length once
+    assert len(HAVE_RUN[model.model]) <= len(STEP_LENGTHS)
+
+
 def test_a_call_within_another_has_caches_of_its_own(recordings, plain_functions):
     model, draft = pair()
     outer, inner = random_ids(1, 9, seed=1).to(DEVICE), random_ids(1, 9, seed=2).to(DEVICE)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils import compile_regions
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
@@ -189,6 +190,22 @@ def test_a_second_backward_and_a_second_derivative(steps):
     check_equal(found, gradients_of(model, penalty()))
 
 
+def test_a_backward_pass_that_runs_anew_has_the_weights_of_the_forward_pass(steps):
+    """The caller of `functional_call` has put back the model's own by then."""
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    given = {name: nn.Parameter(1.1 * x.detach()) for name, x in model.model.named_parameters()}
+
+    def gradients(**options) -> list[Tensor]:
+        states = functional_call(model.model, given, (ids,), {"use_cache": False}).last_hidden_state
+        return list(torch.autograd.grad(states.square().sum(), list(given.values()), **options))
+
+    for _ in range(2):  # one that sees the change, one that is recorded
+        expected = gradients()
+    assert len(steps) == 1 and steps[0].replays == 2
+    check_equal(gradients(create_graph=True), expected)
+    assert len(steps) == 1 and steps[0].replays == 2
+
+
 def test_a_batch_of_gradients_at_once(steps):
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
     weight = model.model.layers[0].self_attn.o_proj.weight
@@ -218,6 +235,22 @@ def test_no_pass_disturbs_a_backward_pass_that_is_not_over(steps, monkeypatch):
     assert not memory.expired()
     del loss
     assert memory.expired()
+
+
+def test_memory_of_frozen_weights_and_buffers_stays_until_the_backward_pass(steps):
+    """The recorded backward pass reads them where they lay."""
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    layer = model.model.layers[0]
+    frozen, buffer = layer.self_attn.o_proj.weight.requires_grad_(False), layer.mlp.mu_router.weight
+    loss_of(model, ids).backward()
+    steps[0].forward = lambda: None  # as a recording, which holds no weight
+    loss = loss_of(model, ids)
+    memory = [StorageWeakRef(x.untyped_storage()) for x in (frozen, buffer)]
+    for x in (frozen, buffer):
+        x.data = x.data.clone()
+    assert len(steps) == 1 and not any(x.expired() for x in memory)
+    del loss
+    assert all(x.expired() for x in memory)
 
 
 def test_a_weight_that_changes_before_the_backward_pass_is_refused(steps):
@@ -361,6 +394,19 @@ def test_calls_that_ask_for_more_run_as_they_are(steps):
     with torch.no_grad():
         loss_of(triton_model().train(), ids)
     assert not steps
+
+
+def test_dropout_that_only_the_modules_have_is_left_alone(steps, caplog):
+    """An attempt to record it would draw random numbers that the step itself does not draw."""
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+    torch.manual_seed(0)
+    loss_of(model, ids)
+    found = torch.rand(3, device=DEVICE)
+    model.set_cuda_graphs(False)
+    torch.manual_seed(0)
+    loss_of(model, ids)
+    assert torch.equal(found, torch.rand(3, device=DEVICE)) and not steps and not caplog.records
 
 
 def test_a_frozen_model_is_left_alone(steps, caplog):
