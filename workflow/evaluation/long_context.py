@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from matplotlib.ticker import LogFormatter
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -176,6 +177,8 @@ def draw_long_context(entries: list[dict], path: Path) -> None:
             axes.fill_between(entry["position"], *band, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.axvline(entry["trained_length"], color="black", linestyle="dotted", label="trained length")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())  # 40 and not 4 x 10^1
+        axes.yaxis.set_minor_formatter(LogFormatter())
         axes.set_xlabel("position")
         axes.set_ylabel("perplexity")
         axes.set_title(f"{entry['corpus']}, {entry['documents']} documents")
