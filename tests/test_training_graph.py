@@ -127,11 +127,15 @@ def test_a_mask_that_hides_nothing_is_left_out(steps):
     assert len(steps) == 1 and steps[0].replays == 1
 
 
-def test_trainer_as_it_comes_replays_its_steps(steps, monkeypatch, tmp_path):
+@pytest.mark.parametrize("compiled", [{}, {"torch_compile_backend": "eager"}], ids=["as it comes", "by layers"])
+def test_trainer_replays_its_steps(steps, compiled, monkeypatch, tmp_path):
+    if compiled:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments changes it, for the whole process
     monkeypatch.setattr(forward_graphs, "CALLS_BEFORE", 2)
     rows = [{"input_ids": row, "attention_mask": [1] * 4, "labels": row} for row in random_ids(8, 4).tolist()]
     options = {"max_steps": 5, "per_device_train_batch_size": 2, "report_to": "none", "save_strategy": "no"}
-    arguments = TrainingArguments(str(tmp_path), use_cpu=not CUDA, **options)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=not CUDA, **options, **compiled)
     Trainer(triton_model(), arguments, train_dataset=rows).train()
     assert len(steps) == 1 and steps[0].replays == 3
 
