@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,8 +35,7 @@ GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
 _CAPTURE = threading.Lock()  # one capture at a time in a process
 _NUMBERS = frozenset((int, float, bool, str))
-# Attributes that a pass may read and `state_of` does not see: tensors that are no parameters, numbers of NumPy.
-_UNSEEN = frozenset((*PLAIN_TENSORS, *np.sctypeDict.values()))
+_TENSORS = frozenset(PLAIN_TENSORS)
 _LOOP = threading.local()  # of the call of `generate` in this thread: whether a function of the caller is its loop
 HAVE_RUN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
 logger = logging.get_logger(__name__)
@@ -166,9 +164,12 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
     if not is_known or not is_unhooked(*modules):
         return False  # a model with adapters or hooks is asked in every call: its weights need not be looked at
     weights = list(model.parameters())
+    kinds = {type(value) for module in modules for value in module.__dict__.values()}
     return (
         # A weight that is no parameter, such as one that another network computes, may be a new tensor in every call.
-        all(_UNSEEN.isdisjoint(map(type, module.__dict__.values())) for module in modules)
+        _TENSORS.isdisjoint(kinds)
+        # `state_of` does not see what NumPy's numbers are.
+        and all(kind.__module__ != "numpy" for kind in kinds)
         # With another activation, experts run as plain PyTorch, which reads on the host where each one's tokens end.
         and all(activation_of(module) is not None for module in modules if hasattr(module, "gate_up_proj"))
         # fp64 goes to the plain PyTorch methods, which read on the host where each expert's tokens end.
