@@ -557,6 +557,7 @@ def _runs_expert_kernels(mlp: nn.Module, hidden_states: Tensor) -> bool:
         and type(experts).__module__ == origin  # not an adapter's or a parametrization's class, with other attributes
         and experts.config._experts_implementation == "cggr"
         and is_unhooked(experts)
+        and activation_of(experts) is not None
         and _takes_cggr(experts, hidden_states)
         and (
             router is None
@@ -577,11 +578,10 @@ def activation_of(experts: nn.Module) -> str | None:
 
 
 def _takes_cggr(experts: nn.Module, hidden_states: Tensor) -> bool:
-    """Whether the grouped GEMM takes these experts: all on this rank, not quantized, of an activation that it knows."""
+    """Whether the grouped GEMM takes the weights of these experts: all on this rank, and not quantized."""
     weights = experts.gate_up_proj, experts.down_proj
     is_split = getattr(experts, "_is_expert_parallel", False)
-    is_known = not is_split and activation_of(experts) is not None
-    return is_known and _runs_on_triton(hidden_states, weights[0]) and takes_grouped_linear(*weights)
+    return not is_split and _runs_on_triton(hidden_states, weights[0]) and takes_grouped_linear(*weights)
 
 
 def cggr_experts_forward(

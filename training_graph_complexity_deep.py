@@ -105,7 +105,8 @@ class TrainingStep:
                 # With the tensors of the forward pass: those of a caller's `functional_call` are the model's no longer.
                 return functional_call(_Plain(plain, model), tensors, (), {**own, "use_cache": False}).last_hidden_state
 
-        return self.output_type(last_hidden_state=_Replay.apply(self, anew, *(x() for x in self.weights)))
+        states = _Replay.apply(self, anew, tensors, *(x() for x in self.weights))
+        return self.output_type(last_hidden_state=states)
 
 
 class _Plain(nn.Module):
@@ -121,13 +122,12 @@ class _Plain(nn.Module):
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, step: TrainingStep, anew: Callable, *weights: Tensor) -> Tensor:
+    def forward(ctx, step: TrainingStep, anew: Callable, tensors: dict[str, Tensor], *weights: Tensor) -> Tensor:
         step.forward()
         # Saved so that autograd refuses what it would refuse: a weight that changed in between, a freed graph.
         ctx.save_for_backward(*weights)
         # The recorded backward pass reads all tensors of the model where they lie now, also if one is replaced before.
-        held = [x() for x in step.tensors.values()]
-        ctx.storages = [x.untyped_storage() for x in held if x is not None]
+        ctx.storages = [x.untyped_storage() for x in tensors.values()]
         ctx.step, ctx.anew, ctx.awaited = step, anew, _Awaited()
         step.awaited = weakref.ref(ctx.awaited)
         return step.output.clone()
@@ -137,7 +137,7 @@ class _Replay(torch.autograd.Function):
         weights, step = ctx.saved_tensors, ctx.step
         if ctx.awaited is None or torch.is_grad_enabled() or not is_ordinary((gradient,)):
             options = {"create_graph": torch.is_grad_enabled(), "allow_unused": True}
-            return None, None, *torch.autograd.grad(ctx.anew(), weights, gradient, **options)
+            return None, None, None, *torch.autograd.grad(ctx.anew(), weights, gradient, **options)
         # The replay overwrites the activations, so that it cannot be repeated. Other threads wait until all is copied.
         awaited, ctx.awaited = ctx.awaited, None
         step.output_gradient.copy_(gradient)
@@ -148,7 +148,7 @@ class _Replay(torch.autograd.Function):
         torch._foreach_copy_(copies, recorded)
         del awaited
         copies.reverse()
-        return None, None, *(None if x is None else copies.pop() for x in step.gradients)
+        return None, None, None, *(None if x is None else copies.pop() for x in step.gradients)
 
 
 def _norms(gradients) -> Tensor:

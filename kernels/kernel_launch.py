@@ -198,8 +198,8 @@ def compiling_ahead() -> Iterator[None]:
     them. A kernel that does not compile is left to its first launch, which says so.
     """
     jobs = _AHEAD.jobs = {}
-    # A hash of all of Triton, 400 MB, is part of what every compiled kernel is found by. It is kept, but threads that
-    # begin together would each compute it, and wait for Python's lock after every megabyte.
+    # The key of every compiled kernel has a hash of all of Triton, 400 MB. Triton keeps it, but threads that begin
+    # together would each compute it, and wait for Python's lock after every megabyte.
     triton.runtime.cache.triton_key()
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as _AHEAD.pool:
         try:

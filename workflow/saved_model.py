@@ -12,7 +12,10 @@ NAME_ONE = ": name one with --tokenizer"  # what to do, where the command has th
 
 
 def why_not(path: str | Path, error: Exception) -> str:
-    """Why nothing was loaded from `path`: the first line of the error, which of a mistyped folder is about Hub ids."""
+    """Why nothing was loaded from `path`: the first line of the error, or that there is no such folder.
+
+    Of a mistyped folder whose name can be no id of the Hub, the library's error would speak of the form of such ids.
+    """
     try:
         validate_repo_id(str(path))
     except HFValidationError:

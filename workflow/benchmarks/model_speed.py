@@ -25,7 +25,7 @@ from complexity_deep.workflow.flops import flops_per_token
 def peers(model_config: str, only: str | None) -> dict[str, transformers.PreTrainedConfig]:
     """This model and its peers of the same shape; `InputError` for a config that is not there or not of ours."""
     try:
-        if model_config.endswith(".json"):  # a folder and a file may be a name on the Hub too, this is none
+        if model_config.endswith(".json"):  # a missing file would be asked for on the Hub, with retries
             Path(model_config).read_text()
         ours = AutoConfig.from_pretrained(model_config)
     except Exception as error:  # a strict config raises classes of its own
@@ -66,7 +66,7 @@ def processes() -> int:
 
 
 def own_device(device: str) -> str:
-    """The GPU of this process of torchrun, where random weights are made in seconds that take minutes on a CPU."""
+    """The device of this process of torchrun. On a GPU, random weights are made in seconds; on a CPU, in minutes."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
 
 
