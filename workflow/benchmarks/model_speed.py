@@ -2,8 +2,8 @@
 
 import gc
 import os
-import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,20 +117,47 @@ def training_step(model, device: str, compiler: str, mixed_precision: bool = Fal
     return step
 
 
+class StepClock(transformers.LogitsProcessor):
+    """Times at which `generate` has the logits of its first and of its last token; scores pass through as they are.
+
+    What lies between them is decoding alone, so that no second call has to be taken off, whose noise could be more than
+    a few short steps.
+    """
+
+    def __init__(self, device: str):
+        self.is_cuda, self.first, self.last = device.startswith("cuda"), None, None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.is_cuda:
+            self.last = torch.cuda.Event(enable_timing=True)
+            self.last.record()
+        else:
+            self.last = time.perf_counter()
+        self.first = self.first or self.last
+        return scores
+
+    def milliseconds(self) -> float:
+        if not self.is_cuda:
+            return (self.last - self.first) * 1e3
+        self.last.synchronize()
+        return self.first.elapsed_time(self.last)
+
+
 def decode_steps(
     model, ids: torch.Tensor, new_tokens: int, repeats: int, device: str, static_cache: bool
 ) -> list[float]:
-    """Milliseconds of a decode step of `generate`, its prefill taken off, in each of `repeats` calls."""
+    """Milliseconds of a decode step of `generate`, without its prefill, in each of `repeats` calls.
+
+    `new_tokens` is 2 or more: the first comes from the prompt.
+    """
     model.generation_config.eos_token_id = None  # decode all the tokens
     options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 1}
+    options |= {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     options |= {"cache_implementation": "static"} if static_cache else {}
-
-    def decode(count: int) -> None:
-        model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
-
-    whole = timed(lambda: decode(new_tokens), repeats, device)
-    prefill = statistics.median(timed(lambda: decode(1), repeats, device))
-    return [(time - prefill) / (new_tokens - 1) for time in whole]
+    clocks = [StepClock(device) for _ in range(2 + repeats)]  # two calls to warm up
+    for clock in clocks:
+        model.generate(ids, logits_processor=transformers.LogitsProcessorList([clock]), **options)
+    return [clock.milliseconds() / (new_tokens - 1) for clock in clocks[2:]]
 
 
 def benchmark_train(
