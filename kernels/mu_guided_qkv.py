@@ -275,7 +275,7 @@ def _qk_norm_rope(
     blocks = _head_blocks(query, key)
     groups = 1
     if B * S <= FEW_TOKENS:  # too few tokens to fill the chip: their heads are spread over programs
-        groups = 8
+        groups = min(8, blocks["BA"])
         blocks |= {"BA": max(1, blocks["BA"] // groups), "BK": max(1, blocks["BK"] // groups)}
     unit, strides = strides_of(query, key)
     qk_norm_rope_fwd_kernel.launch(

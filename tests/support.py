@@ -35,9 +35,14 @@ def tiny_model(std: float = 0.3, seed: int = 0, dtype=torch.float32, **overrides
     return model.to(dtype)
 
 
+WIDTH = 32  # of the hidden states of `triton_model`
+
+
 def triton_model(**options) -> ComplexityDeepForCausalLM:
-    """A tiny model of one layer on the Triton kernels: on the GPU, or in the interpreter."""
-    model = tiny_model(std=0.1, **{"num_hidden_layers": 1, **options})
+    """A model of one layer on the Triton kernels, on the GPU or in the interpreter, which has few programs to run."""
+    small = {"hidden_size": WIDTH, "intermediate_size": 48, "num_experts": 2, "dynamics_controller_hidden": 8}
+    small |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_model(std=0.1, **{**small, **options})
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.set_kernels_implementation("triton")
     model.set_experts_implementation("cggr")

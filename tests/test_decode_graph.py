@@ -19,7 +19,7 @@ from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import DecodeGraph
 from complexity_deep.kernels.decode_attention import decode_attention_variant
 from complexity_deep.modeling_complexity_deep import ComplexityDeepCausalLMOutputWithPast, ComplexityDeepExperts
-from support import random_ids, tiny_model, triton_model
+from support import WIDTH, random_ids, tiny_model, triton_model
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -189,7 +189,7 @@ def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
     assert not is_taken(model, cache)
     hook.remove()
     assert is_taken(model, cache)
-    model.model.layers[0].self_attn.o_proj = type("Other", (torch.nn.Linear,), {})(64, 64, bias=False).to(DEVICE)
+    model.model.layers[0].self_attn.o_proj = type("Other", (torch.nn.Linear,), {})(WIDTH, WIDTH, bias=False).to(DEVICE)
     assert not is_taken(model, cache)
 
 

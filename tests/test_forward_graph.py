@@ -11,7 +11,7 @@ from torch import nn
 
 from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep import forward_graph_complexity_deep as graphs
-from support import random_ids, triton_model
+from support import WIDTH, random_ids, triton_model
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -70,9 +70,9 @@ def test_what_changes_the_model_is_seen(recordings, monkeypatch):
     assert is_followed() and len(recordings) == 1
     layer.dynamics.dt = 0.7
     assert is_followed() and len(recordings) == 2
-    layer.self_attn.o_proj.weight = nn.Parameter(torch.eye(64, device=DEVICE))
+    layer.self_attn.o_proj.weight = nn.Parameter(torch.eye(WIDTH, device=DEVICE))
     assert is_followed() and len(recordings) == 3
-    layer.input_layernorm = type(layer.input_layernorm)(64, 1e-2).to(DEVICE)
+    layer.input_layernorm = type(layer.input_layernorm)(WIDTH, 1e-2).to(DEVICE)
     assert is_followed() and len(recordings) == 4
     state = graphs.state_of(model.model)
     router = layer.mlp.mu_router
@@ -167,7 +167,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
 @torch.no_grad()
 def test_a_model_that_nobody_holds_is_freed_with_its_graphs(monkeypatch):
     """The recordings depend on the model, and must not keep it. (The stand-in of other tests holds it.)"""
-    outputs = SimpleNamespace(last_hidden_state=torch.zeros(1, 3, 64, device=DEVICE))
+    outputs = SimpleNamespace(last_hidden_state=torch.zeros(1, 3, WIDTH, device=DEVICE))
     monkeypatch.setattr(graphs, "GRAPH_DEVICES", (DEVICE,))
     monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
     monkeypatch.setattr(graphs, "record", lambda step, device: (lambda: None, outputs))

@@ -1,5 +1,7 @@
 """Long contexts: scaled positions as the library scales them, decoding beyond the trained length and past a window."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig
@@ -208,14 +210,17 @@ def test_continuous_batching_beyond_the_trained_length(trained, name):
 def test_kernels_take_the_attention_scaling():
     """yarn makes the tables longer than 1: forward, gradients and decode steps with both caches."""
     pytest.importorskip("triton")
-    options = {**rope_options("yarn"), "num_hidden_layers": 2, "intermediate_size": 64}
+    options = {**rope_options("yarn"), "num_hidden_layers": 2}
     model, ids = triton_model(**options), random_ids(1, TRAINED + 3)
     assert model.model.rotary_emb.attention_scaling > 1.1
-    truth = tiny_model(std=0.1, **options).double()
+    truth, unscaled = (copy.deepcopy(model).cpu() for _ in range(2))
+    for plain in (truth, unscaled):
+        plain.set_kernels_implementation("eager")
+        plain.set_experts_implementation("eager")
+    truth.double()
     truth(ids, labels=ids).loss.backward()
     with torch.no_grad():
         expected = truth(ids).logits
-        unscaled = tiny_model(std=0.1, **options)
         unscaled.model.rotary_emb.attention_scaling = 1.0
         assert relative_rms(unscaled(ids).logits, expected) > 1e-3
     device = model.device

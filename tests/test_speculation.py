@@ -20,7 +20,7 @@ from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import HAVE_RUN
 from complexity_deep.modeling_complexity_deep import ComplexityDeepExperts, ComplexityDeepModelOutputWithPast
 from complexity_deep.speculation_complexity_deep import LENGTH_UNIT, STEP_LENGTHS, SpeculativeCache
-from support import random_ids, triton_model
+from support import WIDTH, random_ids, triton_model
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -296,7 +296,7 @@ def test_a_later_call_records_nothing(recordings, plain_functions, way):
     assert any(made[:8]) and not any(made[8:])
     call(LENGTH_UNIT)
     assert made[-1]
-    model.model.layers[0].self_attn.o_proj.weight = torch.nn.Parameter(torch.eye(64, device=DEVICE))
+    model.model.layers[0].self_attn.o_proj.weight = torch.nn.Parameter(torch.eye(WIDTH, device=DEVICE))
     call(9)
     assert made[-1]
     with torch.inference_mode():
@@ -363,7 +363,7 @@ def test_caches_are_freed_with_the_model_or_when_others_come(plain_functions, mo
         make(self, *args, **kwargs)
         seen.append(weakref.ref(self))
 
-    outputs = ComplexityDeepModelOutputWithPast(last_hidden_state=torch.zeros(1, 8, 64, device=DEVICE))
+    outputs = ComplexityDeepModelOutputWithPast(last_hidden_state=torch.zeros(1, 8, WIDTH, device=DEVICE))
     monkeypatch.setattr(graphs, "GRAPH_DEVICES", (DEVICE,))
     # A CUDA graph does not hold the step that it was recorded from, as the stand-in of other tests does.
     monkeypatch.setattr(speculation, "record", lambda step, device: (lambda: None, outputs))

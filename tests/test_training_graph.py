@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from complexity_deep import forward_graph_complexity_deep as forward_graphs
 from complexity_deep import training_graph_complexity_deep as graphs
-from support import random_ids, triton_model
+from support import WIDTH, random_ids, triton_model
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -282,10 +282,10 @@ def test_what_changes_the_model_is_seen(steps):
 
     layer.self_attn.requires_grad_(False)
     assert is_followed(2)
-    layer.self_attn.o_proj.weight = nn.Parameter(torch.eye(64, device=DEVICE))
+    layer.self_attn.o_proj.weight = nn.Parameter(torch.eye(WIDTH, device=DEVICE))
     assert is_followed(3)
     weight = layer.self_attn.o_proj.weight
-    weight.data.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    weight.data.copy_(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))
     loss_of(model, ids).backward()
     weight.data = weight.data.t()
     assert is_followed(4)
