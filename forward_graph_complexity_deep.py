@@ -5,7 +5,8 @@ batches of one shape calls the model with that shape again and again. The first 
 next one is recorded, and from then on the ids are copied and the graph is launched. What it computes is copied before
 it is given away, so that a result stays what it was.
 
-Only ids are taken: no cache, mask or positions. Modules, weights and settings are compared before every replay.
+Ids are taken, alone or with a mask that hides nothing, as tokenizers give it for one text. A cache may be asked for, as
+configurations do by default. Modules, weights and settings are compared before every replay.
 """
 
 import threading
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
 from .accelerated_complexity_deep import recordings_by_model
+from .compatibility_complexity_deep import CACHE_NAME
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, modes, record, state_of
 from .kernels.op_registration import is_ordinary
 from .speculation_complexity_deep import SpeculativeCache, speculative_step
@@ -111,36 +114,59 @@ def is_default_stream(device: torch.device) -> bool:
     return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
-def _has_room(model: nn.Module, tokens: int, device: torch.device) -> bool:
+def _has_room(model: nn.Module, tokens: int, device: torch.device, makes_cache: bool) -> bool:
     """Whether the memory that a recording holds is small beside what is free."""
     config = model.config
-    needed = tokens * model.dtype.itemsize * (16 * config.hidden_size + 4 * config.intermediate_size)
-    return needed < free_bytes(device) / 4
+    numbers = 16 * config.hidden_size + 4 * config.intermediate_size
+    if makes_cache:
+        head_dim = config.hidden_size // config.num_attention_heads
+        numbers += 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    return tokens * model.dtype.itemsize * numbers < free_bytes(device) / 4
 
 
 def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None = None, *args, **kwargs):
-    """The forward of the base model: replayed for ids [B, S] alone, without gradient, whose shape was seen before."""
+    """The forward of the base model without gradient, replayed for ids [B, S] of a shape that was seen before."""
     if isinstance(kwargs.get("cache"), SpeculativeCache):
         return speculative_step(plain, model, input_ids, *args, **kwargs)
-    asked = [value for name, value in kwargs.items() if value is not None and not (name == "use_cache" and not value)]
-    if args or asked or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, input_ids):
+    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    makes_cache, mask = given.pop("use_cache", False), given.pop("attention_mask", None)
+    if args or given or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, input_ids):
+        return plain(model, input_ids, *args, **kwargs)
+    if mask is not None and not hides_nothing(mask, input_ids):
         return plain(model, input_ids, *args, **kwargs)
     ids, device = input_ids, input_ids.device
 
     def make() -> tuple:
         own = ids.clone()
-        return own, *record(lambda: plain(model, own, use_cache=False), device)
+        return own, *record(lambda: plain(model, own, use_cache=makes_cache), device)
 
     with LOCK:
         found = Recordings.of(model, _GRAPHS, MAX_GRAPHS).find(
-            (ids.shape, ids.dtype, device, modes()),
+            (ids.shape, ids.dtype, device, modes(), plain, makes_cache),
             model,
-            lambda: is_recordable(model) and _has_room(model, ids.numel(), device),
+            lambda: is_recordable(model) and _has_room(model, ids.numel(), device, makes_cache),
             make,
         )
         if found is not None:
             own, replay, outputs = found
             own.copy_(ids)
             replay()
-            return type(outputs)(last_hidden_state=outputs.last_hidden_state.clone())
-    return plain(model, input_ids, use_cache=False)
+            cache = _copy_of(outputs[CACHE_NAME], model) if makes_cache else None
+            return type(outputs)(last_hidden_state=outputs.last_hidden_state.clone(), **{CACHE_NAME: cache})
+    return plain(model, input_ids, use_cache=makes_cache)
+
+
+def hides_nothing(mask: Tensor, ids: Tensor) -> bool:
+    """Whether a mask [B, S] is 1 everywhere, as data collators make it for rows of one length.
+
+    The host waits for the answer, as it would in the library's own look at the mask.
+    """
+    return is_ordinary((mask,)) and mask.shape == ids.shape and bool(mask.all())
+
+
+def _copy_of(cache: Cache, model: nn.Module) -> DynamicCache:
+    """A cache of its own with the same keys and values, which the caller may go on with."""
+    copy = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        copy.update(layer.keys, layer.values, index)  # puts them behind none, in new tensors
+    return copy

@@ -67,7 +67,7 @@ from .kernels.kernel_reference import BETA_LIMIT, HIGHWAY_SHARE, VELOCITY_LIMIT,
 from .registration_complexity_deep import register_classes
 from .routing_complexity_deep import RoutingPlan, TokenRoutingMixin, VocabularyMixin, new_routing_table
 from .speculation_complexity_deep import SpeculationMixin
-from .training_graph_complexity_deep import graphed_model  # noqa: F401 (registers itself)
+from .training_graph_complexity_deep import without_cache_in_training
 
 
 @dataclass
@@ -659,6 +659,7 @@ class ComplexityDeepModel(TokenRoutingMixin, ComplexityDeepPreTrainedModel):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @accepts_both_cache_names
+    @without_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
     @accelerated("model")

@@ -10,6 +10,7 @@ is to be differentiated, computes the decoder anew as it is. A forward pass whos
 backward pass runs as it is, because both would share their memory.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from transformers.utils import logging
 
 from .accelerated_complexity_deep import ACCELERATED, recordings_by_model
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, modes, record
-from .forward_graph_complexity_deep import LOCK, Recordings, graphed_forward, is_default_stream
+from .forward_graph_complexity_deep import LOCK, Recordings, graphed_forward, hides_nothing, is_default_stream
 from .kernels.op_registration import is_ordinary
 
 # Multiplications of a layer's weights in one pass. From about so many on, the GPU takes longer for them than the host
@@ -30,6 +31,7 @@ MAX_GRAPHS = 2  # of a model, for each keeps the activations of a pass
 OUTPUT_TOLERANCE = 1e-2  # relative to the norm: bf16 sums may differ in their order
 NORM_TOLERANCE = 3e-2  # of each gradient; those of embeddings are summed by atomic operations
 _GRAPHS = recordings_by_model()
+_COMPILERS: list[tuple] = []  # backends of torch.compile that were met, each with its `dynamic`
 logger = logging.get_logger(__name__)
 
 
@@ -213,6 +215,10 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
 
     With gradients: ids [B, S], alone, with positions, or with an attention mask that hides nothing.
     """
+    if torch.compiler.is_dynamo_compiling():
+        number = _compiler_at_work() if _is_known(model, input_ids, args, kwargs) else None
+        if number is not None:
+            return _between_compiled_graphs(number, plain, model, input_ids, *args, **kwargs)
     if not torch.is_grad_enabled():
         return graphed_forward(plain, model, input_ids, *args, **kwargs)
     given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
@@ -222,12 +228,12 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
     mask = given.pop("attention_mask", None)
     if args or given or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, inputs):
         return plain(model, input_ids, *args, **kwargs)
-    if mask is not None and ("position_ids" in inputs or not _hides_nothing(mask, input_ids)):
+    if mask is not None and ("position_ids" in inputs or not hides_nothing(mask, input_ids)):
         return plain(model, input_ids, *args, **kwargs)
     shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
     with LOCK:
         step = Recordings.of(model, _GRAPHS, MAX_GRAPHS).find(
-            (shapes, input_ids.device, autocast_of(input_ids.device), modes()),
+            (shapes, input_ids.device, autocast_of(input_ids.device), modes(), plain),
             model,
             lambda: is_recordable(model, training=True) and _is_trained_without_dropout(model),
             lambda: TrainingStep(plain, model, inputs),
@@ -237,12 +243,78 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
     return plain(model, input_ids, *args, **kwargs)
 
 
-def _hides_nothing(mask: Tensor, ids: Tensor) -> bool:
-    """Whether a mask [B, S] is 1 everywhere, as data collators make it for rows of one length.
+def _is_known(model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: dict) -> bool:
+    """Whether a call that is being traced may be one that is replayed, as far as can be told without its values."""
+    names = ("attention_mask", "position_ids", "use_cache", "num_items_in_batch")
+    return (
+        input_ids is not None
+        and input_ids.device.type in GRAPH_DEVICES
+        and model.takes_cuda_graphs
+        and kwargs.get("use_cache") is not None
+        and not args
+        and all(value is None or value is False or name in names for name, value in kwargs.items())
+    )
 
-    The host waits for the answer, as it would in the library's own look at the mask.
+
+@torch.compiler.assume_constant_result
+def _compiler_at_work() -> int | None:
+    """Number of the compiler that a call is being traced for, or None where the traced graph must stay in one piece.
+
+    It must where the caller asks for that, where dimensions are to stay variable, and where the compiler itself makes
+    CUDA graphs. Nothing public tells, so that Dynamo's own records are read. Dynamo calls this once, while it traces.
     """
-    return is_ordinary((mask,)) and mask.shape == ids.shape and bool(mask.all())
+    try:
+        from torch._dynamo import config
+        from torch._dynamo.eval_frame import innermost_backend
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._inductor.config import triton
+
+        tracer = InstructionTranslator.current_tx()
+        is_whole = tracer.one_graph or tracer.error_on_graph_break or tracer.export
+        backend = innermost_backend(tracer.output.compiler_fn)
+        options = getattr(backend, "config", {})  # those of a mode, such as "reduce-overhead"
+        makes_graphs = options.get("triton.cudagraphs", triton.cudagraphs)
+        dynamic = not config.assume_static_by_default
+        compiler = backend, None if config.automatic_dynamic_shapes else False
+    except (ImportError, AttributeError):  # another release of PyTorch
+        return None
+    if is_whole or makes_graphs or dynamic:
+        return None
+    if compiler not in _COMPILERS:
+        _COMPILERS.append(compiler)
+    return _COMPILERS.index(compiler)
+
+
+@functools.cache
+def _compiled(number: int, plain: Callable) -> Callable:
+    backend, dynamic = _COMPILERS[number]
+    return torch.compile(plain, backend=backend, dynamic=dynamic)
+
+
+@functools.partial(torch.compiler.disable, reason="repeated passes are replayed as CUDA graphs")
+def _between_compiled_graphs(number: int, plain: Callable, model: nn.Module, *args, **kwargs):
+    """`graphed_model` for a decoder that is a part of what torch.compile compiles.
+
+    A replay cannot be a part of a compiled graph. So that graph ends here, the decoder is compiled by itself, and what
+    follows it, such as a loss, is a graph of its own.
+    """
+    return graphed_model(_compiled(number, plain), model, *args, **kwargs)
+
+
+def without_cache_in_training(forward: Callable) -> Callable:
+    """Let the base model's `forward` make no cache in training mode unless it is asked for one by name.
+
+    It would keep every layer's keys and values, and repeated steps could not be replayed.
+    """
+
+    @functools.wraps(forward)
+    def forward_without_cache(self, *args, **kwargs):
+        # Caches come after three other arguments.
+        if self.training and len(args) <= 3 and kwargs.get("use_cache") is None and kwargs.get("cache") is None:
+            kwargs["use_cache"] = False
+        return forward(self, *args, **kwargs)
+
+    return forward_without_cache
 
 
 def is_replayed(model: nn.Module) -> bool:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep import forward_graph_complexity_deep as graphs
+from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from support import WIDTH, random_ids, triton_model
 
 pytest.importorskip("triton")
@@ -25,7 +27,14 @@ def recordings(monkeypatch) -> list:
 
     def stand_in(step, device):
         outputs = step()
-        return lambda: outputs.last_hidden_state.copy_(step().last_hidden_state), outputs
+        return lambda: copy_into(outputs, step()), outputs
+
+    def copy_into(outputs, new):
+        outputs.last_hidden_state.copy_(new.last_hidden_state)
+        if outputs.get(CACHE_NAME) is not None:
+            for layer, other in zip(outputs[CACHE_NAME].layers, new[CACHE_NAME].layers, strict=True):
+                layer.keys.copy_(other.keys)
+                layer.values.copy_(other.values)
 
     monkeypatch.setattr(graphs, "GRAPH_DEVICES", (DEVICE,))
     monkeypatch.setattr(graphs, "record", lambda *a: made.append(1) or (record if CUDA else stand_in)(*a))
@@ -48,6 +57,35 @@ def test_a_repeated_shape_is_recorded_once_and_results_stay(recordings):
     model.set_kernels_implementation("eager")
     for ids, result in zip(batches, found, strict=True):
         torch.testing.assert_close(result, logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_call_with_all_that_a_tokenizer_gives_is_replayed(recordings, monkeypatch):
+    """A mask that hides nothing, and the cache that a model makes by itself. The cache is the caller's own."""
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model = triton_model(num_hidden_layers=2)
+    first, second = (random_ids(1, 6, seed=seed).to(DEVICE) for seed in range(2))
+    outputs = [model(input_ids=ids[:, :5], attention_mask=torch.ones_like(ids[:, :5])) for ids in (first, second)]
+    assert len(recordings) == 1
+    model.set_kernels_implementation("eager")
+    for ids, output in zip((first, second), outputs, strict=True):
+        expected, cache = logits(model, ids), output[CACHE_NAME]
+        torch.testing.assert_close(output.logits, expected[:, :5], rtol=1e-4, atol=1e-4)
+        further = model(ids[:, 5:], **{CACHE_NAME: cache}).logits
+        torch.testing.assert_close(further, expected[:, 5:], rtol=1e-4, atol=1e-4)
+        assert cache.get_seq_length() == 6
+
+
+@torch.no_grad()
+def test_a_mask_that_hides_something_is_heeded(recordings, monkeypatch):
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model, ids = triton_model(), random_ids(2, 5).to(DEVICE)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], device=DEVICE)
+    found = logits(model, ids, attention_mask=mask)
+    model.set_kernels_implementation("eager")
+    expected = logits(model, ids, attention_mask=mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+    assert not recordings
 
 
 @torch.no_grad()
@@ -183,9 +221,10 @@ def test_a_model_that_nobody_holds_is_freed_with_its_graphs(monkeypatch):
 def test_calls_that_ask_for_more_run_as_they_are(recordings, monkeypatch):
     monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
     model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
-    mask, positions = torch.ones_like(ids), torch.arange(3, device=DEVICE)[None]
+    mask, positions = torch.ones(1, 1, 3, 3, device=DEVICE).bool().tril(), torch.arange(3, device=DEVICE)[None]
+    cache = {CACHE_NAME: DynamicCache(config=model.config)}
     with torch.no_grad():
-        for more in ({"use_cache": True}, {"attention_mask": mask}, {"position_ids": positions}, {"routing_ids": ids}):
+        for more in (cache, {"attention_mask": mask}, {"position_ids": positions}, {"routing_ids": ids}):
             logits(model, ids, **more)
         model(ids, use_cache=False, output_hidden_states=True)
     model = triton_model()

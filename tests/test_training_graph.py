@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from complexity_deep import forward_graph_complexity_deep as forward_graphs
 from complexity_deep import training_graph_complexity_deep as graphs
+from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from support import WIDTH, random_ids, triton_model
 
 pytest.importorskip("triton")
@@ -127,15 +128,17 @@ def test_a_mask_that_hides_nothing_is_left_out(steps):
     assert len(steps) == 1 and steps[0].replays == 1
 
 
-@pytest.mark.parametrize("compiled", [{}, {"torch_compile_backend": "eager"}], ids=["as it comes", "by layers"])
-def test_trainer_replays_its_steps(steps, compiled, monkeypatch, tmp_path):
+@pytest.mark.parametrize("way", ["as it comes", "compiled by layers", "compiled", "compiled, autocast"])
+def test_trainer_replays_its_steps(steps, way, monkeypatch, tmp_path):
+    compiled = {"torch_compile_backend": "eager"} if "compiled" in way else {}
     if compiled:
-        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+        torch._dynamo.reset()
+        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str("layers" in way))
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments changes it, for the whole process
     monkeypatch.setattr(forward_graphs, "CALLS_BEFORE", 2)
     rows = [{"input_ids": row, "attention_mask": [1] * 4, "labels": row} for row in random_ids(8, 4).tolist()]
     options = {"max_steps": 5, "per_device_train_batch_size": 2, "report_to": "none", "save_strategy": "no"}
-    arguments = TrainingArguments(str(tmp_path), use_cpu=not CUDA, **options, **compiled)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=not CUDA, bf16="autocast" in way, **options, **compiled)
     Trainer(triton_model(), arguments, train_dataset=rows).train()
     assert len(steps) == 1 and steps[0].replays == 3
 
@@ -326,6 +329,40 @@ def test_a_weight_that_another_network_computes_gets_its_gradient(steps):
         gradients += torch.autograd.grad(loss_of(model, ids), scale)
     assert gradients[0] != 0 and not steps
     check_equal(gradients[1:], gradients[:1] * 2)
+
+
+def test_a_loop_without_further_arguments_is_replayed(steps):
+    """In training mode a model makes no cache by itself."""
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    outputs = model(ids, labels=ids)
+    check_equal(gradients_of(model, outputs.loss), eager_gradients(model, ids))
+    assert len(steps) == steps[0].replays == 1 and outputs.get(CACHE_NAME) is None
+    assert model(ids, use_cache=True)[CACHE_NAME].get_seq_length() == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic": False}], ids=str)
+def test_a_model_compiled_as_a_whole_is_replayed(steps, options):
+    torch._dynamo.reset()
+    model, ids = triton_model(num_hidden_layers=2).train(), random_ids(1, 4).to(DEVICE)
+    compiled = torch.compile(model, backend="aot_eager", **options)
+    for seed in range(3):
+        ids = random_ids(1, 4, seed=seed).to(DEVICE)
+        check_equal(gradients_of(model, loss_of(compiled, ids)), eager_gradients(model, ids))
+    assert len(steps) == 1 and steps[0].replays == 3
+    found, expected = loss_of(compiled, ids), loss_of(model, ids)  # which has a recording of its own
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    assert len(steps) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("options", [{"fullgraph": True}, {"dynamic": True}, {"mode": "reduce-overhead"}], ids=str)
+def test_a_compiled_graph_that_must_be_whole_or_makes_graphs_of_its_own_is_left_alone(steps, options):
+    torch._dynamo.reset()
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    compiled = torch.compile(model, **({} if "mode" in options else {"backend": "aot_eager"}), **options)
+    check_equal(gradients_of(model, loss_of(compiled, ids)), eager_gradients(model, ids))
+    assert not steps
 
 
 def test_layers_compiled_by_accelerate_are_recorded(steps):

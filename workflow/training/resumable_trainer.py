@@ -55,8 +55,7 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         if self.accelerator.ddp_handler is not None:
             # Gradients lie in the buckets that are summed: no copies to and fro, and no second set of them in memory.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
-        # Layer by layer: that compiles in a fraction of the time, and the steps of a model that is compiled as a whole
-        # cannot be replayed (see training_graph_complexity_deep.py).
+        # Layer by layer: that compiles in a fraction of the time.
         self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         torch._dynamo.config.optimize_ddp = False  # it cuts a model at its buckets: here, each layer in two
         self.remove_callback(PrinterCallback)
