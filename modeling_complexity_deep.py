@@ -619,11 +619,8 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, KernelsMixin, VocabularyMix
         counts once.
         """
         trained = sum(parameter.numel() for parameter in self.parameters())
-        frozen = sum(
-            buffer.numel()
-            for name, buffer in self.named_buffers()
-            if buffer.is_floating_point() and not name.endswith("inv_freq")
-        )
+        buffers = [(name, buffer) for name, buffer in self.named_buffers() if buffer.is_floating_point()]
+        frozen = sum(buffer.numel() for name, buffer in buffers if not name.endswith("inv_freq"))
         experts = sum(
             parameter.numel()
             for module in self.modules()
