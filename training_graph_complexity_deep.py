@@ -260,8 +260,9 @@ def _is_known(model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: d
 def _compiler_at_work() -> int | None:
     """Number of the compiler that a call is being traced for, or None where the traced graph must stay in one piece.
 
-    It must where the caller asks for that, where dimensions are to stay variable, and where the compiler itself makes
-    CUDA graphs. Nothing public tells, so that Dynamo's own records are read. Dynamo calls this once, while it traces.
+    It must where the caller asks for that. Nothing could be replayed where dimensions are to stay variable, where the
+    compiler itself makes CUDA graphs, or where other processes train along. Nothing public tells the first three, so
+    that Dynamo's own records are read. Dynamo calls this once, while it traces.
     """
     try:
         from torch._dynamo import config
@@ -278,7 +279,7 @@ def _compiler_at_work() -> int | None:
         compiler = backend, None if config.automatic_dynamic_shapes else False
     except (ImportError, AttributeError):  # another release of PyTorch
         return None
-    if is_whole or makes_graphs or dynamic:
+    if is_whole or makes_graphs or dynamic or not _is_alone():
         return None
     if compiler not in _COMPILERS:
         _COMPILERS.append(compiler)
@@ -302,15 +303,16 @@ def _between_compiled_graphs(number: int, plain: Callable, model: nn.Module, *ar
 
 
 def without_cache_in_training(forward: Callable) -> Callable:
-    """Let the base model's `forward` make no cache in training mode unless it is asked for one by name.
+    """Let the base model's `forward` make no cache in a training step unless it is asked for one by name.
 
     It would keep every layer's keys and values, and repeated steps could not be replayed.
     """
 
     @functools.wraps(forward)
     def forward_without_cache(self, *args, **kwargs):
-        # Caches come after three other arguments.
-        if self.training and len(args) <= 3 and kwargs.get("use_cache") is None and kwargs.get("cache") is None:
+        is_training = self.training and torch.is_grad_enabled()
+        # By position, a cache comes after three other arguments.
+        if is_training and len(args) <= 3 and kwargs.get("use_cache") is None and kwargs.get("cache") is None:
             kwargs["use_cache"] = False
         return forward(self, *args, **kwargs)
 
