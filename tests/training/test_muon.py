@@ -1,6 +1,7 @@
 """Muon and AdamW in one optimizer, beside torch.optim.Muon and torch.optim.AdamW one parameter at a time."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -77,6 +78,31 @@ def test_every_matrix_gets_what_torch_gives_it(monkeypatch, dtype, batch_element
     expected = values(twin) | {name: torch.stack([p.detach() for p in parts]) for name, parts in slices.items()}
     assert_equal(values(model), expected)
     assert not torch.equal(model.up, Shapes(dtype).up)
+
+
+def orthogonalized_in_float64(matrix: torch.Tensor) -> torch.Tensor:
+    """[A, B] with A <= B, by the quintic of the iteration on its singular values."""
+    u, s, vh = torch.linalg.svd(matrix.double() / matrix.double().norm(), full_matrices=False)
+    a, b, c = muon.COEFFICIENTS
+    for _ in range(muon.ITERATIONS):
+        s = a * s + b * s**3 + c * s**5
+    return u @ s.diag() @ vh
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 512, 512), (4, 256, 512)])
+def test_a_batch_on_the_gpu_errs_no_more_than_torch(shape):
+    """By at most twice what torch.optim.Muon errs one by one, because its products are other kernels."""
+    gradients = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    found = muon.orthogonalized(gradients)
+    alone = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(alone, gradients):
+        parameter.grad = gradient
+    rate = 1 / (muon.UPDATE_RMS * math.sqrt(max(shape[1:])))
+    torch.optim.Muon(alone, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    exact = torch.stack([orthogonalized_in_float64(gradient) for gradient in gradients])
+    error, allowed = ((values.double() - exact).norm() for values in (found, -torch.stack(alone).detach()))
+    assert error <= 2 * allowed
 
 
 def test_state_is_saved_and_loaded_exactly():
