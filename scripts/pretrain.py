@@ -27,6 +27,7 @@ with needs("train"):
     from complexity_deep.workflow.training.architecture_monitors import ArchitectureMonitors
     from complexity_deep.workflow.training.atomic_checkpoint import last_good_checkpoint
     from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
+    from complexity_deep.workflow.training.muon import muon_for_trainer
     from complexity_deep.workflow.training.new_model import load_tokenizer, new_model
     from complexity_deep.workflow.training.pretraining import PretrainTrainer, load_rows
     from complexity_deep.workflow.training.pretraining_arguments import PretrainingArguments, check_pretraining
@@ -91,6 +92,7 @@ def main(script_args: PretrainingArguments, training_args: TrainingArguments) ->
         compute_metrics=perplexity_metrics,
         preprocess_logits_for_metrics=token_nll,
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=muon_for_trainer(training_args) if script_args.optimizer else None,
         settings={
             "sources": script_args.sources,
             "source_weights": script_args.source_weights,
@@ -98,6 +100,7 @@ def main(script_args: PretrainingArguments, training_args: TrainingArguments) ->
             "text_column": script_args.text_column,
             "mask_across_documents": script_args.mask_across_documents,
             "z_loss": script_args.z_loss,
+            "optimizer": script_args.optimizer,
             "routing": routing,
             # The optimizer of a model divided this way is stored in another form.
             "tensor x expert parallelism": [parallelism.tp_size, parallelism.ep_size] if parallelism else [1, 1],

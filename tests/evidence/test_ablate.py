@@ -182,6 +182,41 @@ def test_settings_tell_runs_apart():
     assert same["tokens"] % (1024 * 32) == 0 and 2.5e7 - same["tokens"] < 1024 * 32
 
 
+def test_muon_is_a_variant_with_a_sweep_of_its_own():
+    """The model and its training are those of the variant with AdamW, and nothing of one is taken for the other."""
+    runs = {run["variant"]: run for run in expand(PLANS / "muon.yaml", all_swept(), DATA)}
+    with_adamw = {run["variant"]: run for run in expand(PLANS / "headline.yaml", all_swept(), DATA) if run["seed"] == 0}
+    assert len(runs) == 2
+    for name, run in runs.items():
+        other = with_adamw[name.removesuffix("_muon")]
+        differing = {"variant", "plan", "optimizer"}
+        assert {k: v for k, v in run.items() if k not in differing} == {
+            k: v for k, v in other.items() if k not in differing
+        }
+        assert run["optimizer"] == "muon" and "optimizer" not in other
+        assert finish({**run, "variant": other["variant"]}, False)["settings"] != finish(other, False)["settings"]
+    only_adamw = [row for row in all_swept() if not row["variant"].endswith("_muon")]
+    with pytest.raises(PlanError, match="The family 'dense_muon' has no swept learning rate yet"):
+        expand(PLANS / "muon.yaml", only_adamw, DATA)
+
+
+@pytest.mark.parametrize(
+    "variant, sentence",
+    [
+        ("v0_muon: {family: f, config: {}}", "'v0_muon' must have optimizer: muon if its name ends with _muon"),
+        ("v0: {family: f, optimizer: muon, config: {}}", "'v0' must have optimizer: muon if its name ends with _muon"),
+        ("v0: {family: f, optimizer: sgd, config: {}}", "'v0' has the optimizer 'sgd', but only muon can be named"),
+    ],
+)
+def test_a_variant_says_its_optimizer(tmp_path, variant, sentence):
+    (tmp_path / "30m.yaml").write_text(f"{{size: 30m, shape: {{}}, training: {{}}, variants: {{{variant}}}}}")
+    name = variant.partition(":")[0]
+    plan = f"{{base: 30m.yaml, variants: [{name}], tokens: 1, learning_rates: [1], seeds: [0]}}"
+    (tmp_path / "plan.yaml").write_text(plan)
+    with pytest.raises(PlanError, match=sentence):
+        expand(tmp_path / "plan.yaml", [], DATA)
+
+
 def test_unknown_variants_are_refused(tmp_path):
     (tmp_path / "30m.yaml").write_text((PLANS / "30m.yaml").read_text())
     (tmp_path / "plan.yaml").write_text("{base: 30m.yaml, variants: [v9], tokens: 1, learning_rates: [1], seeds: [0]}")
@@ -221,7 +256,22 @@ def test_every_outcome_is_recorded_and_a_finished_run_is_not_made_again(tmp_path
     assert rows[0]["seconds"] == 1.0 and rows[0]["tokens"] == runs[0]["tokens"] and "torch 2.11" in rows[0]["versions"]
     assert "CUDA graphs" in rows[4]["versions"] and "CUDA graphs" not in rows[0]["versions"]
     assert missing_of(runs, read_rows(tmp_path / "runs.csv")) == [runs[2], runs[3]]
+    assert {row["optimizer"] for row in rows.values()} == {"adamw"}
     assert "edu 3.0000" in capsys.readouterr().out
+
+
+def test_rows_without_an_optimizer_are_of_adamw(tmp_path):
+    path = tmp_path / "runs.csv"
+    run = expand(PLANS / "learning_rates.yaml", [], DATA, ["dense_active_muon"])[0]
+    work(tmp_path, [finish(run, False)])
+    header, row = path.read_text().splitlines()
+    assert header.endswith(",optimizer") and row.endswith(",muon")
+    path.write_text("\n".join([header, row, row.removesuffix(",muon")]) + "\n")  # one as it was written before
+    assert [row["optimizer"] for row in read_rows(path)] == ["muon", "adamw"]
+    path.write_text("\n".join([header.removesuffix(",optimizer"), row.removesuffix(",muon")]) + "\n")
+    assert [row["optimizer"] for row in read_rows(path)] == ["adamw"]
+    with pytest.raises(PlanError, match=r"The first line of .* must be variant,.*,optimizer"):
+        Results(path)
 
 
 def test_an_exit_code_is_known_though_other_threads_start_processes(tmp_path, monkeypatch):
@@ -296,6 +346,16 @@ def test_a_run_learns_and_measures_itself(data):
     again = ablation_run.train(toy_run(), data, eos_token_id=0, compiled=False)
     assert again["curve"] == result["curve"]
     assert ablation_run.train(toy_run(seed=1), data, eos_token_id=0, compiled=False)["curve"] != result["curve"]
+
+
+@pytest.mark.parametrize("config", [{}, {"use_token_routed_mlp": False, "use_mu_guidance": False}])
+def test_a_run_with_muon_learns_and_repeats(data, config):
+    short = {"config": config, "tokens": 64 * 4 * 12}
+    run = toy_run(optimizer="muon", **short)
+    result, again = (ablation_run.train(run, data, eos_token_id=0, compiled=False) for _ in range(2))
+    assert result["status"] == "ok" and result["held_out_edu"] < 3 and again["curve"] == result["curve"]
+    with_adamw = ablation_run.train(toy_run(**short), data, eos_token_id=0, compiled=False)
+    assert with_adamw["curve"] != result["curve"]
 
 
 @pytest.mark.gpu
@@ -476,6 +536,27 @@ def test_report_of_known_runs(page, tmp_path):
     assert "10 runs: 1 failed, 9 ok" in text and "9.9" not in text
     for name in ("curves.png", "differences.png"):
         assert (tmp_path / "evidence" / name).stat().st_size > 10_000
+
+
+def test_runs_with_muon_stand_apart(page):
+    """With tables of their own, whose differences are to dense with Muon and to the same variant with AdamW."""
+    dense = [finished("dense_active", seed, 3.19 + 0.02 * seed) for seed in range(2)]
+    shared = [finished("shared_64", seed, 2.99 + 0.02 * seed) for seed in range(2)]
+    before = page([*dense, *shared])
+    muon = {"optimizer": "muon", "tokens_per_second": 4000.0}
+    with_muon = [
+        finished("dense_active_muon", 0, 3.1, "muon", runs_per_gpu=1, **muon),
+        finished("shared_64_muon", 0, 2.95, "muon", runs_per_gpu=2, **muon),
+    ]
+    text = page([*dense, *shared, *with_muon])
+    assert "Muon" not in before and before.partition("## Stability")[0] in text
+    start, end = text.index("## With Muon, token files first"), text.index("## Stability")
+    section = text[start:end]
+    assert "| shared_64_muon | 2.0 / 1.0 | 0.001 | 1 | 100.0 | 2.9500 | 3.9500 | -0.150 | -0.150 | | | |" in section
+    assert "| dense_active_muon | 2.0 / 1.0 | 0.001 | 1 | 100.0 | 3.1000 | 4.1000 | | | | | 4,000 |" in section
+    assert "| dense_active_muon | 1 and 2 | -0.100 | -0.100 |" in section
+    assert "| shared_64_muon | 1 and 2 | -0.050 | -0.050 |" in section
+    assert "_muon" not in text[:start]
 
 
 def test_losses_of_other_token_files_are_not_compared(page):

@@ -213,6 +213,10 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         (["--sources", "number.jsonl"], "'number.jsonl' has 3 in it (int), so it does not hold text."),
         (["--report-to", "wandb"], "--report-to wandb cannot be used"),
         (["--push-to-hub"], "--push-to-hub does not reach the Hub"),
+        (["--optimizer", "adam"], "optimizer can be muon, but is 'adam': others are named by optim."),
+        (["--optimizer", "muon", "--optim", "adafactor"], "optimizer muon and optim do not go together"),
+        (["--optimizer", "muon", "--optim-args", "a=1"], "optimizer muon and optim_args do not go together"),
+        (["--optimizer", "muon", "--expert-parallel-size", "2"], "Muon needs whole matrices on every process"),
         (["--output-dir", "empty.txt"], "'empty.txt' cannot be a folder, for "),
         (["--output-dir", "empty.txt/run"], "is a file: name another."),
         (["--output-dir", "/proc/run"], "--output-dir '/proc/run' cannot be written ("),
@@ -272,6 +276,7 @@ OTHER_RUNS = {
     "schedule": (["--lr-scheduler-type", "cosine"], {}, "lr_scheduler_type = linear, but it is now cosine"),
     "warm-up": (["--warmup-steps", 5], {}, r"warmup_steps = .*, but it is now 5"),
     "optimizer": (["--optim", "adafactor"], {}, "optim = adamw_torch.*, but it is now adafactor"),
+    "Muon": (["--optimizer", "muon"], {}, "optimizer = None, but it is now muon"),
     "decay": (["--weight-decay", 0.3], {}, "weight_decay = 0.0, but it is now 0.3"),
     "smoothing": (["--label-smoothing-factor", 0.1], {}, "label_smoothing_factor = 0.*, but it is now 0.1"),
     "seed": (["--seed", 7], {}, "seed = 0, but it is now 7|seed = 42, but it is now 7"),
@@ -320,12 +325,31 @@ def test_a_run_begun_before_the_check_goes_on(recipe, uninterrupted, tmp_path):
     checkpoint = tmp_path / "run" / f"checkpoint-{STEPS - 2}"
     shutil.copytree(uninterrupted[0] / checkpoint.name, checkpoint)
     as_before_this_check(checkpoint)
-    for name in ("rows per step", "longer, with a schedule over all steps", "step size", "other shapes"):
+    for name in ("rows per step", "longer, with a schedule over all steps", "Muon", "step size", "other shapes"):
         options, shape, _ = OTHER_RUNS[name]
         with pytest.raises(SystemExit, match="would be another run"):
             run_with_shape(recipe, tmp_path, shape, *options)
     run_with_shape(recipe, tmp_path, {})
     assert_same_run(tmp_path / "run", uninterrupted[0])
+
+
+def test_a_run_with_muon_goes_on_bit_by_bit(recipe, tmp_path):
+    options = ("--config", recipe, "--optimizer", "muon", "--max-steps", 4, "--weight-decay", 0.1, "--save-steps", 2)
+    run_command("pretrain", *options, "--output-dir", tmp_path / "whole")
+    entries = held_out_log(tmp_path / "whole")
+    assert entries[-1]["eval_loss"] < entries[0]["eval_loss"] - 0.5
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    with pytest.raises(SystemExit, match="optimizer = muon, but it is now None"):
+        run_command("pretrain", "--config", recipe, "--max-steps", 4, "--output-dir", tmp_path / "resumed")
+    run_command("pretrain", *options, "--output-dir", tmp_path / "resumed")
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("resumed", "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    state = torch.load(tmp_path / "resumed" / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    assert {"momentum_buffer", "exp_avg"} == {
+        next(k for k in s if k in ("momentum_buffer", "exp_avg")) for s in state.values()
+    }
+    summary = json.loads((tmp_path / "resumed" / "training_summary.json").read_text())
+    assert summary["options"]["optimizer"] == "muon"
 
 
 def test_tokens_are_those_that_were_trained(recipe, tmp_path):

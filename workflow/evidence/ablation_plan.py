@@ -10,6 +10,7 @@ from complexity_deep.workflow.command import InputError
 
 IDENTITY = ("variant", "seed", "size", "tokens", "learning_rate", "settings")  # of a run, whatever came of it
 DONE = ("ok", "diverged")
+MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW
 
 
 class PlanError(InputError):
@@ -43,6 +44,7 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
             if only and name not in only:
                 continue  # before its rate and its speed are looked up
             variant = base["variants"][name]
+            check_optimizer(name, variant)
             rates = plan["learning_rates"]
             if rates == "swept":
                 rates = [swept_rate(variant["family"], base, known)]
@@ -64,10 +66,22 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
                         "balance_loss": variant.get("balance_loss", 0.0),
                         **base["training"],
                     }
+                    if "optimizer" in variant:  # not in the settings of runs with AdamW
+                        run["optimizer"] = variant["optimizer"]
                     if plan.get("repeat_data"):  # not in the settings of runs that take a single pass
                         run["repeat_data"] = True
                     runs.append({**run, "plan": plan_path.stem})
     return runs
+
+
+def check_optimizer(name: str, variant: dict) -> None:
+    """Raise `PlanError` for an unknown optimizer, and where the name of a variant, by which rows are told apart and
+    put together, does not say it."""
+    optimizer = variant.get("optimizer")
+    if optimizer not in (None, MUON):
+        raise PlanError(f"The variant '{name}' has the optimizer '{optimizer}', but only {MUON} can be named.")
+    if (optimizer == MUON) != name.endswith(f"_{MUON}"):
+        raise PlanError(f"'{name}' must have optimizer: {MUON} if its name ends with _{MUON}, and only then.")
 
 
 def swept_rate(family: str, base: dict, rows: list[dict]) -> float:

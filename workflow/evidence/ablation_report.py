@@ -8,11 +8,13 @@ from matplotlib import colormaps
 from scipy import stats
 
 from complexity_deep.workflow.charts import subplots, write_figure
+from complexity_deep.workflow.evidence.ablation_plan import MUON
 from complexity_deep.workflow.markdown_table import table
 
 CONFIDENCE = 0.95
 NOT_MEASURED = "Not measured yet."
 EQUAL_TOKENS, EQUAL_SECONDS = ("headline", "ablations"), ("equal_seconds",)
+WITH_MUON = ("muon",)
 TEXTS = {"held_out_edu": "educational text", "held_out_books": "books"}
 # The goal: mean difference to the reference, and the bound that the upper end of its interval must not exceed.
 GOALS = {"equal tokens": -0.15, "equal seconds": -0.10}
@@ -205,6 +207,35 @@ def stability_table(rows: list[dict]) -> list[str]:
         cells += [f"{statistics.mean(column(found, 'spikes')):.1f}", f"{max(column(found, 'max_grad_norm')):.1f}"]
         lines.append([*cells, as_mean(ended) if ended else ""])
     return table(header, lines)
+
+
+def muon_section(rows: list[dict], reference: str) -> list[str]:
+    """Lines on the runs with Muon: beside each other, then each beside the same variant with AdamW; none without runs.
+
+    `reference` is the name with AdamW of the variant that the former differences are taken to.
+    """
+    lines = []
+    with_adamw = by_data(rows, EQUAL_TOKENS)
+    for data, runs in by_data(rows, WITH_MUON).items():
+        alone = {
+            name: [row["tokens_per_second"] for row in found if row["runs_per_gpu"] == 1]
+            for name, found in runs.items()
+        }
+        speeds = {name: statistics.mean(found) for name, found in alone.items() if found}
+        lines += [f"## With Muon, token files {data}", ""]
+        lines += ["Matrices are trained by Muon, embeddings and vectors by AdamW. Differences are to dense with Muon."]
+        lines += ["", *variant_table(runs, runs.get(f"{reference}_{MUON}", []), speeds), ""]
+        pairs = {name: with_adamw.get(data, {}).get(name.removesuffix(f"_{MUON}"), []) for name in runs}
+        cells = [
+            [name, f"{len(runs[name])} and {len(others)}"]
+            + [as_difference(column(runs[name], text), column(others, text)) for text in TEXTS]
+            for name, others in pairs.items()
+            if others
+        ]
+        if cells:
+            lines += ["Minus the same variant with AdamW, at equal tokens:", ""]
+            lines += [*table(["variant", "seeds", "edu, difference", "books, difference"], cells), ""]
+    return lines
 
 
 def by_data(rows: list[dict], plans: tuple[str, ...]) -> dict[str, dict[str, list[dict]]]:

@@ -12,18 +12,23 @@ FIELDS = (
     "variant", "seed", "size", "tokens", "seconds", "held_out_edu", "held_out_books", "curve", "device", "versions",
     "commit", "data", "plan", "learning_rate", "parameters", "active_parameters", "status", "reason", "steps",
     "tokens_per_second", "wall_seconds", "runs_per_gpu", "train_loss", "spikes", "max_grad_norm", "median_grad_norm",
-    "shifted_edu", "expert_norm_ratio", "peak_memory_gib", "date", "settings",
+    "shifted_edu", "expert_norm_ratio", "peak_memory_gib", "date", "settings", "optimizer",
 )  # fmt: skip
 # Columns whose cells are text, even where a hash looks like a number.
-TEXT = ("variant", "size", "device", "versions", "commit", "data", "plan", "status", "reason", "date", "settings")
+TEXT = (
+    "variant", "size", "device", "versions", "commit", "data", "plan", "status", "reason", "date", "settings",
+    "optimizer",
+)  # fmt: skip
+ADAMW = "adamw"  # the optimizer of rows without one, which were written before there was a choice
 
 
 def read_rows(results: Path) -> list[dict]:
-    """The rows of runs.csv, numbers as numbers and an empty cell as None."""
+    """The rows of runs.csv, numbers as numbers and an empty cell as None; a row without an optimizer has AdamW."""
     if not results.exists():
         return []
     with results.open(newline="") as file:
         rows = [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    rows = [{**row, "optimizer": row.get("optimizer") or ADAMW} for row in rows]
     return [{**row, "status": "diverged"} if is_dead(row) else row for row in rows]
 
 
@@ -50,7 +55,15 @@ class Results:
     """runs.csv, to which a finished run is appended at once; of several threads one writes at a time."""
 
     def __init__(self, path: Path):
+        """Raises `PlanError` for a file with other columns than those that a row would be written in."""
         self.path, self.lock = path, threading.Lock()
+        if path.exists():
+            with path.open(newline="") as file:
+                columns = next(csv.reader(file), [])
+            if columns != list(FIELDS):
+                raise PlanError(
+                    f"The first line of '{path}' must be {','.join(FIELDS)}; a row may lack the last cells."
+                )
 
     def append(self, row: dict) -> None:
         with self.lock:
@@ -59,7 +72,7 @@ class Results:
                 writer = csv.DictWriter(file, FIELDS)
                 if is_new:
                     writer.writeheader()
-                cells = {name: row.get(name) for name in FIELDS}
+                cells = {"optimizer": ADAMW, **{name: row[name] for name in FIELDS if name in row}}
                 cells = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in cells.items()}
                 writer.writerow(cells)
                 file.flush()

@@ -1,7 +1,7 @@
 """One run of ablate.py: a variant with one seed, trained by Trainer on token files in a process of its own.
 
 The loop is that of pretrain.py without what a short run has no use for (checkpoints, a stream of text, monitors): fp32
-weights under bf16 autocast, AdamW that decays matrices, a loss in chunks, every decoder layer compiled.
+weights under bf16 autocast, AdamW or Muon that decays matrices, a loss in chunks, every decoder layer compiled.
 """
 
 import math
@@ -18,8 +18,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter,
 from complexity_deep.accelerated_complexity_deep import cggr_experts_forward
 from complexity_deep.training_graph_complexity_deep import is_replayed
 from complexity_deep.workflow.evidence.ablation_data import TrainingBatches, batch_of, token_counts, token_rows
+from complexity_deep.workflow.evidence.ablation_plan import MUON
 from complexity_deep.workflow.flops import active_parameters, total_parameters
 from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
+from complexity_deep.workflow.training.muon import muon_for_trainer
 from complexity_deep.workflow.training.new_model import load_tokenizer, model_of_shape
 
 WARM_UP_STEPS = 10  # compiled and not timed; their time is taken to be that of the others
@@ -256,9 +258,11 @@ def train(run: dict, data: str, eos_token_id: int, compiled: bool) -> dict:
     norm_before = expert_norm(model) if has_experts else None
     clock = RunClock(steps, tokens_per_step, held_out)
     with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(run, steps, folder)
         trainer = RunTrainer(
             model=model,
-            args=training_arguments(run, steps, folder),
+            args=args,
+            optimizer_cls_and_kwargs=muon_for_trainer(args) if run.get("optimizer") == MUON else None,
             train_dataset=batches,
             callbacks=[clock],
             batches=batches,

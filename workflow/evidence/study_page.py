@@ -10,6 +10,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     by_data,
     draw_curves,
     draw_differences,
+    muon_section,
     stability_table,
     sweep_table,
     variant_table,
@@ -49,6 +50,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         if reference and len(runs) > 1:
             draw_differences(output / "differences.png", runs, reference)
             lines += [f"![differences to {name}, token files {data}]({output.name}/differences.png)", ""]
+    lines += muon_section(rows, name)
     lines += ["## Stability", "", *stability_table(rows), "", *scaling_section(output, studied, Path(recipes))]
     for size in SIZES:
         swept = sweep_table([row for row in studied if row["size"] == size])

@@ -23,6 +23,7 @@ SHAPE = {
 }
 HYPERPARAMETERS = {
     "optim": "optimizer",
+    "optimizer": "optimizer of the matrices",
     "learning_rate": "learning rate",
     "lr_scheduler_type": "schedule",
     "warmup_steps": "warm-up",

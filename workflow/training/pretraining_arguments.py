@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.training.muon import check_muon
 from complexity_deep.workflow.training.training_arguments import check_counts, check_shares, check_training
 
 
 @dataclass
 class PretrainingArguments:
-    """Model and data; everything about optimisation is in TrainingArguments."""
+    """Model and data, and of optimisation what TrainingArguments do not have."""
 
     model_config: str = field(metadata={"help": "JSON file with the model's shape, for example configs/demo.json."})
     tokenizer: str = field(metadata={"help": "Tokenizer folder written by train_tokenizer.py, or a Hub id."})
@@ -64,6 +65,10 @@ class PretrainingArguments:
     chunked_loss: bool = field(
         default=True, metadata={"help": "Compute the loss without ever holding the logits of all tokens."}
     )
+    optimizer: str | None = field(
+        default=None,
+        metadata={"help": "muon: Muon for matrices and AdamW for embeddings and vectors, instead of `optim`."},
+    )
     z_loss: float = field(
         default=0.0, metadata={"help": "Weight of the squared log of the softmax's denominator (1e-4 is usual)."}
     )
@@ -85,6 +90,10 @@ def check_pretraining(script_args: PretrainingArguments, training_args: Training
         raise InputError("z_loss is a part of the chunked loss: set chunked_loss to true, or z_loss to 0.")
     if script_args.z_loss and training_args.label_smoothing_factor:
         raise InputError("z_loss and label_smoothing_factor do not go together: set one of them to 0.")
+    if script_args.optimizer == "muon":
+        check_muon(training_args, script_args.expert_parallel_size)
+    elif script_args.optimizer is not None:
+        raise InputError(f"optimizer can be muon, but is '{script_args.optimizer}': others are named by optim.")
     counts = ("row_length", "shuffle_buffer", "held_out_rows", "routing_sample_tokens", "expert_parallel_size")
     check_counts(**{name: getattr(script_args, name) for name in counts})
     check_shares(held_out_fraction=script_args.held_out_fraction)

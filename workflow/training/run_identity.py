@@ -105,8 +105,8 @@ def check_optimizer(checkpoint: Path) -> None:
 
 
 def of_an_older_checkpoint(state: TrainerState, args: TrainingArguments) -> dict:
-    """What Trainer itself has always stored, for checkpoints whose settings lack it."""
-    older = {"max_steps": state.max_steps, "per_device_train_batch_size": state.train_batch_size}
+    """What Trainer itself has always stored, for checkpoints whose settings lack it, and that there was no Muon."""
+    older = {"max_steps": state.max_steps, "per_device_train_batch_size": state.train_batch_size, "optimizer": None}
     # Trainer stores whole epochs only.
     same_epochs = math.ceil(args.num_train_epochs) == state.num_train_epochs
     return {**older, "num_train_epochs": args.num_train_epochs if same_epochs else state.num_train_epochs}

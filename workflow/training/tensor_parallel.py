@@ -24,6 +24,11 @@ from complexity_deep.workflow.command import InputError
 OPTIMIZER_FOLDER = "optimizer"
 
 
+def sharded_by_accelerate() -> bool:
+    """Whether accelerate is to shard the model by FSDP or DeepSpeed, from what `accelerate launch` or Trainer set."""
+    return any(str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")) for name in ("FSDP", "DEEPSPEED"))
+
+
 def requested_parallelism(world_size: int, expert_parallel_size: int) -> DistributedConfig | None:
     """How to divide the model among the processes; None where Trainer and accelerate do all of it."""
     sizes = ParallelismConfig()  # from the environment that `accelerate launch` makes of its config file
@@ -35,7 +40,7 @@ def requested_parallelism(world_size: int, expert_parallel_size: int) -> Distrib
         raise InputError(
             f"Tensor and expert parallelism need transformers 5.23 or newer, and this is {transformers.__version__}."
         )
-    if any(str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")) for name in ("FSDP", "DEEPSPEED")):
+    if sharded_by_accelerate():
         raise InputError(
             "With tensor or expert parallelism the library shards the model: take recipes/accelerate/tp.yaml, whose "
             "distributed_type is MULTI_GPU, and its parallelism_config_dp_shard_size for FSDP2."
