@@ -21,7 +21,14 @@ from transformers.utils import logging
 
 from .accelerated_complexity_deep import ACCELERATED, recordings_by_model
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, modes, record
-from .forward_graph_complexity_deep import LOCK, Recordings, graphed_forward, hides_nothing, is_default_stream
+from .forward_graph_complexity_deep import (
+    LOCK,
+    Recordings,
+    asked_for,
+    graphed_forward,
+    hides_nothing,
+    is_default_stream,
+)
 from .kernels.op_registration import is_ordinary
 
 # Multiplications of a layer's weights in one pass. From about so many on, the GPU takes longer for them than the host
@@ -221,12 +228,13 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
             return _between_compiled_graphs(number, plain, model, input_ids, *args, **kwargs)
     if not torch.is_grad_enabled():
         return graphed_forward(plain, model, input_ids, *args, **kwargs)
-    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    given = asked_for(kwargs)
     given.pop("num_items_in_batch", None)  # the loss divides by it
     inputs = {"input_ids": input_ids, "position_ids": given.pop("position_ids", None)}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     mask = given.pop("attention_mask", None)
-    if args or given or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, inputs):
+    makes_cache = given.pop("use_cache", None)
+    if args or given or makes_cache is not False or input_ids is None or not _takes_graph(model, inputs):
         return plain(model, input_ids, *args, **kwargs)
     if mask is not None and ("position_ids" in inputs or not hides_nothing(mask, input_ids)):
         return plain(model, input_ids, *args, **kwargs)
@@ -252,7 +260,7 @@ def _is_known(model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: d
         and model.takes_cuda_graphs
         and kwargs.get("use_cache") is not None
         and not args
-        and all(value is None or value is False or name in names for name, value in kwargs.items())
+        and all(name in names for name in asked_for(kwargs))
     )
 
 

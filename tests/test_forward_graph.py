@@ -227,6 +227,9 @@ def test_calls_that_ask_for_more_run_as_they_are(recordings, monkeypatch):
         for more in (cache, {"attention_mask": mask}, {"position_ids": positions}, {"routing_ids": ids}):
             logits(model, ids, **more)
         model(ids, use_cache=False, output_hidden_states=True)
+        logits(model, ids, is_causal=False)  # every token sees all others
+        with pytest.raises(AttributeError):
+            logits(model, ids, attention_mask=np.ones((1, 3)))
     model = triton_model()
     logits(model, ids).sum().backward()
     with torch.no_grad():

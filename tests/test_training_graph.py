@@ -422,7 +422,8 @@ def test_calls_that_ask_for_more_run_as_they_are(steps):
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
     mask, embeds = torch.ones(1, 1, 4, 4, device=DEVICE).bool(), model.model.embed_tokens(ids).detach()
     embeds.requires_grad_()
-    for more in ({"use_cache": True}, {"attention_mask": mask}, {"routing_ids": ids}, {"output_hidden_states": True}):
+    asked = {"use_cache": True, "is_causal": False, "attention_mask": mask, "routing_ids": ids}
+    for more in ({name: value} for name, value in (asked | {"output_hidden_states": True}).items()):
         model(ids, **{"use_cache": False, **more}).logits.sum().backward()
     model(inputs_embeds=embeds, routing_ids=ids, use_cache=False).logits.sum().backward()
     checkpoint(lambda x: model(x, use_cache=False).logits, ids, use_reentrant=False).sum().backward()
