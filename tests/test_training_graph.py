@@ -8,6 +8,8 @@ import pytest
 import torch
 from accelerate.utils import compile_regions
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -356,13 +358,51 @@ def test_a_model_compiled_as_a_whole_is_replayed(steps, options):
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, **TOLERANCE)
 
 
-@pytest.mark.parametrize("options", [{"fullgraph": True}, {"dynamic": True}, {"mode": "reduce-overhead"}], ids=str)
+WHOLE = [{"fullgraph": True}, {"dynamic": True}, {"mode": "reduce-overhead"}, {"backend": "cudagraphs"}]
+
+
+@pytest.mark.parametrize("options", WHOLE, ids=str)
 def test_a_compiled_graph_that_must_be_whole_or_makes_graphs_of_its_own_is_left_alone(steps, options):
     torch._dynamo.reset()
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
-    compiled = torch.compile(model, **({} if "mode" in options else {"backend": "aot_eager"}), **options)
+    compiled = torch.compile(model, **({} if "mode" in options else {"backend": "aot_eager"}) | options)
     check_equal(gradients_of(model, loss_of(compiled, ids)), eager_gradients(model, ids))
     assert not steps
+
+
+def through_a_condition(model, ids) -> Tensor:
+    logits = lambda x: model(x, use_cache=False).logits  # noqa: E731
+    with torch.no_grad():
+        return torch.cond(ids.sum() > 0, logits, logits, (ids,))
+
+
+def through_checkpoint(model, ids) -> Tensor:
+    return checkpoint(lambda x: model(x).logits, ids, use_reentrant=False)
+
+
+def through_a_transform(model, ids) -> Tensor:
+    norm = model.model.norm.weight.detach()
+    logits = lambda x: functional_call(model, {"model.norm.weight": x}, (ids,), {"use_cache": False}).logits  # noqa: E731
+    return torch.func.grad(lambda x: logits(x).square().sum())(norm)
+
+
+def with_checkpointed_layers(model, ids) -> Tensor:
+    return model(ids).logits
+
+
+@pytest.mark.parametrize(
+    "way", [through_a_condition, through_checkpoint, through_a_transform, with_checkpointed_layers]
+)
+def test_what_is_traced_in_one_piece_or_computed_twice_stays_one_compiled_graph(steps, way):
+    torch._dynamo.reset()
+    counters.clear()
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    if way is with_checkpointed_layers:
+        model.gradient_checkpointing_enable()
+    counter = CompileCounterWithBackend("aot_eager")
+    found = torch.compile(lambda x: way(model, x), backend=counter)(ids)
+    torch.testing.assert_close(found, way(model, ids), **TOLERANCE)
+    assert counter.frame_count == 1 and not counters["graph_break"] and not steps
 
 
 def test_layers_compiled_by_accelerate_are_recorded(steps):
