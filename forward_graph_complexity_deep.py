@@ -137,8 +137,12 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
     ids, device = input_ids, input_ids.device
 
     def make() -> tuple:
-        own = ids.clone()
-        return own, *record(lambda: plain(model, own, use_cache=makes_cache), device)
+        # A compiled decoder tells tensors of inference mode from others.
+        with torch.inference_mode(torch.is_inference_mode_enabled() and ids.is_inference()):
+            own = ids.clone()
+        step = lambda: plain(model, own, use_cache=makes_cache)  # noqa: E731
+        step()  # as it is, which compiles what is not compiled yet, such as for `own` where the ids are a view
+        return own, *record(step, device)
 
     with LOCK:
         found = Recordings.of(model, _GRAPHS, MAX_GRAPHS).find(

@@ -255,7 +255,8 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
         )
         if step is not None and step.is_free():
             return step(plain, model, inputs)
-    return plain(model, input_ids, *args, **kwargs)
+    # As it is recorded, so that a compiler meets one kind of call.
+    return plain(model, **inputs, use_cache=False)
 
 
 def _is_known(model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: dict) -> bool:

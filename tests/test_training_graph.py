@@ -405,6 +405,23 @@ def test_what_is_traced_in_one_piece_or_computed_twice_stays_one_compiled_graph(
     assert counter.frame_count == 1 and not counters["graph_break"] and not steps
 
 
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4)
+def test_a_model_compiled_as_a_whole_is_compiled_twice_for_all_lengths(steps):
+    """The decoder and the loss, each in training and in evaluation. A mask and a recording change nothing about it."""
+    torch._dynamo.reset()
+    model, counter = triton_model(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for length in (5, 5, 6, 6, 7, 7):
+        ids = random_ids(2, length).to(DEVICE)
+        for trains in (True, False):
+            with torch.set_grad_enabled(trains):
+                loss = loss_of(compiled.train(trains), ids, attention_mask=torch.ones_like(ids))
+            if trains:
+                loss.backward()
+                model.zero_grad()
+    assert counter.frame_count == 8 and len(steps) == 3
+
+
 def test_layers_compiled_by_accelerate_are_recorded(steps):
     model, ids = compile_regions(triton_model(), backend="aot_eager").train(), random_ids(1, 4).to(DEVICE)
     for _ in range(2):
