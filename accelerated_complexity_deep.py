@@ -325,7 +325,8 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
     """
     rows, _, hidden = hidden_states.shape
     attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
-    if rows > MAX_ROWS or not _is_decode_step(attention, hidden_states, mask, cache):
+    # The number of rows comes last, so that a program compiled for longer rows holds for any number of them.
+    if not _is_decode_step(attention, hidden_states, mask, cache) or rows > MAX_ROWS:
         return False
     experts = getattr(mlp, "experts", None)
     if experts is None or dynamics is None or not layer.config.use_dynamics:

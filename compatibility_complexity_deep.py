@@ -9,6 +9,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ def accepts_both_cache_names(forward: Callable) -> Callable:
                 warnings.warn("`past_key_values` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=2)
         return forward(*args, **kwargs)
 
+    # With code of its own, for torch.compile counts by code how often it compiled, and soon gives up.
+    function: Any = forward_with_either_name  # a type checker knows no code of a wrapped function
+    function.__code__ = function.__code__.replace()
     signature = inspect.signature(forward)
     parameters = [
         parameter.replace(name=CACHE_NAME) if parameter.name == "cache" else parameter

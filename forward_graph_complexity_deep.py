@@ -128,7 +128,7 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
     """The forward of the base model without gradient, replayed for ids [B, S] of a shape that was seen before."""
     if isinstance(kwargs.get("cache"), SpeculativeCache):
         return speculative_step(plain, model, input_ids, *args, **kwargs)
-    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    given = asked_for(kwargs)
     makes_cache, mask = given.pop("use_cache", False), given.pop("attention_mask", None)
     if args or given or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, input_ids):
         return plain(model, input_ids, *args, **kwargs)
@@ -137,8 +137,12 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
     ids, device = input_ids, input_ids.device
 
     def make() -> tuple:
-        own = ids.clone()
-        return own, *record(lambda: plain(model, own, use_cache=makes_cache), device)
+        # A compiled decoder tells tensors of inference mode from others.
+        with torch.inference_mode(torch.is_inference_mode_enabled() and ids.is_inference()):
+            own = ids.clone()
+        step = lambda: plain(model, own, use_cache=makes_cache)  # noqa: E731
+        step()  # as it is, which compiles what is not compiled yet, such as for `own` where the ids are a view
+        return own, *record(step, device)
 
     with LOCK:
         found = Recordings.of(model, _GRAPHS, MAX_GRAPHS).find(
@@ -156,12 +160,21 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
     return plain(model, input_ids, use_cache=makes_cache)
 
 
-def hides_nothing(mask: Tensor, ids: Tensor) -> bool:
+def asked_for(kwargs: dict) -> dict:
+    """Those of a call's arguments that say something. An output that is not wanted does not, and None does not."""
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if value is not None and not (value is False and name.startswith("output_"))
+    }
+
+
+def hides_nothing(mask: Any, ids: Tensor) -> bool:
     """Whether a mask [B, S] is 1 everywhere, as data collators make it for rows of one length.
 
     The host waits for the answer, as it would in the library's own look at the mask.
     """
-    return is_ordinary((mask,)) and mask.shape == ids.shape and bool(mask.all())
+    return isinstance(mask, Tensor) and is_ordinary((mask,)) and mask.shape == ids.shape and bool(mask.all())
 
 
 def _copy_of(cache: Cache, model: nn.Module) -> DynamicCache:

@@ -21,8 +21,15 @@ from transformers.utils import logging
 
 from .accelerated_complexity_deep import ACCELERATED, recordings_by_model
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, modes, record
-from .forward_graph_complexity_deep import LOCK, Recordings, graphed_forward, hides_nothing, is_default_stream
-from .kernels.op_registration import is_ordinary
+from .forward_graph_complexity_deep import (
+    LOCK,
+    Recordings,
+    asked_for,
+    graphed_forward,
+    hides_nothing,
+    is_default_stream,
+)
+from .kernels.op_registration import is_ordinary, is_transformed
 
 # Multiplications of a layer's weights in one pass. From about so many on, the GPU takes longer for them than the host
 # for its launches.
@@ -193,17 +200,24 @@ def _is_alone() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None and not torch.is_anomaly_enabled()
 
 
+def _computes_each_step_alike(model: nn.Module) -> bool:
+    """Whether a step has no mask that the library makes, no random numbers and no layers that are computed twice."""
+    return (
+        model.config.sliding_window is None
+        and not (model.training and model.config.attention_dropout > 0)
+        and not any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers)
+    )
+
+
 def _takes_graph(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
-    ids, config = inputs["input_ids"], model.config
+    ids = inputs["input_ids"]
     return (
         not torch.compiler.is_compiling()
         and ids.device.type in GRAPH_DEVICES
         and ids.ndim == 2
         and all(x.device == ids.device for x in inputs.values())
         and _products_of_layer(model, ids.numel()) <= MAX_PRODUCTS
-        and config.sliding_window is None
-        and not (model.training and config.attention_dropout > 0)
-        and not any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers)
+        and _computes_each_step_alike(model)
         and is_ordinary((*inputs.values(), model.embed_tokens.weight))
         and _is_alone()
         and (ids.device.type != "cuda" or is_default_stream(ids.device))
@@ -221,12 +235,13 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
             return _between_compiled_graphs(number, plain, model, input_ids, *args, **kwargs)
     if not torch.is_grad_enabled():
         return graphed_forward(plain, model, input_ids, *args, **kwargs)
-    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    given = asked_for(kwargs)
     given.pop("num_items_in_batch", None)  # the loss divides by it
     inputs = {"input_ids": input_ids, "position_ids": given.pop("position_ids", None)}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     mask = given.pop("attention_mask", None)
-    if args or given or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, inputs):
+    makes_cache = given.pop("use_cache", None)
+    if args or given or makes_cache is not False or input_ids is None or not _takes_graph(model, inputs):
         return plain(model, input_ids, *args, **kwargs)
     if mask is not None and ("position_ids" in inputs or not hides_nothing(mask, input_ids)):
         return plain(model, input_ids, *args, **kwargs)
@@ -240,7 +255,8 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
         )
         if step is not None and step.is_free():
             return step(plain, model, inputs)
-    return plain(model, input_ids, *args, **kwargs)
+    # As it is recorded, so that a compiler meets one kind of call.
+    return plain(model, **inputs, use_cache=False)
 
 
 def _is_known(model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: dict) -> bool:
@@ -250,9 +266,10 @@ def _is_known(model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: d
         input_ids is not None
         and input_ids.device.type in GRAPH_DEVICES
         and model.takes_cuda_graphs
+        and _computes_each_step_alike(model)
         and kwargs.get("use_cache") is not None
         and not args
-        and all(value is None or value is False or name in names for name, value in kwargs.items())
+        and all(name in names for name in asked_for(kwargs))
     )
 
 
@@ -260,9 +277,10 @@ def _is_known(model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: d
 def _compiler_at_work() -> int | None:
     """Number of the compiler that a call is being traced for, or None where the traced graph must stay in one piece.
 
-    It must where the caller asks for that. Nothing could be replayed where dimensions are to stay variable, where the
-    compiler itself makes CUDA graphs, or where other processes train along. Nothing public tells the first three, so
-    that Dynamo's own records are read. Dynamo calls this once, while it traces.
+    It must where the caller asks for that, and in functions that are traced for `torch.cond`, for checkpointing or for
+    `torch.func`. Nothing could be replayed where dimensions are to stay variable, where the compiler itself makes CUDA
+    graphs, or where other processes train along. Nothing public tells most of this, so that Dynamo's own records are
+    read. Dynamo calls this once, while it traces.
     """
     try:
         from torch._dynamo import config
@@ -272,9 +290,11 @@ def _compiler_at_work() -> int | None:
 
         tracer = InstructionTranslator.current_tx()
         is_whole = tracer.one_graph or tracer.error_on_graph_break or tracer.export
+        is_whole = is_whole or tracer.output.current_tracer.parent is not None or is_transformed()
         backend = innermost_backend(tracer.output.compiler_fn)
         options = getattr(backend, "config", {})  # those of a mode, such as "reduce-overhead"
         makes_graphs = options.get("triton.cudagraphs", triton.cudagraphs)
+        makes_graphs = makes_graphs or getattr(backend, "compiler_name", None) == "cudagraphs"
         dynamic = not config.assume_static_by_default
         compiler = backend, None if config.automatic_dynamic_shapes else False
     except (ImportError, AttributeError):  # another release of PyTorch

@@ -315,7 +315,7 @@ def _inl_dynamics_block(
 
 @_inl_dynamics_block.register_fake
 def _(h, v, highway, mu_vec, w_mu, w_in, b_in, w_out, b_out, dt):
-    z_pre, z = (h.new_empty(h.shape[:-1].numel(), w_in.shape[0]) for _ in range(2))
+    z_pre, z = (h.new_empty(h.numel() // h.shape[-1], w_in.shape[0]) for _ in range(2))
     return *(torch.empty_like(h) for _ in range(5)), z_pre, z
 
 

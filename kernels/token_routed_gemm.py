@@ -491,7 +491,7 @@ def token_routed_mlp_forward(
 def _(x, gate_up_proj, down_proj, order, offsets, activation, keep):
     if not keep:
         return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-    tokens = x.shape[:-1].numel()
+    tokens = x.numel() // x.shape[-1]
     return torch.empty_like(x), x.new_empty(tokens, x.shape[-1]), x.new_empty(tokens, gate_up_proj.shape[1])
 
 

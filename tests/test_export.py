@@ -10,9 +10,10 @@ from transformers.integrations.executorch import convert_and_export_with_cache
 
 from complexity_deep import ComplexityDeepForCausalLM
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
-from support import random_ids, tiny_config, tiny_model
+from support import random_ids, tiny_config, tiny_model, triton_model
 
 OPTIONS = ({}, {"use_mu_routing": False, "sliding_window": 4})
+OPTIONS_OF_KERNELS = ({}, {"use_mu_routing": False})
 
 
 def train_and_decode(model, ids):
@@ -70,6 +71,32 @@ def test_compiled_for_all_lengths():
         ids = random_ids(rows, length)
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_KERNELS, ids=str)
+@pytest.mark.parametrize("trains", [False, True])
+def test_kernels_compiled_for_all_lengths(trains, options):
+    """One program for the first shape and one for all others, also of more rows than the decode kernels take."""
+    pytest.importorskip("triton")
+    model = triton_model(**options).train(trains)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.model, fullgraph=True, backend=counter)
+    for rows, length in ((2, 5), (3, 6), (4, 7), (5, 9), (2, 33)):
+        with torch.set_grad_enabled(trains):
+            compiled(random_ids(rows, length).to(model.device), use_cache=False)
+    assert counter.frame_count == 2
+
+
+def test_kernels_exported_with_dynamic_shapes():
+    pytest.importorskip("triton")
+    model = triton_model()
+    ids, other = random_ids(3, 6).to(model.device), random_ids(5, 9).to(model.device)
+    shapes = {"input_ids": {0: Dim("batch", max=64), 1: Dim("length", min=2, max=128)}, "use_cache": None}
+    with torch.no_grad():
+        program = export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=shapes).module()
+        found, expected = (x(input_ids=other, use_cache=False).logits for x in (program, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_exported_with_a_static_cache():

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
 from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep import forward_graph_complexity_deep as graphs
+from complexity_deep import training_graph_complexity_deep as training_graphs
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from support import WIDTH, random_ids, triton_model
 
@@ -74,6 +76,29 @@ def test_a_call_with_all_that_a_tokenizer_gives_is_replayed(recordings, monkeypa
         further = model(ids[:, 5:], **{CACHE_NAME: cache}).logits
         torch.testing.assert_close(further, expected[:, 5:], rtol=1e-4, atol=1e-4)
         assert cache.get_seq_length() == 6
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_compiler_is_at_work_before_a_recording_only(recordings, monkeypatch, mode):
+    """Each kind of ids is compiled by itself: those of inference mode, and views. A recording has ids of its own."""
+    torch._dynamo.reset()
+    counter, record, counts = CompileCounterWithBackend("aot_eager"), graphs.record, []
+    monkeypatch.setattr(training_graphs, "GRAPH_DEVICES", (DEVICE,))
+
+    def counted(*arguments):
+        counts.append(counter.frame_count)
+        result = record(*arguments)
+        counts.append(counter.frame_count)
+        return result
+
+    monkeypatch.setattr(graphs, "record", counted)
+    model = triton_model()
+    compiled = torch.compile(model.model, backend=counter)
+    for ids in (random_ids(2, 8).to(DEVICE)[:, 1:5], random_ids(2, 5).to(DEVICE)):
+        with mode():
+            for _ in range(3):
+                compiled(ids)
+    assert len(recordings) == 2 and counts[0] == counts[1] and counts[2] == counts[3]
 
 
 @torch.no_grad()
@@ -227,6 +252,9 @@ def test_calls_that_ask_for_more_run_as_they_are(recordings, monkeypatch):
         for more in (cache, {"attention_mask": mask}, {"position_ids": positions}, {"routing_ids": ids}):
             logits(model, ids, **more)
         model(ids, use_cache=False, output_hidden_states=True)
+        logits(model, ids, is_causal=False)  # every token sees all others
+        with pytest.raises(AttributeError):
+            logits(model, ids, attention_mask=np.ones((1, 3)))
     model = triton_model()
     logits(model, ids).sum().backward()
     with torch.no_grad():

@@ -8,6 +8,8 @@ import pytest
 import torch
 from accelerate.utils import compile_regions
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -356,13 +358,68 @@ def test_a_model_compiled_as_a_whole_is_replayed(steps, options):
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, **TOLERANCE)
 
 
-@pytest.mark.parametrize("options", [{"fullgraph": True}, {"dynamic": True}, {"mode": "reduce-overhead"}], ids=str)
+WHOLE = [{"fullgraph": True}, {"dynamic": True}, {"mode": "reduce-overhead"}, {"backend": "cudagraphs"}]
+
+
+@pytest.mark.parametrize("options", WHOLE, ids=str)
 def test_a_compiled_graph_that_must_be_whole_or_makes_graphs_of_its_own_is_left_alone(steps, options):
     torch._dynamo.reset()
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
-    compiled = torch.compile(model, **({} if "mode" in options else {"backend": "aot_eager"}), **options)
+    compiled = torch.compile(model, **({} if "mode" in options else {"backend": "aot_eager"}) | options)
     check_equal(gradients_of(model, loss_of(compiled, ids)), eager_gradients(model, ids))
     assert not steps
+
+
+def through_a_condition(model, ids) -> Tensor:
+    logits = lambda x: model(x, use_cache=False).logits  # noqa: E731
+    with torch.no_grad():
+        return torch.cond(ids.sum() > 0, logits, logits, (ids,))
+
+
+def through_checkpoint(model, ids) -> Tensor:
+    return checkpoint(lambda x: model(x).logits, ids, use_reentrant=False)
+
+
+def through_a_transform(model, ids) -> Tensor:
+    norm = model.model.norm.weight.detach()
+    logits = lambda x: functional_call(model, {"model.norm.weight": x}, (ids,), {"use_cache": False}).logits  # noqa: E731
+    return torch.func.grad(lambda x: logits(x).square().sum())(norm)
+
+
+def with_checkpointed_layers(model, ids) -> Tensor:
+    return model(ids).logits
+
+
+@pytest.mark.parametrize(
+    "way", [through_a_condition, through_checkpoint, through_a_transform, with_checkpointed_layers]
+)
+def test_what_is_traced_in_one_piece_or_computed_twice_stays_one_compiled_graph(steps, way):
+    torch._dynamo.reset()
+    counters.clear()
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    if way is with_checkpointed_layers:
+        model.gradient_checkpointing_enable()
+    counter = CompileCounterWithBackend("aot_eager")
+    found = torch.compile(lambda x: way(model, x), backend=counter)(ids)
+    torch.testing.assert_close(found, way(model, ids), **TOLERANCE)
+    assert counter.frame_count == 1 and not counters["graph_break"] and not steps
+
+
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4)
+def test_a_model_compiled_as_a_whole_is_compiled_twice_for_all_lengths(steps):
+    """The decoder and the loss, each in training and in evaluation. A mask and a recording change nothing about it."""
+    torch._dynamo.reset()
+    model, counter = triton_model(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for length in (5, 5, 6, 6, 7, 7):
+        ids = random_ids(2, length).to(DEVICE)
+        for trains in (True, False):
+            with torch.set_grad_enabled(trains):
+                loss = loss_of(compiled.train(trains), ids, attention_mask=torch.ones_like(ids))
+            if trains:
+                loss.backward()
+                model.zero_grad()
+    assert counter.frame_count == 8 and len(steps) == 3
 
 
 def test_layers_compiled_by_accelerate_are_recorded(steps):
@@ -422,7 +479,8 @@ def test_calls_that_ask_for_more_run_as_they_are(steps):
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
     mask, embeds = torch.ones(1, 1, 4, 4, device=DEVICE).bool(), model.model.embed_tokens(ids).detach()
     embeds.requires_grad_()
-    for more in ({"use_cache": True}, {"attention_mask": mask}, {"routing_ids": ids}, {"output_hidden_states": True}):
+    asked = {"use_cache": True, "is_causal": False, "attention_mask": mask, "routing_ids": ids}
+    for more in ({name: value} for name, value in (asked | {"output_hidden_states": True}).items()):
         model(ids, **{"use_cache": False, **more}).logits.sum().backward()
     model(inputs_embeds=embeds, routing_ids=ids, use_cache=False).logits.sum().backward()
     checkpoint(lambda x: model(x, use_cache=False).logits, ids, use_reentrant=False).sum().backward()
