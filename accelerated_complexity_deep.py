@@ -79,6 +79,11 @@ def recordings_by_model() -> weakref.WeakKeyDictionary:
     return _RECORDINGS[-1]
 
 
+def has_recordings(model) -> bool:
+    """Whether any pass of this model is recorded."""
+    return any(bool(getattr(recordings.get(model), "recorded", None)) for recordings in _RECORDINGS)
+
+
 def setting(config, name: str):
     """A field of a configuration. By a dot it would pass through several functions of the library, in every layer."""
     if torch.compiler.is_compiling():  # which cannot trace the short way

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
-from .accelerated_complexity_deep import recordings_by_model
+from .accelerated_complexity_deep import has_recordings, recordings_by_model
 from .compatibility_complexity_deep import CACHE_NAME
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, modes, record, state_of
 from .kernels.op_registration import is_ordinary
@@ -130,10 +130,10 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
         return speculative_step(plain, model, input_ids, *args, **kwargs)
     given = asked_for(kwargs)
     makes_cache, mask = given.pop("use_cache", False), given.pop("attention_mask", None)
-    if args or given or kwargs.get("use_cache") is None or input_ids is None or not _takes_graph(model, input_ids):
+    if args or given or kwargs.get("use_cache") is None or input_ids is None:
         return plain(model, input_ids, *args, **kwargs)
-    if mask is not None and not hides_nothing(mask, input_ids):
-        return plain(model, input_ids, *args, **kwargs)
+    if not _takes_graph(model, input_ids) or (mask is not None and not hides_nothing(mask, input_ids)):
+        return run_plain(plain, model, input_ids=input_ids, **kwargs)
     ids, device = input_ids, input_ids.device
 
     def make() -> tuple:
@@ -157,7 +157,25 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
             replay()
             cache = _copy_of(outputs[CACHE_NAME], model) if makes_cache else None
             return type(outputs)(last_hidden_state=outputs.last_hidden_state.clone(), **{CACHE_NAME: cache})
-    return plain(model, input_ids, use_cache=makes_cache)
+    return run_plain(plain, model, input_ids=input_ids, use_cache=makes_cache)
+
+
+def run_plain(plain: Callable, model: nn.Module, **inputs):
+    """The pass as it is, without a cache from before. If memory runs out beside recordings, they make room for it."""
+    if torch.compiler.is_compiling():
+        return plain(model, **inputs)
+    try:
+        return plain(model, **inputs)
+    except torch.OutOfMemoryError:
+        if not has_recordings(model):
+            raise
+    # Only here, where the tensors of the pass that failed are gone with its exception.
+    logger.warning_once(
+        "Memory ran out beside the CUDA graphs of passes of other shapes: this model keeps none from now on. "
+        "`model.set_cuda_graphs(True)` allows new ones."
+    )
+    model.set_cuda_graphs(False)
+    return plain(model, **inputs)
 
 
 def asked_for(kwargs: dict) -> dict:

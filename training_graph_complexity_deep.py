@@ -28,6 +28,7 @@ from .forward_graph_complexity_deep import (
     graphed_forward,
     hides_nothing,
     is_default_stream,
+    run_plain,
 )
 from .kernels.op_registration import is_ordinary, is_transformed
 
@@ -241,10 +242,12 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
     inputs = {name: x for name, x in inputs.items() if x is not None}
     mask = given.pop("attention_mask", None)
     makes_cache = given.pop("use_cache", None)
-    if args or given or makes_cache is not False or input_ids is None or not _takes_graph(model, inputs):
+    if args or given or makes_cache is not False or input_ids is None:
         return plain(model, input_ids, *args, **kwargs)
+    if not _takes_graph(model, inputs):
+        return run_plain(plain, model, input_ids=input_ids, **kwargs)
     if mask is not None and ("position_ids" in inputs or not hides_nothing(mask, input_ids)):
-        return plain(model, input_ids, *args, **kwargs)
+        return run_plain(plain, model, input_ids=input_ids, **kwargs)
     shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
     with LOCK:
         step = Recordings.of(model, _GRAPHS, MAX_GRAPHS).find(
@@ -256,7 +259,7 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
         if step is not None and step.is_free():
             return step(plain, model, inputs)
     # As it is recorded, so that a compiler meets one kind of call.
-    return plain(model, **inputs, use_cache=False)
+    return run_plain(plain, model, **inputs, use_cache=False)
 
 
 def _is_known(model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: dict) -> bool:

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from complexity_deep import forward_graph_complexity_deep as forward_graphs
 from complexity_deep import training_graph_complexity_deep as graphs
+from complexity_deep.accelerated_complexity_deep import has_recordings
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from support import WIDTH, random_ids, triton_model
 
@@ -80,6 +81,13 @@ def gradients_of(model, loss: Tensor) -> list[Tensor]:
     model.zero_grad()
     loss.backward()
     return [x.grad.clone() for x in model.parameters() if x.grad is not None]
+
+
+def eager_loss(model, ids) -> Tensor:
+    model.set_kernels_implementation("eager")
+    found = loss_of(model, ids).detach()
+    model.set_kernels_implementation("triton")
+    return found
 
 
 def eager_gradients(model, ids, **more) -> list[Tensor]:
@@ -544,6 +552,29 @@ def test_graphs_can_be_turned_off_and_are_freed(steps):
     for _ in range(2):  # one that sees the change, one that is recorded
         loss_of(model, ids).backward()
     assert graphs.is_replayed(model.model) and len(steps) == 2
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_recordings_make_room_for_a_pass_that_runs_out_of_memory(steps, monkeypatch, trains):
+    """Without recordings there is nothing to give up, and the error stays."""
+    model, ids, larger = triton_model().train(), random_ids(1, 4).to(DEVICE), random_ids(2, 6).to(DEVICE)
+    expected, forward = eager_loss(model, larger), nn.Embedding.forward
+    loss_of(model, ids).backward()
+    assert has_recordings(model.model)
+
+    def full(*arguments):
+        if needs_all or has_recordings(model.model):
+            raise torch.OutOfMemoryError("no room")
+        return forward(*arguments)
+
+    monkeypatch.setattr(nn.Embedding, "forward", full)
+    with torch.set_grad_enabled(trains):
+        needs_all = False
+        torch.testing.assert_close(loss_of(model, larger), expected, **TOLERANCE)
+        assert len(steps) == 1 and not model.model.takes_cuda_graphs
+        needs_all = True
+        with pytest.raises(torch.OutOfMemoryError):
+            loss_of(model, ids)
 
 
 def test_a_model_that_moves_leaves_no_graphs_behind(steps):
