@@ -82,7 +82,7 @@ def test_a_call_with_all_that_a_tokenizer_gives_is_replayed(recordings, monkeypa
 def test_a_compiler_is_at_work_before_a_recording_only(recordings, monkeypatch, mode):
     """Each kind of ids is compiled by itself: those of inference mode, and views. A recording has ids of its own."""
     torch._dynamo.reset()
-    counter, record, counts = CompileCounterWithBackend("aot_eager"), graphs.record, []
+    counter, record, counts = CompileCounterWithBackend("eager"), graphs.record, []
     monkeypatch.setattr(training_graphs, "GRAPH_DEVICES", (DEVICE,))
 
     def counted(*arguments):

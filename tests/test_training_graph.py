@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from complexity_deep import forward_graph_complexity_deep as forward_graphs
 from complexity_deep import training_graph_complexity_deep as graphs
-from complexity_deep.accelerated_complexity_deep import has_recordings
+from complexity_deep.accelerated_complexity_deep import ACCELERATED, has_recordings
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from support import WIDTH, random_ids, triton_model
 
@@ -71,6 +71,13 @@ def steps(monkeypatch) -> list:
     monkeypatch.setattr(forward_graphs, "CALLS_BEFORE", 0)
     monkeypatch.setattr(graphs, "TrainingStep", Counted)
     return made
+
+
+@pytest.fixture
+def few_kernels(monkeypatch) -> None:
+    """Only the experts run on kernels where there is no GPU, for the interpreter takes long for all of them."""
+    if not CUDA:
+        monkeypatch.setitem(ACCELERATED, "triton", {"model": ACCELERATED["triton"]["model"]})
 
 
 def loss_of(model, ids, **more) -> Tensor:
@@ -139,7 +146,7 @@ def test_a_mask_that_hides_nothing_is_left_out(steps):
 
 
 @pytest.mark.parametrize("way", ["as it comes", "compiled by layers", "compiled", "compiled, autocast"])
-def test_trainer_replays_its_steps(steps, way, monkeypatch, tmp_path):
+def test_trainer_replays_its_steps(steps, few_kernels, way, monkeypatch, tmp_path):
     compiled = {"torch_compile_backend": "eager"} if "compiled" in way else {}
     if compiled:
         torch._dynamo.reset()
@@ -171,7 +178,7 @@ def test_gradients_add_up_and_stay_what_they_were(steps):
     assert len(steps) == 1 and steps[0].replays == 3
 
 
-def test_two_passes_before_a_backward_and_in_any_order(steps):
+def test_two_passes_before_a_backward_and_in_any_order(steps, few_kernels):
     model = triton_model().train()
     first, second = (random_ids(1, 4, seed=seed).to(DEVICE) for seed in (0, 1))
     expected = [eager_gradients(model, first), eager_gradients(model, second)]
@@ -282,7 +289,7 @@ def test_a_weight_that_changes_before_the_backward_pass_is_refused(steps):
     assert steps[0].replays == 1
 
 
-def test_what_changes_the_model_is_seen(steps):
+def test_what_changes_the_model_is_seen(steps, few_kernels):
     """Frozen weights, a replaced weight, one whose memory is read in another order, a hook."""
     model, ids = triton_model(num_hidden_layers=2).train(), random_ids(1, 4).to(DEVICE)
     layer = model.model.layers[1]
@@ -350,11 +357,11 @@ def test_a_loop_without_further_arguments_is_replayed(steps):
     assert model(ids, use_cache=True)[CACHE_NAME].get_seq_length() == 4
 
 
-@pytest.mark.parametrize("options", [{}, {"dynamic": False}], ids=str)
+@pytest.mark.parametrize("options", [{"backend": "aot_eager"}, {"backend": "eager", "dynamic": False}], ids=str)
 def test_a_model_compiled_as_a_whole_is_replayed(steps, options):
     torch._dynamo.reset()
-    model, ids = triton_model(num_hidden_layers=2).train(), random_ids(1, 4).to(DEVICE)
-    compiled = torch.compile(model, backend="aot_eager", **options)
+    model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
+    compiled = torch.compile(model, **options)
     for seed in range(3):
         ids = random_ids(1, 4, seed=seed).to(DEVICE)
         check_equal(gradients_of(model, loss_of(compiled, ids)), eager_gradients(model, ids))
@@ -373,7 +380,7 @@ WHOLE = [{"fullgraph": True}, {"dynamic": True}, {"mode": "reduce-overhead"}, {"
 def test_a_compiled_graph_that_must_be_whole_or_makes_graphs_of_its_own_is_left_alone(steps, options):
     torch._dynamo.reset()
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
-    compiled = torch.compile(model, **({} if "mode" in options else {"backend": "aot_eager"}) | options)
+    compiled = torch.compile(model, **({} if "mode" in options else {"backend": "eager"}) | options)
     check_equal(gradients_of(model, loss_of(compiled, ids)), eager_gradients(model, ids))
     assert not steps
 
@@ -401,23 +408,23 @@ def with_checkpointed_layers(model, ids) -> Tensor:
 @pytest.mark.parametrize(
     "way", [through_a_condition, through_checkpoint, through_a_transform, with_checkpointed_layers]
 )
-def test_what_is_traced_in_one_piece_or_computed_twice_stays_one_compiled_graph(steps, way):
+def test_what_is_traced_in_one_piece_or_computed_twice_stays_one_compiled_graph(steps, few_kernels, way):
     torch._dynamo.reset()
     counters.clear()
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
     if way is with_checkpointed_layers:
         model.gradient_checkpointing_enable()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     found = torch.compile(lambda x: way(model, x), backend=counter)(ids)
     torch.testing.assert_close(found, way(model, ids), **TOLERANCE)
     assert counter.frame_count == 1 and not counters["graph_break"] and not steps
 
 
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4)
-def test_a_model_compiled_as_a_whole_is_compiled_twice_for_all_lengths(steps):
+def test_a_model_compiled_as_a_whole_is_compiled_twice_for_all_lengths(steps, few_kernels):
     """The decoder and the loss, each in training and in evaluation. A mask and a recording change nothing about it."""
     torch._dynamo.reset()
-    model, counter = triton_model(), CompileCounterWithBackend("aot_eager")
+    model, counter = triton_model(), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)
     for length in (5, 5, 6, 6, 7, 7):
         ids = random_ids(2, length).to(DEVICE)
@@ -539,7 +546,7 @@ def test_a_new_weight_in_the_place_of_a_deleted_one_gets_its_gradient(steps):
     assert projection.weight.grad is not None
 
 
-def test_graphs_can_be_turned_off_and_are_freed(steps):
+def test_graphs_can_be_turned_off_and_are_freed(steps, few_kernels):
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
     loss_of(model, ids).backward()
     assert graphs.is_replayed(model.model) and len(steps) == 1
