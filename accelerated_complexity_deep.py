@@ -330,7 +330,8 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
     """
     rows, _, hidden = hidden_states.shape
     attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
-    # The number of rows comes last, so that a program compiled for longer rows holds for any number of them.
+    # A compiled program holds for what was asked while it was traced. The number of rows is asked about in steps of one
+    # token only, so that a program for longer rows holds for any number of them.
     if not _is_decode_step(attention, hidden_states, mask, cache) or rows > MAX_ROWS:
         return False
     experts = getattr(mlp, "experts", None)

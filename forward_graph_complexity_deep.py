@@ -132,7 +132,7 @@ def graphed_forward(plain: Callable, model: nn.Module, input_ids: Tensor | None 
     makes_cache, mask = given.pop("use_cache", False), given.pop("attention_mask", None)
     if args or given or kwargs.get("use_cache") is None or input_ids is None:
         return plain(model, input_ids, *args, **kwargs)
-    if not _takes_graph(model, input_ids) or (mask is not None and not hides_nothing(mask, input_ids)):
+    if not _takes_graph(model, input_ids) or not hides_nothing(mask, input_ids):
         return run_plain(plain, model, input_ids=input_ids, **kwargs)
     ids, device = input_ids, input_ids.device
 
@@ -171,15 +171,15 @@ def run_plain(plain: Callable, model: nn.Module, **inputs):
             raise
     # Only here, where the tensors of the pass that failed are gone with its exception.
     logger.warning_once(
-        "Memory ran out beside the CUDA graphs of passes of other shapes: this model keeps none from now on. "
-        "`model.set_cuda_graphs(True)` allows new ones."
+        "Memory ran out beside the CUDA graphs of passes of other shapes. They are freed, and passes of this model are "
+        "not recorded any more. `model.set_cuda_graphs(True)` allows new graphs."
     )
     model.set_cuda_graphs(False)
     return plain(model, **inputs)
 
 
 def asked_for(kwargs: dict) -> dict:
-    """Those of a call's arguments that say something. An output that is not wanted does not, and None does not."""
+    """The arguments of a call, without those that are None and without outputs that it says it does not want."""
     return {
         name: value
         for name, value in kwargs.items()
@@ -188,10 +188,12 @@ def asked_for(kwargs: dict) -> dict:
 
 
 def hides_nothing(mask: Any, ids: Tensor) -> bool:
-    """Whether a mask [B, S] is 1 everywhere, as data collators make it for rows of one length.
+    """Whether there is no mask, or one [B, S] that is 1 everywhere, as data collators make it for rows of one length.
 
     The host waits for the answer, as it would in the library's own look at the mask.
     """
+    if mask is None:
+        return True
     return isinstance(mask, Tensor) and is_ordinary((mask,)) and mask.shape == ids.shape and bool(mask.all())
 
 

@@ -244,9 +244,8 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
     makes_cache = given.pop("use_cache", None)
     if args or given or makes_cache is not False or input_ids is None:
         return plain(model, input_ids, *args, **kwargs)
-    if not _takes_graph(model, inputs):
-        return run_plain(plain, model, input_ids=input_ids, **kwargs)
-    if mask is not None and ("position_ids" in inputs or not hides_nothing(mask, input_ids)):
+    has_both = mask is not None and "position_ids" in inputs
+    if has_both or not _takes_graph(model, inputs) or not hides_nothing(mask, input_ids):
         return run_plain(plain, model, input_ids=input_ids, **kwargs)
     shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
     with LOCK:

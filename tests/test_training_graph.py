@@ -1,5 +1,6 @@
 """Repeated training steps as CUDA graphs. Without a GPU a stand-in records, which runs the passes at every replay."""
 
+import contextlib
 import gc
 import inspect
 import weakref
@@ -90,18 +91,16 @@ def gradients_of(model, loss: Tensor) -> list[Tensor]:
     return [x.grad.clone() for x in model.parameters() if x.grad is not None]
 
 
-def eager_loss(model, ids) -> Tensor:
+@contextlib.contextmanager
+def without_kernels(model):
     model.set_kernels_implementation("eager")
-    found = loss_of(model, ids).detach()
+    yield
     model.set_kernels_implementation("triton")
-    return found
 
 
 def eager_gradients(model, ids, **more) -> list[Tensor]:
-    model.set_kernels_implementation("eager")
-    found = gradients_of(model, loss_of(model, ids, **more))
-    model.set_kernels_implementation("triton")
-    return found
+    with without_kernels(model):
+        return gradients_of(model, loss_of(model, ids, **more))
 
 
 def check_equal(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -565,7 +564,8 @@ def test_graphs_can_be_turned_off_and_are_freed(steps, few_kernels):
 def test_recordings_make_room_for_a_pass_that_runs_out_of_memory(steps, monkeypatch, trains):
     """Without recordings there is nothing to give up, and the error stays."""
     model, ids, larger = triton_model().train(), random_ids(1, 4).to(DEVICE), random_ids(2, 6).to(DEVICE)
-    expected, forward = eager_loss(model, larger), nn.Embedding.forward
+    with without_kernels(model):
+        expected, forward = loss_of(model, larger).detach(), nn.Embedding.forward
     loss_of(model, ids).backward()
     assert has_recordings(model.model)
 

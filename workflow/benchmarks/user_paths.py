@@ -53,16 +53,20 @@ def generate_rows(shape: str, name: str, config, repeats: int) -> list[dict]:
 def forward_rows(shape: str, name: str, config, repeats: int) -> list[dict]:
     """A forward pass, eager, on all that a tokenizer gives for rows of one length; the host's time for a layer."""
     model, rows = build(config, "cuda", "sdpa").eval(), []
-    for batch, length in FORWARDS:
+
+    def tokens(batch: int, length: int) -> dict[str, torch.Tensor]:
         ids = zipf_ids(config.vocab_size, batch, length, device="cuda")
-        tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        times = timed(lambda tokens=tokens: model(**tokens), 2 * repeats, "cuda", warmup=4)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    for batch, length in FORWARDS:
+        given = tokens(batch, length)
+        times = timed(lambda given=given: model(**given), 2 * repeats, "cuda", warmup=4)
         rows.append(measured_row("users", f"{shape} forward {batch}x{length}", name, times, batch * length))
     count = 5 * repeats
-    new = iter([zipf_ids(config.vocab_size, 1, 100 + index, device="cuda") for index in range(2 * count + 6)])
-    times = timed(lambda: model(next(new), use_cache=False), count, "cuda", warmup=3)
+    new = iter([tokens(1, 100 + index) for index in range(2 * count + 6)])
+    times = timed(lambda: model(**next(new)), count, "cuda", warmup=3)
     rows.append(measured_row("users", f"{shape} forward 1x100 and on, each length once", name, times, 100 + count // 2))
-    times = [took / config.num_hidden_layers for took in host_times(lambda: model(next(new), use_cache=False), count)]
+    times = [took / config.num_hidden_layers for took in host_times(lambda: model(**next(new)), count)]
     rows.append(measured_row("users", f"{shape} host time of a layer, each length once", name, times, 100 + count))
     return rows
 
