@@ -6,6 +6,9 @@ library takes that for a function that needs no mask, and prepares steps while t
 sequence has one new token run on block tables and are CUDA graphs of the library.
 """
 
+import gc
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +20,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .accelerated_complexity_deep import TRITON_DEVICES
 from .compatibility_complexity_deep import PAGED_ATTENTION
-from .decode_graph_complexity_deep import is_recordable
+from .decode_graph_complexity_deep import free_bytes, is_recordable
 
 if TRITON_DEVICES:
     from .kernels.paged_attention import paged_attention, paged_decode_attention
 if TYPE_CHECKING:  # what the mixin of this file is mixed into
     from transformers import GenerationMixin
+    from transformers.generation.continuous_batching.utils import WorkloadHints
 else:
     GenerationMixin = object
+
+STEP_TOKENS = 8192  # new tokens of a step at most, as the library chooses by itself
 
 
 def _layer_cache(cache, layer_idx: int) -> tuple[Tensor, Tensor, int]:
@@ -79,6 +85,26 @@ class ContinuousBatchingMixin(GenerationMixin):
             and self.dtype != torch.float64
         )
 
+    def _cache_for(self, hints: "WorkloadHints", page: int, share: float) -> int | None:
+        """Pages that the requests of one `generate_batch` fill at most, or None where that is not little memory.
+
+        The library takes nearly all memory that is free. The driver needs 0.1 s to hand over 70 GB, and as long to take
+        them back.
+        """
+        config = self.config
+        length = hints.max_prompt_length + hints.max_generated_length
+        if not (hints.num_requests and hints.max_prompt_length and hints.max_generated_length):
+            return None
+        # One page more for each request, since a page is free again a step after its request has ended. A manager that
+        # is kept can take a request of the trained length.
+        pages = max(hints.num_requests * (-(-length // page) + 1), -(-config.max_position_embeddings // page) + 1)
+        head_dim = config.hidden_size // config.num_attention_heads
+        numbers = pages * page * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        # Logits in fp32 and hidden states of a step's tokens, several times over.
+        activations = 4 * STEP_TOKENS * (config.vocab_size + 8 * config.hidden_size)
+        is_little = numbers * self.dtype.itemsize + activations <= share * free_bytes(self.device) / 2
+        return pages if is_little else None
+
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
         """The library's manager, on the kernels where attention is "sdpa"; what the caller configures stays as it is.
 
@@ -106,13 +132,34 @@ class ContinuousBatchingMixin(GenerationMixin):
             config.use_cuda_graph = (False, is_known and config.cuda_graph_booleans[1])
         # The library believes that only FlashAttention takes block tables.
         config.max_blocks_per_request = given.max_blocks_per_request
+        page, longest = getattr(config, "page_size", None) or config.block_size, self.config.max_position_embeddings
         if config.max_blocks_per_request is None:
-            page, longest = getattr(config, "page_size", None) or config.block_size, self.config.max_position_embeddings
             if workload_hints is not None:
                 longest = max(longest, workload_hints.max_prompt_length + workload_hints.max_generated_length)
             config.max_blocks_per_request = -(-longest // page)
+        if workload_hints is not None and config.num_blocks is None and config.max_batch_tokens is None:
+            needed = self._cache_for(workload_hints, page, config.max_memory_percent)
+            if needed is not None:
+                config.num_blocks, config.max_batch_tokens = needed, STEP_TOKENS
         manager.warmed_up = True
         return manager
+
+    @contextmanager
+    def continuous_batching_context_manager(self, *args, **kwargs) -> Generator:
+        """The library's, while Python's collector passes over the objects that were there before.
+
+        The library collects twice when a call ends, and each time would look through all objects of the process, which
+        takes 0.3 s where PyTorch and its compiler are loaded.
+        """
+        freezes = gc.get_freeze_count() == 0  # else the caller has done so, and it stays
+        if freezes:
+            gc.freeze()
+        try:
+            with super().continuous_batching_context_manager(*args, **kwargs) as manager:
+                yield manager
+        finally:
+            if freezes:
+                gc.unfreeze()
 
 
 if TRITON_DEVICES:

@@ -7,6 +7,7 @@ steps of that kind records its first one. All other steps are replayed: the toke
 and position were copied while the step before was running.
 """
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -236,12 +237,27 @@ def _arguments(inputs: dict) -> tuple:
     return arguments, torch.is_inference_mode_enabled()
 
 
+def _end_failed_capture(device: torch.device, pool, options: dict) -> None:
+    """Let PyTorch know that a capture is over, which it does not notice where the capture failed.
+
+    Its random numbers on the GPU would raise from then on, and freed memory would never be given back.
+    """
+    with contextlib.suppress(RuntimeError):  # where the capture had not begun
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    with torch.cuda.stream(options["stream"]):
+        something = torch.zeros(1, device=device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), **{**options, "pool": None}):
+        something.zero_()
+
+
 def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, Any]:
     """Record `step` without running it: what replays it, and its outputs, whose tensors every replay writes again.
 
     Graphs of one memory `pool` are replayed in the order in which they were recorded.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     # A stream of the model's device: torch's default one for captures lies on the device that was the first to record.
     options = {"stream": torch.cuda.Stream(device), "pool": pool, "capture_error_mode": "thread_local"}
     with _CAPTURE:
@@ -250,6 +266,9 @@ def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, A
         try:
             with torch.cuda.graph(graph, **options):
                 outputs = step()
+        except BaseException:
+            _end_failed_capture(device, pool, options)
+            raise
         finally:
             torch.cuda.set_stream(stream)  # a capture that fails leaves its own in place
             if collects:

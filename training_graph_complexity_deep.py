@@ -54,13 +54,18 @@ class TrainingStep:
         self.inputs = {name: x.clone() for name, x in inputs.items()}
         self.autocast = autocast_of(inputs["input_ids"].device)
         self.awaited: weakref.ref | None = None
-        weights, device = [x for x in model.parameters() if x.requires_grad], inputs["input_ids"].device
-        self.weights = [weakref.ref(x) for x in weights]
+        device = inputs["input_ids"].device
+        self.weights = [weakref.ref(x) for x in model.parameters() if x.requires_grad]
         named = (*model.named_parameters(), *model.named_buffers())
         self.tensors = {f"model.{name}": weakref.ref(x) for name, x in named}  # as `_Plain` names them
+        # Autograd has one node for the gradient of a weight, which belongs to the stream where it was first needed. A
+        # graph of the caller's that is still alive keeps it, and a recording may not wait for that stream. So the
+        # recorded pass has weights of its own, in the same memory.
+        own = {f"model.{name}": nn.Parameter(x.detach()) for name, x in model.named_parameters() if x.requires_grad}
+        weights, step = list(own.values()), _Plain(plain, model)
 
         def forward() -> Tensor:
-            outputs = plain(model, **self.inputs, use_cache=False)
+            outputs = functional_call(step, own, (), {**self.inputs, "use_cache": False})
             self.output_type = type(outputs)
             return outputs.last_hidden_state
 

@@ -79,6 +79,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def same_precision():
+    """`TrainingArguments` with `torch_compile` lets matrices of fp32 be multiplied in TF32, for the whole process."""
+    before = torch.backends.fp32_precision
+    yield
+    torch.backends.fp32_precision = before
+
+
 @pytest.fixture
 def published_folder(tmp_path):
     """A writable copy of the published tiny checkpoint."""

@@ -1,5 +1,6 @@
 """Continuous batching on the paged kernels: the tokens of `generate`, and what stays as the caller asks."""
 
+import gc
 import os
 
 import pytest
@@ -116,6 +117,42 @@ def test_block_tables_hold_the_longest_sequence(only_paged):
         manager = model.init_continuous_batching(GREEDY, small_cache(), hints)
         assert manager.continuous_batching_config.max_blocks_per_request == pages
         model.set_attn_implementation("sdpa")
+
+
+def test_a_call_takes_memory_for_its_requests(only_paged, monkeypatch):
+    """And all that is free, as the library does, where they may fill it or where they are not known."""
+    model = triton_model(max_position_embeddings=700)
+    many, one = WorkloadHints(300, 300, num_requests=10), WorkloadHints(4, 3, num_requests=1)
+    for hints, pages in ((many, 40), (one, 4), (None, None), (WorkloadHints(300, 0, num_requests=10), None)):
+        config = model.init_continuous_batching(GREEDY, workload_hints=hints).continuous_batching_config
+        assert config.num_blocks == pages and (pages is None) == (config.max_batch_tokens is None)
+        model.set_attn_implementation("sdpa")
+    given = ContinuousBatchingConfig(max_batch_tokens=16)
+    assert model.init_continuous_batching(GREEDY, given, many).continuous_batching_config.num_blocks is None
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(batching, "free_bytes", lambda device: 1e6)
+    assert model.init_continuous_batching(GREEDY, None, many).continuous_batching_config.num_blocks is None
+
+
+def test_a_manager_that_was_kept_takes_longer_requests(only_paged):
+    model = triton_model(max_position_embeddings=64)
+    for prompts in (PROMPTS[2:], [random_ids(1, 60)[0].tolist()]):
+        config = ContinuousBatchingConfig(**{PAGE: 8})
+        results = model.generate_batch(prompts, GREEDY, config, persistent_manager=True)
+        assert [result.generated_tokens for result in results.values()] == alone(model, prompts)
+
+
+@pytest.mark.parametrize("is_frozen", (False, True))
+def test_collections_pass_over_older_objects_until_a_call_ends(only_paged, is_frozen):
+    model = triton_model()
+    if is_frozen:
+        gc.freeze()
+    try:
+        with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=small_cache()):
+            assert gc.get_freeze_count()
+        assert bool(gc.get_freeze_count()) is is_frozen
+    finally:
+        gc.unfreeze()
 
 
 def test_without_block_tables_all_steps_go_by_slots(only_paged, calls):

@@ -373,7 +373,7 @@ def test_a_capture_is_not_disturbed_by_one_that_waits(monkeypatch):
         yield
         found.append(gc.isenabled())
 
-    cuda = SimpleNamespace(CUDAGraph=lambda: SimpleNamespace(replay=None), graph=capture)
+    cuda = SimpleNamespace(CUDAGraph=lambda: SimpleNamespace(replay=None), graph=capture, graph_pool_handle=object)
     cuda.current_stream = cuda.set_stream = cuda.Stream = lambda *_: None
     monkeypatch.setattr(torch, "cuda", cuda)
     enabled = []
@@ -475,3 +475,16 @@ def test_the_one_token_mask_of_ids_on_another_device_than_the_cache():
     embeds = torch.empty(1, 1, model.config.hidden_size, device="meta")  # stands for the other device
     mask = model.create_masks_for_generate(model.config, embeds, None, **{CACHE_NAME: cache})
     assert mask.device.type == "meta" and mask.shape == (1, 1, 1, 8)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_device_as_it_was():
+    """Random numbers can be drawn, and memory goes back to the driver."""
+    device = torch.device("cuda", 0)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    with pytest.raises(RuntimeError):
+        graphs.record(lambda: torch.ones(2**28, device=device).sum().item(), device)
+    torch.rand(1, device=device)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(device) - before < 2**28

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packaging import version
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
@@ -43,7 +44,13 @@ def test_meta_device(options):
     assert train_and_decode(model, ids) == [(2, 6, 257), (2, 1, 257)]
 
 
-@pytest.mark.parametrize("options, strict", zip(OPTIONS, (False, True)), ids=str)
+# torch 2.11 does not export a Llama either without `strict`.
+OLD_TORCH = pytest.mark.skipif(version.parse(torch.__version__) < version.parse("2.12"), reason="torch 2.11")
+
+
+@pytest.mark.parametrize(
+    "options, strict", [pytest.param(OPTIONS[0], False, marks=OLD_TORCH), (OPTIONS[1], True)], ids=str
+)
 def test_exported_with_dynamic_shapes(options, strict):
     """Another batch, another length and a left-padded row: logits and loss are the model's."""
     model, ids = tiny_model(num_hidden_layers=1, **options), random_ids(3, 6)
