@@ -82,9 +82,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def same_precision():
     """`TrainingArguments` with `torch_compile` lets matrices of fp32 be multiplied in TF32, for the whole process."""
-    before = torch.backends.fp32_precision
+    places = torch.backends, torch.backends.cuda.matmul
+    before = [place.fp32_precision for place in places]
     yield
-    torch.backends.fp32_precision = before
+    for place, precision in zip(places, before, strict=True):
+        place.fp32_precision = precision
 
 
 @pytest.fixture
