@@ -158,14 +158,16 @@ def test_a_family_takes_the_best_rate_of_its_sweep():
 
 def test_equal_seconds_gives_the_slower_model_fewer_tokens():
     speeds = [swept("dense_active", 1e-3, 3.0, "speed", 1000), swept("shared_64", 1e-3, 3.0, "speed", 700)]
-    with pytest.raises(PlanError, match="The speed of 'shared_64_layers_values' is not measured by the newest code"):
+    with pytest.raises(PlanError, match="The speed of 'shared_64_layers_values' is not measured by the commit"):
         expand(PLANS / "equal_seconds.yaml", all_swept() + speeds, DATA)
     planned = yaml.safe_load((PLANS / "equal_seconds.yaml").read_text())["variants"]
     others = [swept(name, 1e-3, 3.0, "speed", 500) for name in planned if name != "shared_64"]
     earlier = {"commit": "old", "tokens_per_second": 100}
     speeds.insert(0, speeds[1] | earlier)  # measured again since
     assert newest_speeds(speeds) == {"dense_active": 1000, "shared_64": 700}
-    with pytest.raises(PlanError, match="'shared_64' is not measured by the newest code"):
+    alone = {**speeds[2], "commit": "newer", "tokens_per_second": 900}  # without the one that it would be compared with
+    assert newest_speeds([*speeds, alone]) == newest_speeds(speeds)
+    with pytest.raises(PlanError, match="'shared_64' is not measured by the commit"):
         expand(PLANS / "equal_seconds.yaml", [*all_swept(), speeds[0], speeds[1]], DATA, ["shared_64"])
     (run, *_) = expand(
         PLANS / "equal_seconds.yaml", all_swept() + speeds, DATA, ["shared_64"]
@@ -579,5 +581,9 @@ def test_report_says_first_when_the_goal_is_not_reached_or_not_decided(page):
     close = [finished("shared_64", seed, 3.1 + 0.01 * seed) for seed in range(3)]
     seconds = [finished("shared_64", seed, 3.1 + 0.01 * seed, "equal_seconds") for seed in range(3)]
     assert page([*dense, *close, *seconds]).startswith("# Evidence **The goal is not reached.**")
-    assert "**The goal is not decided yet.**" in page([*dense, *close])
+    assert "**The goal is not reached.**" in page([*dense, *close])
+    far = [finished("shared_64", seed, 2.9 + 0.01 * seed) for seed in range(3)]
+    assert "**The goal is not decided yet.**" in page([*dense, *far])
+    text = page([*dense, *far, *seconds, finished("shared_64_values", 0, 3.05, "equal_seconds")])
+    assert "At equal seconds the best is `shared_64_values`: -0.160 (one seed) on educational text" in text
     assert "**The goal is not decided yet**: the headline has no finished runs." in page([])

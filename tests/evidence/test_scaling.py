@@ -192,7 +192,7 @@ def results(tmp_path):
 
 def test_estimate_is_computed_from_rows(results):
     config = REPOSITORY / "configs/1.5b.json"
-    speeds = [finished("v0", 0, 3.0, "speed", tokens_per_second=1000)]
+    speeds = [finished(name, 0, 3.0, "speed", tokens_per_second=1000) for name in ("dense_active", "v0")]
     speeds += [finished("shared_64_layers_values", 0, 3.0, "speed", tokens_per_second=500)]
     text = "\n".join(estimate.estimate_lines([*family(), *speeds], PLANS, results, config))
     model = estimate.empty_model(yaml.safe_load(config.read_text()))

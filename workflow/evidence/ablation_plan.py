@@ -10,6 +10,7 @@ from complexity_deep.workflow.command import InputError
 
 IDENTITY = ("variant", "seed", "size", "tokens", "learning_rate", "settings")  # of a run, whatever came of it
 DONE = ("ok", "diverged")
+REFERENCE = "dense_active"  # the variant that all others are compared with
 MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW
 
 
@@ -96,17 +97,21 @@ def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
 
 
 def speed(variant: str, rows: list[dict]) -> float:
-    """Tokens a second of a variant that had its GPU to itself, by the code that was measured last."""
+    """Tokens a second of a variant that had its GPU to itself."""
     measured = newest_speeds(rows)
     if variant not in measured:
-        raise PlanError(f"The speed of '{variant}' is not measured by the newest code: run speed.yaml first.")
+        raise PlanError(
+            f"The speed of '{variant}' is not measured by the commit that '{REFERENCE}' was last measured with: "
+            "run speed.yaml first."
+        )
     return measured[variant]
 
 
 def newest_speeds(rows: list[dict]) -> dict[str, float]:
-    """Tokens a second by variant, of the commit that speed.yaml was last run with: others do not compare."""
+    """Tokens a second by variant, of the newest commit that REFERENCE was measured with: others do not compare."""
     rows = [row for row in rows if row["plan"] == "speed" and row["status"] == "ok"]
-    return {row["variant"]: row["tokens_per_second"] for row in rows if row["commit"] == rows[-1]["commit"]}
+    commits = [row["commit"] for row in rows if row["variant"] == REFERENCE]
+    return {row["variant"]: row["tokens_per_second"] for row in rows if row["commit"] in commits[-1:]}
 
 
 def finish(run: dict, smoke: bool) -> dict:

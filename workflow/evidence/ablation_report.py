@@ -108,8 +108,8 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
     data = max(present, key=lambda data: len(present[data]), default="")
     if not present.get(data) or reference not in equal_tokens[data]:
         return ["**The goal is not decided yet**: the headline has no finished runs."]
-    best = min(present[data], key=lambda name: statistics.mean(column(equal_tokens[data][name], "held_out_edu")))
-    parts, is_reached, is_known = [], True, True
+    best = best_of(equal_tokens[data], present[data])
+    parts, fails, is_known, more = [], False, True, []
     for what, runs in (("equal tokens", equal_tokens), ("equal seconds", equal_seconds)):
         pairs = [
             (runs[data][best], equal_tokens[data][reference])
@@ -124,16 +124,32 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
         for name, text in TEXTS.items():
             mean, bounds = difference(column(found, name), column(others, name))
             is_known &= bounds is not None
-            is_reached &= bounds is not None and mean <= GOALS[what] and bounds[1] <= UPPER_BOUND
-            ends = f" (95 %: {bounds[0]:+.3f} to {bounds[1]:+.3f})" if bounds else " (one seed)"
-            parts.append(f"{mean:+.3f}{ends} at {what} on {text}")
-    word = "not decided yet" if not is_known else "reached" if is_reached else "not reached"
+            fails |= bounds is not None and not (mean <= GOALS[what] and bounds[1] <= UPPER_BOUND)
+            parts.append(f"{with_bounds(mean, bounds)} at {what} on {text}")
+    for data, runs in equal_seconds.items():
+        named = [name for name in candidates if name in runs]
+        quickest = best_of(runs, named) if named and reference in equal_tokens.get(data, {}) else best
+        if quickest != best:
+            pairs = [(column(runs[quickest], name), column(equal_tokens[data][reference], name)) for name in TEXTS]
+            found = [f"{with_bounds(*difference(*pair))} on {text}" for pair, text in zip(pairs, TEXTS.values())]
+            more = [f"At equal seconds the best is `{quickest}`: {'; '.join(found)}."]
+    word = "not reached" if fails else "reached" if is_known else "not decided yet"
     goal = f"{GOALS['equal tokens']} nats at equal tokens and {GOALS['equal seconds']} at equal seconds"
     return [
         f"**The goal is {word}.** It was a difference in held-out loss to a dense model of equal active size of at",
         f"most {goal}, with the upper 95 % bound at most {UPPER_BOUND}, on both texts. The best candidate is `{best}`:",
         "; ".join(parts) + ".",
+        *more,
+        f"Tried were {', '.join(f'`{name}`' for name in candidates)}.",
     ]
+
+
+def best_of(runs: dict[str, list[dict]], names: list[str]) -> str:
+    return min(names, key=lambda name: statistics.mean(column(runs[name], "held_out_edu")))
+
+
+def with_bounds(mean: float, bounds: tuple[float, float] | None) -> str:
+    return f"{mean:+.3f}" + (f" (95 %: {bounds[0]:+.3f} to {bounds[1]:+.3f})" if bounds else " (one seed)")
 
 
 def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
