@@ -257,9 +257,10 @@ def test_loss_and_gradients_do_not_depend_on_the_batch_size(folder, trained):
     torch.testing.assert_close(torch.tensor(measured["down_proj_gradient_cosine"][1]), torch.stack(expected))
 
 
-def test_routing_mu_and_velocity_are_those_of_the_training_monitors(folder):
+@pytest.mark.parametrize("routing", [{}, {"routing": "random", "routing_per_layer": True}])
+def test_routing_mu_and_velocity_are_those_of_the_training_monitors(folder, routing):
     """On weights so large that mu re-routes tokens and velocities reach their limit."""
-    model = tiny_model(std=0.5, vocab_size=300, use_mu_routing=True)
+    model = tiny_model(std=0.5, vocab_size=300, use_mu_routing=True, **routing)
     for layer in model.model.layers:
         layer.mlp.mu_router.weight.normal_()
     ids = torch.randint(3, 300, (4, ROW))
@@ -271,7 +272,11 @@ def test_routing_mu_and_velocity_are_those_of_the_training_monitors(folder):
             sampled, progress,
         )  # fmt: skip
     monitors = read_monitors(model, {name: batch[name] for name in ("input_ids", "position_ids")})
+    tables = model.model.token_to_expert.expand(3, -1) if not routing else model.model.token_to_expert
+    expert_ids = model(ids, output_expert_ids=True).expert_ids
     for layer in range(3):
+        rerouted = (expert_ids[layer] != tables[layer][ids]).float().mean().item()
+        assert measured["rerouted_share"][layer] == pytest.approx(rerouted)
         tokens = [monitors[f"expert_tokens/layer_{layer}/expert_{expert}"] for expert in range(4)]
         assert measured["tokens_per_expert"][layer] == tokens
         assert measured["rerouted_share"][layer] == pytest.approx(monitors[f"mu_rerouted/layer_{layer}"])

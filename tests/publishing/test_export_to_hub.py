@@ -32,7 +32,7 @@ from complexity_deep.workflow.publishing.exported_folder import STRANGER, python
 from complexity_deep.workflow.publishing.model_card import TEMPLATE, write_card
 from complexity_deep.workflow.publishing.run_reports import Run, is_hub_id
 from complexity_deep.workflow.saved_model import load_model, load_tokenizer_of
-from support import GOLDEN, REPOSITORY, outcome_of, run_command
+from support import GOLDEN, REPOSITORY, outcome_of, run_command, tiny_config
 
 TOKEN = "hf_" + "x" * 34
 EVALUATION = {
@@ -344,6 +344,22 @@ def test_the_errors_of_an_old_transformers_are_those_of_the_shipped_code():
     code = (REPOSITORY / "configuration_complexity_deep.py").read_text()
     assert "from transformers import PreTrainedConfig" in code and "@strict\nclass ComplexityDeepConfig" in code
     assert "cannot import name 'PreTrainedConfig'" in TEMPLATE.read_text()
+
+
+def test_the_card_names_every_part_of_the_architecture(pretrained, tmp_path):
+    """Of a model without mu and dynamics, and with what the study of the architecture found better."""
+    more = {"routing": "random", "routing_per_layer": True, "shared_expert_intermediate_size": 16}
+    more |= {"value_embedding_layers": [1], "use_mu_guidance": False, "use_dynamics": False, "use_mu_routing": False}
+    ComplexityDeepForCausalLM(tiny_config(vocab_size=280, **more)).save_pretrained(tmp_path / "run")
+    AutoTokenizer.from_pretrained(pretrained).save_pretrained(tmp_path / "run")
+    card = card_of(tmp_path / "run", tmp_path / "card")
+    for part in (
+        "looked up in a table by the token's id, and every layer has its own table.",
+        "Shared expert",
+        "in 1 of",
+    ):
+        assert part in card
+    assert "| routing table | random, one for each layer |" in card and "INL dynamics" not in card
 
 
 def test_another_architecture(pretrained, tmp_path, no_checks):

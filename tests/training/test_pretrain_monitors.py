@@ -124,6 +124,26 @@ def test_imbalance_by_hand():
     assert (total, mean, worst) == pytest.approx((9 / 8, (1.5 + 1.75) / 2, 1.75))
 
 
+def test_imbalance_of_a_table_for_each_layer():
+    tables = torch.tensor([[0, 0, 1], [1, 0, 1]])
+    rows = torch.tensor([[0, 1, 2, 2], [0, 1, 0, 1]])
+    total, mean, worst = routing_balance.imbalance(tables, 2, rows, rows_per_batch=1)  # 6 + 2, and 3 + 5
+    assert (total, mean, worst) == pytest.approx(((1.5 + 1.25) / 2, (1 + 2 + 1.5 + 1) / 4, 2))
+
+
+def test_a_table_for_each_layer_and_many_experts(folder):
+    config = json.loads((folder / "model.json").read_text())
+    config |= {"num_experts": 32, "intermediate_size": 256, "routing": "random", "routing_per_layer": True}
+    config |= {"shared_expert_intermediate_size": 8, "value_embedding_layers": [1]}
+    (folder / "layers.json").write_text(json.dumps(config))
+    run = folder / "layers"
+    pretrain(folder, "--model-config", folder / "layers.json", "--output-dir", run, "--max-steps", 2)
+    entry = next(entry for entry in log_of(run) if "mu_rerouted/layer_1" in entry)
+    assert entry["mu_rerouted/layer_0"] == entry["mu_rerouted/layer_1"] == 0.0  # the router of a new model is zero
+    assert "| expert imbalance random | total " in (run / "training_summary.md").read_text()
+    assert (run / "expert_loads.png").is_file()
+
+
 def test_counting_no_documents(folder):
     stream = load_sources([f"{folder}/text/*.jsonl"])
     with pytest.raises(InputError, match="no document to count"):

@@ -76,7 +76,8 @@ def read_activations(model: PreTrainedModel, batches: list[dict], sampled: Tenso
             if config.is_routed:
                 outputs.loss.backward()
                 expert_ids.append(torch.stack(outputs.expert_ids).flatten(1).cpu())  # [L, B * S]
-                by_id.append(model.base_model.token_to_expert[batch["input_ids"]].flatten().cpu())
+                own = model.base_model.routing_table(batch["input_ids"])  # [L, B, S] with a table for each layer
+                by_id.append(own.expand(config.num_hidden_layers, -1, -1).flatten(1).cpu())
             if config.use_dynamics:
                 velocities = torch.stack(outputs.velocities).detach().flatten(1, 2)  # [L, B * S, H]
                 velocity_rms.append(velocities.square().mean(-1).sqrt().cpu())
@@ -85,7 +86,7 @@ def read_activations(model: PreTrainedModel, batches: list[dict], sampled: Tenso
             progress.update()
     measured, samples = {}, {}
     if config.is_routed:
-        expert_ids, by_id = torch.cat(expert_ids, 1), torch.cat(by_id)
+        expert_ids, by_id = torch.cat(expert_ids, 1), torch.cat(by_id, 1)
         measured["tokens_per_expert"] = [ids.bincount(minlength=config.num_experts).tolist() for ids in expert_ids]
         if config.use_mu_routing:
             measured["rerouted_share"] = (expert_ids != by_id).float().mean(1).tolist()

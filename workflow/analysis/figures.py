@@ -5,13 +5,11 @@ import statistics
 from pathlib import Path
 
 import matplotlib
-import torch
 
-from complexity_deep.workflow.charts import subplots, write_figure
+from complexity_deep.workflow.charts import draw_expert_loads, subplots, write_figure
 
 matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import colormaps
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -203,31 +201,16 @@ def tokens_per_expert(analysis, drawn):
     loads = analysis["checkpoint"].get("tokens_per_expert")
     if loads is None:
         return None
-    loads = torch.tensor(loads, dtype=torch.float64)
-    layers, experts = loads.shape
-    relative = (loads / loads.mean(1, keepdim=True)).numpy()  # 1 is an even share
-    figure, axes = subplots(figsize=(WIDE[0], min(8.0, 1.5 + 0.36 * layers)))
-    norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2.0, float(relative.max())))
-    image = axes.imshow(relative, cmap="PuOr_r", norm=norm, aspect="auto")
-    if experts <= 16:
-        for layer in range(layers):
-            for expert in range(experts):
-                share = relative[layer, expert]
-                colour = "white" if abs(norm(share) - 0.5) > 0.35 else "black"
-                text = f"{int(loads[layer, expert]):,}"
-                axes.text(expert, layer, text, ha="center", va="center", color=colour, fontsize=8)
-        axes.set_xticks(range(experts))
-    axes.set_yticks(range(0, layers, math.ceil(layers / 12)))
-    axes.set(xlabel="expert", ylabel="layer")
-    figure.colorbar(image, ax=axes, label="load (1 = even)")
+    figure, axes = subplots(figsize=(WIDE[0], min(8.0, 1.5 + 0.36 * len(loads))))
+    relative = draw_expert_loads(figure, axes, loads)
     least, worst = (f"{value:.2f}" for value in (relative.max(1).min(), relative.max()))
     worst = (
         f"{worst} times the mean" if least == worst else f"{least} to {worst} times the mean, depending on the layer"
     )
     caption = f"""Tokens of the text that each expert receives; the colour is the load against an even one. The
-        fullest expert has {worst}. Layers are equal unless mu re-routes tokens. The load follows from the routing
-        table and the frequencies of words, so it looks the same before training and is no sign of learning; it
-        matters for speed and for how much text each expert sees."""
+        fullest expert has {worst}. Layers are equal unless mu re-routes tokens or each has a table of its own. The load
+        follows from the routing table and the frequencies of words, so it looks the same before training and is no
+        sign of learning; it matters for speed and for how much text each expert sees."""
     return figure, "Tokens per expert", caption
 
 

@@ -48,7 +48,7 @@ def load_analysed_model(path: str, device: str) -> PreTrainedModel:
 
 
 def untrained_model(config: PreTrainedConfig, routing_table: Tensor | None, seed: int) -> PreTrainedModel:
-    """A fresh model of the same config that routes by the same table, [V]."""
+    """A fresh model of the same config that routes by the same table, [V] or [L, V]."""
     torch.manual_seed(seed)
     model = ComplexityDeepForCausalLM(config).eval()
     if routing_table is not None:

@@ -78,7 +78,7 @@ def architecture_rows(model: PreTrainedModel) -> dict[str, str]:
     if getattr(config, "is_routed", False):
         rows["experts x width, per layer"] = f"{config.num_experts} x {config.moe_intermediate_size:,}"
         rows["experts per token"] = str(config.num_experts_per_tok)
-        rows["routing table"] = config.routing
+        rows["routing table"] = config.routing + (", one for each layer" if config.routing_per_layer else "")
         if config.shared_expert_intermediate_size:
             rows["shared expert width"] = f"{config.shared_expert_intermediate_size:,}"
     else:

@@ -90,14 +90,15 @@ def read_monitors(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str,
 
     measured = {}
     if config.is_routed:
-        by_id = model.base_model.token_to_expert[batch["input_ids"]]  # (B, S)
+        by_id = model.base_model.routing_table(batch["input_ids"])
+        by_id = by_id.expand(len(outputs.expert_ids), -1, -1)  # (L, B, S), also with one table for all layers
         for layer, expert_ids in enumerate(outputs.expert_ids):
             tokens = torch.bincount(expert_ids.flatten(), minlength=config.num_experts)  # (E,)
             for expert in range(config.num_experts):
                 measured[f"expert_tokens/layer_{layer}/expert_{expert}"] = tokens[expert]
             measured[f"expert_imbalance/layer_{layer}"] = tokens.max() / tokens.float().mean()
             if config.use_mu_routing:
-                measured[f"mu_rerouted/layer_{layer}"] = (expert_ids != by_id).float().mean()
+                measured[f"mu_rerouted/layer_{layer}"] = (expert_ids != by_id[layer]).float().mean()
     for layer, mu in enumerate(outputs.mus or ()):
         measured[f"mu_rms/layer_{layer}"] = mu.float().square().mean().sqrt()
     if config.use_dynamics:

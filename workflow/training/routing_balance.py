@@ -43,12 +43,16 @@ def count_once(training_args: TrainingArguments, *what) -> Tensor:
 
 
 def imbalance(table: Tensor, num_experts: int, ids: Tensor, rows_per_batch: int) -> tuple[float, float, float]:
-    """Max over mean tokens per expert for rows [N, T]: in total, and the mean and the worst over batches of rows."""
-    loads = [torch.bincount(table[batch].flatten(), minlength=num_experts) for batch in ids.split(rows_per_batch)]
-    loads = torch.stack(loads).double()  # [batches, E]
-    per_batch = loads.amax(dim=1) / loads.mean(dim=1)
-    total = loads.sum(dim=0)
-    return (total.max() / total.mean()).item(), per_batch.mean().item(), per_batch.max().item()
+    """Max over mean tokens per expert for rows [N, T]: in total, and the mean and the worst over batches of rows.
+
+    `table` is [V], or [L, V] with one for each layer; the mean is over layers too, and so is the total's.
+    """
+    batches, tables = ids.split(rows_per_batch), table.reshape(-1, table.shape[-1])
+    loads = [[torch.bincount(own[batch].flatten(), minlength=num_experts) for batch in batches] for own in tables]
+    loads = torch.stack([torch.stack(own) for own in loads]).double()  # [L, batches, E]
+    per_batch = loads.amax(dim=2) / loads.mean(dim=2)
+    total = loads.sum(dim=1)
+    return (total.amax(1) / total.mean(1)).mean().item(), per_batch.mean().item(), per_batch.max().item()
 
 
 def compare_routing(model, ids: Tensor, rows_per_batch: int) -> dict[str, dict[str, float]]:

@@ -6,10 +6,9 @@ import statistics
 from pathlib import Path
 
 import matplotlib
-import torch
 from transformers import PreTrainedModel
 
-from complexity_deep.workflow.charts import subplots, write_figure
+from complexity_deep.workflow.charts import draw_expert_loads, subplots, write_figure
 from complexity_deep.workflow.evaluation.perplexity import held_out as held_out_scores
 from complexity_deep.workflow.evaluation.perplexity import with_error
 from complexity_deep.workflow.flops import active_parameters, total_parameters
@@ -19,27 +18,16 @@ from complexity_deep.workflow.provenance import provenance
 matplotlib.use("Agg")  # no display is needed to write a file
 
 
-def draw_expert_loads(output_dir: str, entry: dict) -> None:
-    """Write expert_loads.png, the share of tokens per expert and layer in an entry of architecture_monitors.py."""
+def write_expert_loads(output_dir: str, entry: dict) -> None:
+    """Write expert_loads.png, the tokens per expert and layer in an entry of architecture_monitors.py."""
     cells = {}  # a resumed run has its entries sorted by name, where 10 comes before 2
     for name, tokens in entry.items():
         if match := re.fullmatch(r"expert_tokens/layer_(\d+)/expert_(\d+)", name):
             cells[int(match[1]), int(match[2])] = tokens
     layers, experts = (1 + max(indices) for indices in zip(*cells))
-    loads = torch.tensor([[cells[layer, expert] for expert in range(experts)] for layer in range(layers)])
-    shares = loads / loads.sum(dim=1, keepdim=True)
-    figure, axes = subplots()
-    left = torch.zeros(len(shares))
-    for expert, share in enumerate(shares.T):
-        axes.barh(range(len(shares)), share, left=left, label=f"expert {expert}", edgecolor="white", linewidth=0.5)
-        left += share
-    for expert in range(1, shares.shape[1]):
-        axes.axvline(expert / shares.shape[1], color="black", linewidth=0.8, linestyle=":")  # an even load
-    axes.set(xlabel="share of tokens", ylabel="layer", yticks=range(len(shares)), xlim=(0, 1))
-    axes.set_title(f"expert loads on held-out text, step {entry['step']}")
-    axes.invert_yaxis()
-    if shares.shape[1] <= 16:  # more do not fit, and single experts cannot be told apart then
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure, axes = subplots(figsize=(9, min(8.0, 1.8 + 0.36 * layers)))
+    draw_expert_loads(figure, axes, [[cells[layer, expert] for expert in range(experts)] for layer in range(layers)])
+    axes.set_title(f"tokens per expert on held-out text, step {entry['step']}")
     write_figure(figure, Path(output_dir, "expert_loads.png"))
 
 
@@ -102,7 +90,7 @@ def write_training_report(
     lines += ["", "![training and held-out loss](loss_curve.png)", ""]
     monitored = [entry for entry in log_history if "expert_imbalance/layer_0" in entry]
     if monitored:
-        draw_expert_loads(output_dir, monitored[-1])
+        write_expert_loads(output_dir, monitored[-1])
         lines += ["![tokens per expert](expert_loads.png)", ""]
     Path(output_dir, "training_summary.md").write_text("\n".join(lines))
     summary["held_out"] = held_out
