@@ -262,6 +262,48 @@ def test_tensor_parallel_training_of_a_dense_llama_is_that_of_one_process(recipe
     assert_same_training(tmp_path / "run", tmp_path / "one")
 
 
+@pytest.fixture(scope="module")
+def recommended(recipe) -> list:
+    """Options for the kind of model of the `_best` configs, which has tables and value embeddings in layers."""
+    shape = json.loads((recipe.parent / "model.json").read_text())
+    best = json.loads((REPOSITORY / "configs" / "30m_best.json").read_text())
+    names = ("routing", "routing_per_layer", "use_mu_guidance", "use_dynamics", "use_mu_routing")
+    shape |= {name: best[name] for name in names}
+    shape |= {"num_experts": 16, "intermediate_size": 256, "shared_expert_intermediate_size": 32}
+    shape |= {"value_embedding_layers": [1]}
+    path = recipe.parent / "recommended.json"
+    path.write_text(json.dumps(shape))
+    return ["--model-config", path]
+
+
+@pytest.fixture(scope="module")
+def recommended_alone(recipe, recommended):
+    """One process with one share of the text, as processes of one tensor-parallel group have it."""
+    folder, log = recipe.parent / "recommended", recipe.parent / "recommended.log"
+    finish(start(log, "--config", recipe, "--output-dir", folder, *recommended, *WATCHED), log)
+    return folder
+
+
+@needs_sharded_trainer
+@pytest.mark.parametrize("options", [[], ["--expert-parallel-size", 2]], ids=["matrices", "experts"])
+def test_tensor_parallel_training_of_the_recommended_kind(recipe, recommended, recommended_alone, options, tmp_path):
+    folder = tmp_path / "run"
+    launch("tp", recipe, folder, *recommended, *WATCHED, *options, sizes={"tp": 2, "dp_shard": 1})
+    assert_same_training(folder, recommended_alone)
+    assert_same_monitors(folder, recommended_alone)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_data_parallel_training_of_the_recommended_kind(recipe, recommended, name, tmp_path):
+    log, one = tmp_path / "log", tmp_path / "one"
+    finish(start(log, "--config", recipe, "--output-dir", one, *recommended, *ONE_PROCESS), log)
+    if name == "ddp":
+        run_on_several(recipe, tmp_path / "run", *recommended)
+    else:
+        launch(name, recipe, tmp_path / "run", *recommended)
+    assert_same_training(tmp_path / "run", one)
+
+
 @pytest.mark.parametrize(
     "environment, experts, version, sentence",
     [
