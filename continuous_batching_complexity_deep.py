@@ -150,10 +150,12 @@ class ContinuousBatchingMixin(GenerationMixin):
         """The library's, while Python's collector passes over the objects that were there before.
 
         The library collects twice when a call ends, and each time would look through all objects of the process, which
-        takes 0.3 s where PyTorch and its compiler are loaded.
+        takes 0.3 s where PyTorch and its compiler are loaded. Garbage is collected once before. It would be kept too,
+        and in a loop of calls for ever, since Python begins to count anew towards its next collection at each call.
         """
         freezes = gc.get_freeze_count() <= FROZEN_AT_START  # else the caller has done so, and it stays
         if freezes:
+            gc.collect()
             gc.freeze()
         try:
             with super().continuous_batching_context_manager(*args, **kwargs) as manager:

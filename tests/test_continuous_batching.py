@@ -2,6 +2,7 @@
 
 import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -153,6 +154,18 @@ def test_collections_pass_over_older_objects_until_a_call_ends(only_paged, is_fr
         assert (gc.get_freeze_count() > few) is is_frozen
     finally:
         gc.unfreeze()
+
+
+def test_garbage_of_a_loop_of_calls_is_collected(only_paged):
+    """Such as tensors of one round that are still held while the next call runs."""
+    model, made = triton_model(), []
+    for _ in range(4):
+        garbage = Exception()
+        garbage.itself, garbage.tensor = garbage, torch.empty(1)
+        made.append(weakref.ref(garbage.tensor))
+        with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=small_cache()):
+            pass
+    assert sum(x() is not None for x in made) == 1
 
 
 def test_without_block_tables_all_steps_go_by_slots(only_paged, calls):
