@@ -7,6 +7,7 @@ sequence has one new token run on block tables and are CUDA graphs of the librar
 """
 
 import gc
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ else:
     GenerationMixin = object
 
 STEP_TOKENS = 8192  # new tokens of a step at most, as the library chooses by itself
+SAFETY_MARGIN = 0.15  # as the library chooses by itself: with fewer pages free, running requests go before new ones
 FROZEN_AT_START = 10_000  # objects at most that Python itself keeps from its collector; 3.12 does with 375
 
 
@@ -86,7 +88,7 @@ class ContinuousBatchingMixin(GenerationMixin):
             and self.dtype != torch.float64
         )
 
-    def _cache_for(self, hints: "WorkloadHints", page: int, share: float) -> int | None:
+    def _cache_for(self, hints: "WorkloadHints", page: int, share: float, margin: float | None) -> int | None:
         """Pages that the requests of one `generate_batch` fill at most, or None where that is not little memory.
 
         The library takes nearly all memory that is free. The driver needs 0.1 s to hand over 70 GB, and as long to take
@@ -94,11 +96,14 @@ class ContinuousBatchingMixin(GenerationMixin):
         """
         config = self.config
         length = hints.max_prompt_length + hints.max_generated_length
-        if not (hints.num_requests and hints.max_prompt_length and hints.max_generated_length):
+        margin = SAFETY_MARGIN if margin is None else margin
+        if not (hints.num_requests and hints.max_prompt_length and hints.max_generated_length) or margin >= 1:
             return None
-        # One page more for each request, since a page is free again a step after its request has ended. A manager that
-        # is kept can take a request of the trained length.
-        pages = max(hints.num_requests * (-(-length // page) + 1), -(-config.max_position_embeddings // page) + 1)
+        # One page more for each request, since a page is free again a step after its request has ended, and the margin,
+        # so that the last requests need not wait for the first to end. A manager that is kept can take a request of the
+        # trained length.
+        pages = math.ceil(hints.num_requests * (-(-length // page) + 1) / (1 - margin))
+        pages = max(pages, -(-config.max_position_embeddings // page) + 1)
         head_dim = config.hidden_size // config.num_attention_heads
         numbers = pages * page * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
         # Logits in fp32 and hidden states of a step's tokens, several times over.
@@ -139,7 +144,7 @@ class ContinuousBatchingMixin(GenerationMixin):
                 longest = max(longest, workload_hints.max_prompt_length + workload_hints.max_generated_length)
             config.max_blocks_per_request = -(-longest // page)
         if workload_hints is not None and config.num_blocks is None and config.max_batch_tokens is None:
-            needed = self._cache_for(workload_hints, page, config.max_memory_percent)
+            needed = self._cache_for(workload_hints, page, config.max_memory_percent, config.safety_margin)
             if needed is not None:
                 config.num_blocks, config.max_batch_tokens = needed, STEP_TOKENS
         manager.warmed_up = True

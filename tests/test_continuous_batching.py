@@ -124,7 +124,7 @@ def test_a_call_takes_memory_for_its_requests(only_paged, monkeypatch):
     """And all that is free, as the library does, where they may fill it or where they are not known."""
     model = triton_model(max_position_embeddings=700)
     many, one = WorkloadHints(300, 300, num_requests=10), WorkloadHints(4, 3, num_requests=1)
-    for hints, pages in ((many, 40), (one, 4), (None, None), (WorkloadHints(300, 0, num_requests=10), None)):
+    for hints, pages in ((many, 48), (one, 4), (None, None), (WorkloadHints(300, 0, num_requests=10), None)):
         config = model.init_continuous_batching(GREEDY, workload_hints=hints).continuous_batching_config
         assert config.num_blocks == pages and (pages is None) == (config.max_batch_tokens is None)
         model.set_attn_implementation("sdpa")
@@ -133,6 +133,16 @@ def test_a_call_takes_memory_for_its_requests(only_paged, monkeypatch):
     model.set_attn_implementation("sdpa")
     monkeypatch.setattr(batching, "free_bytes", lambda device: 1e6)
     assert model.init_continuous_batching(GREEDY, None, many).continuous_batching_config.num_blocks is None
+
+
+def test_the_last_requests_of_a_call_need_not_wait_for_the_first_to_end(only_paged, calls, monkeypatch):
+    """Where prompts fill nearly all pages of their requests. The steps: two for prompts, a third for their rest."""
+    monkeypatch.setattr(batching, "STEP_TOKENS", 768)
+    model = triton_model(max_position_embeddings=256)
+    prompts = [random_ids(1, 128, seed=n)[0].tolist() for n in range(12)]
+    options = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=1)
+    model.generate_batch(prompts, options, ContinuousBatchingConfig(**{PAGE: 4}))
+    assert len(calls) == 6
 
 
 def test_a_manager_that_was_kept_takes_longer_requests(only_paged):
