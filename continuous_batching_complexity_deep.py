@@ -10,6 +10,7 @@ import gc
 import math
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,8 +101,8 @@ class ContinuousBatchingMixin(GenerationMixin):
         if not (hints.num_requests and hints.max_prompt_length and hints.max_generated_length) or margin >= 1:
             return None
         # One page more for each request, since a page is free again a step after its request has ended, and the margin,
-        # so that the last requests need not wait for the first to end. A manager that is kept can take a request of the
-        # trained length.
+        # so that the last requests need not wait for the first to end. Whoever gives hints may add another request, of
+        # the trained length.
         pages = math.ceil(hints.num_requests * (-(-length // page) + 1) / (1 - margin))
         pages = max(pages, -(-config.max_position_embeddings // page) + 1)
         head_dim = config.hidden_size // config.num_attention_heads
@@ -158,6 +159,11 @@ class ContinuousBatchingMixin(GenerationMixin):
         takes 0.3 s where PyTorch and its compiler are loaded. Garbage is collected once before. It would be kept too,
         and in a loop of calls for ever, since Python begins to count anew towards its next collection at each call.
         """
+        hints = kwargs.get("workload_hints")
+        if hints is not None and kwargs.get("persistent_manager"):
+            # It will get other requests, of any length. With nothing generated, it takes memory for all that may come.
+            length = hints.max_prompt_length + hints.max_generated_length
+            kwargs["workload_hints"] = replace(hints, max_prompt_length=length, max_generated_length=0)
         freezes = gc.get_freeze_count() <= FROZEN_AT_START  # else the caller has done so, and it stays
         if freezes:
             gc.collect()

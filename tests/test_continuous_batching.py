@@ -145,10 +145,12 @@ def test_the_last_requests_of_a_call_need_not_wait_for_the_first_to_end(only_pag
     assert len(calls) == 6
 
 
-def test_a_manager_that_was_kept_takes_longer_requests(only_paged):
-    model = triton_model(max_position_embeddings=64)
+@pytest.mark.parametrize("trained", (64, 16))
+def test_a_manager_that_was_kept_takes_longer_requests(only_paged, trained):
+    """Also longer than the trained length."""
+    model = triton_model(max_position_embeddings=trained)
     for prompts in (PROMPTS[2:], [random_ids(1, 60)[0].tolist()]):
-        config = ContinuousBatchingConfig(**{PAGE: 8})
+        config = ContinuousBatchingConfig(max_memory_percent=0.01, **{PAGE: 8})
         results = model.generate_batch(prompts, GREEDY, config, persistent_manager=True)
         assert [result.generated_tokens for result in results.values()] == alone(model, prompts)
 
