@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .accelerated_complexity_deep import TRITON_DEVICES
 from .compatibility_complexity_deep import PAGED_ATTENTION
-from .decode_graph_complexity_deep import free_bytes, is_recordable
+from .decode_graph_complexity_deep import is_recordable
 
 if TRITON_DEVICES:
     from .kernels.paged_attention import paged_attention, paged_decode_attention
@@ -35,6 +35,14 @@ else:
 STEP_TOKENS = 8192  # new tokens of a step at most, as the library chooses by itself
 SAFETY_MARGIN = 0.15  # as the library chooses by itself: with fewer pages free, running requests go before new ones
 FROZEN_AT_START = 10_000  # objects at most that Python itself keeps from its collector; 3.12 does with 375
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory that the driver has free, as the library counts it, which raises where a cache that is asked for has none.
+
+    What PyTorch holds and does not use may belong to CUDA graphs, such as those of training steps.
+    """
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def _layer_cache(cache, layer_idx: int) -> tuple[Tensor, Tensor, int]:
@@ -109,7 +117,7 @@ class ContinuousBatchingMixin(GenerationMixin):
         numbers = pages * page * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
         # Logits in fp32 and hidden states of a step's tokens, several times over.
         activations = 4 * STEP_TOKENS * (config.vocab_size + 8 * config.hidden_size)
-        is_little = numbers * self.dtype.itemsize + activations <= share * free_bytes(self.device) / 2
+        is_little = numbers * self.dtype.itemsize + activations <= share * _free_bytes(self.device) / 2
         return pages if is_little else None
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
