@@ -7,8 +7,10 @@ sequence has one new token run on block tables and are CUDA graphs of the librar
 """
 
 import gc
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .accelerated_complexity_deep import TRITON_DEVICES
 from .compatibility_complexity_deep import PAGED_ATTENTION
-from .decode_graph_complexity_deep import free_bytes, is_recordable
+from .decode_graph_complexity_deep import is_recordable
 
 if TRITON_DEVICES:
     from .kernels.paged_attention import paged_attention, paged_decode_attention
@@ -31,7 +33,16 @@ else:
     GenerationMixin = object
 
 STEP_TOKENS = 8192  # new tokens of a step at most, as the library chooses by itself
+SAFETY_MARGIN = 0.15  # as the library chooses by itself: with fewer pages free, running requests go before new ones
 FROZEN_AT_START = 10_000  # objects at most that Python itself keeps from its collector; 3.12 does with 375
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory that the driver has free, as the library counts it, which raises where a cache that is asked for has none.
+
+    What PyTorch holds and does not use may belong to CUDA graphs, such as those of training steps.
+    """
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def _layer_cache(cache, layer_idx: int) -> tuple[Tensor, Tensor, int]:
@@ -86,7 +97,7 @@ class ContinuousBatchingMixin(GenerationMixin):
             and self.dtype != torch.float64
         )
 
-    def _cache_for(self, hints: "WorkloadHints", page: int, share: float) -> int | None:
+    def _cache_for(self, hints: "WorkloadHints", page: int, share: float, margin: float | None) -> int | None:
         """Pages that the requests of one `generate_batch` fill at most, or None where that is not little memory.
 
         The library takes nearly all memory that is free. The driver needs 0.1 s to hand over 70 GB, and as long to take
@@ -94,16 +105,19 @@ class ContinuousBatchingMixin(GenerationMixin):
         """
         config = self.config
         length = hints.max_prompt_length + hints.max_generated_length
-        if not (hints.num_requests and hints.max_prompt_length and hints.max_generated_length):
+        margin = SAFETY_MARGIN if margin is None else margin
+        if not (hints.num_requests and hints.max_prompt_length and hints.max_generated_length) or margin >= 1:
             return None
-        # One page more for each request, since a page is free again a step after its request has ended. A manager that
-        # is kept can take a request of the trained length.
-        pages = max(hints.num_requests * (-(-length // page) + 1), -(-config.max_position_embeddings // page) + 1)
+        # One page more for each request, since a page is free again a step after its request has ended, and the margin,
+        # so that the last requests need not wait for the first to end. Whoever gives hints may add another request, of
+        # the trained length.
+        pages = math.ceil(hints.num_requests * (-(-length // page) + 1) / (1 - margin))
+        pages = max(pages, -(-config.max_position_embeddings // page) + 1)
         head_dim = config.hidden_size // config.num_attention_heads
         numbers = pages * page * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
         # Logits in fp32 and hidden states of a step's tokens, several times over.
         activations = 4 * STEP_TOKENS * (config.vocab_size + 8 * config.hidden_size)
-        is_little = numbers * self.dtype.itemsize + activations <= share * free_bytes(self.device) / 2
+        is_little = numbers * self.dtype.itemsize + activations <= share * _free_bytes(self.device) / 2
         return pages if is_little else None
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
@@ -139,7 +153,7 @@ class ContinuousBatchingMixin(GenerationMixin):
                 longest = max(longest, workload_hints.max_prompt_length + workload_hints.max_generated_length)
             config.max_blocks_per_request = -(-longest // page)
         if workload_hints is not None and config.num_blocks is None and config.max_batch_tokens is None:
-            needed = self._cache_for(workload_hints, page, config.max_memory_percent)
+            needed = self._cache_for(workload_hints, page, config.max_memory_percent, config.safety_margin)
             if needed is not None:
                 config.num_blocks, config.max_batch_tokens = needed, STEP_TOKENS
         manager.warmed_up = True
@@ -150,10 +164,17 @@ class ContinuousBatchingMixin(GenerationMixin):
         """The library's, while Python's collector passes over the objects that were there before.
 
         The library collects twice when a call ends, and each time would look through all objects of the process, which
-        takes 0.3 s where PyTorch and its compiler are loaded.
+        takes 0.3 s where PyTorch and its compiler are loaded. Garbage is collected once before. It would be kept too,
+        and in a loop of calls for ever, since Python begins to count anew towards its next collection at each call.
         """
+        hints = kwargs.get("workload_hints")
+        if hints is not None and kwargs.get("persistent_manager"):
+            # It will get other requests, of any length. With nothing generated, it takes memory for all that may come.
+            length = hints.max_prompt_length + hints.max_generated_length
+            kwargs["workload_hints"] = replace(hints, max_prompt_length=length, max_generated_length=0)
         freezes = gc.get_freeze_count() <= FROZEN_AT_START  # else the caller has done so, and it stays
         if freezes:
+            gc.collect()
             gc.freeze()
         try:
             with super().continuous_batching_context_manager(*args, **kwargs) as manager:

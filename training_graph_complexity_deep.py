@@ -56,16 +56,17 @@ class TrainingStep:
         self.awaited: weakref.ref | None = None
         device = inputs["input_ids"].device
         self.weights = [weakref.ref(x) for x in model.parameters() if x.requires_grad]
-        named = (*model.named_parameters(), *model.named_buffers())
-        self.tensors = {f"model.{name}": weakref.ref(x) for name, x in named}  # as `_Plain` names them
+        tensors = _named_tensors(model)
+        self.tensors = {name: weakref.ref(x) for name, x in tensors.items()}
         # Autograd has one node for the gradient of a weight, which belongs to the stream where it was first needed. A
         # graph of the caller's that is still alive keeps it, and a recording may not wait for that stream. So the
         # recorded pass has weights of its own, in the same memory.
-        own = {f"model.{name}": nn.Parameter(x.detach()) for name, x in model.named_parameters() if x.requires_grad}
-        weights, step = list(own.values()), _Plain(plain, model)
+        twins = {x: nn.Parameter(x.detach()) for x in model.parameters() if x.requires_grad}
+        own = {name: twins[x] for name, x in tensors.items() if x in twins}
+        weights = list(twins.values())
 
         def forward() -> Tensor:
-            outputs = functional_call(step, own, (), {**self.inputs, "use_cache": False})
+            outputs = _call_with(own, plain, model, self.inputs)
             self.output_type = type(outputs)
             return outputs.last_hidden_state
 
@@ -118,7 +119,7 @@ class TrainingStep:
             dtype, kind = self.autocast, own["input_ids"].device.type
             with torch.enable_grad(), torch.autocast(kind, dtype, enabled=dtype is not None):
                 # With the tensors of the forward pass: those of a caller's `functional_call` are the model's no longer.
-                return functional_call(_Plain(plain, model), tensors, (), {**own, "use_cache": False}).last_hidden_state
+                return _call_with(tensors, plain, model, own).last_hidden_state
 
         states = _Replay.apply(self, anew, tensors, *(x() for x in self.weights))
         return self.output_type(last_hidden_state=states)
@@ -133,6 +134,22 @@ class _Plain(nn.Module):
 
     def forward(self, **inputs):
         return self.plain(self.model, **inputs)
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by the name that `_Plain` gives to the place where they are.
+
+    A tensor that several modules share has several places. A module that has several names is one place.
+    """
+    modules = model.named_modules(prefix="model")
+    places = [(prefix, tensors) for prefix, x in modules for tensors in (x._parameters, x._buffers)]
+    return {f"{prefix}.{name}": x for prefix, tensors in places for name, x in tensors.items() if x is not None}
+
+
+def _call_with(tensors: dict[str, Tensor], plain: Callable, model: nn.Module, inputs: dict[str, Tensor]):
+    """The output of `plain` with the `tensors`, which have the names of `_named_tensors`, in their places."""
+    # By itself it would give a place with two names two tensors, and put back the wrong one.
+    return functional_call(_Plain(plain, model), tensors, (), {**inputs, "use_cache": False}, tie_weights=False)
 
 
 class _Replay(torch.autograd.Function):

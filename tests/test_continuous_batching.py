@@ -2,6 +2,8 @@
 
 import gc
 import os
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,21 +125,45 @@ def test_a_call_takes_memory_for_its_requests(only_paged, monkeypatch):
     """And all that is free, as the library does, where they may fill it or where they are not known."""
     model = triton_model(max_position_embeddings=700)
     many, one = WorkloadHints(300, 300, num_requests=10), WorkloadHints(4, 3, num_requests=1)
-    for hints, pages in ((many, 40), (one, 4), (None, None), (WorkloadHints(300, 0, num_requests=10), None)):
+    for hints, pages in ((many, 48), (one, 4), (None, None), (WorkloadHints(300, 0, num_requests=10), None)):
         config = model.init_continuous_batching(GREEDY, workload_hints=hints).continuous_batching_config
         assert config.num_blocks == pages and (pages is None) == (config.max_batch_tokens is None)
         model.set_attn_implementation("sdpa")
     given = ContinuousBatchingConfig(max_batch_tokens=16)
     assert model.init_continuous_batching(GREEDY, given, many).continuous_batching_config.num_blocks is None
     model.set_attn_implementation("sdpa")
-    monkeypatch.setattr(batching, "free_bytes", lambda device: 1e6)
+    monkeypatch.setattr(batching, "_free_bytes", lambda device: 1e6)
     assert model.init_continuous_batching(GREEDY, None, many).continuous_batching_config.num_blocks is None
 
 
-def test_a_manager_that_was_kept_takes_longer_requests(only_paged):
-    model = triton_model(max_position_embeddings=64)
+def test_memory_that_cuda_graphs_hold_is_not_free(monkeypatch):
+    """PyTorch counts it as not allocated. The library finds 8 GB free, and raises where it should take 18."""
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8e9, 80e9))
+    sizes = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 24}
+    config = tiny_model().config.__class__(max_position_embeddings=2048, vocab_size=1000, **sizes)
+    model = SimpleNamespace(config=config, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    hints = WorkloadHints(500, 500, num_requests=128)
+    assert batching.ContinuousBatchingMixin._cache_for(model, hints, 256, 0.9, None) is None
+
+
+def test_the_last_requests_of_a_call_need_not_wait_for_the_first_to_end(only_paged, calls, monkeypatch):
+    """Where prompts fill nearly all pages of their requests. The steps: two for prompts, a third for their rest."""
+    monkeypatch.setattr(batching, "STEP_TOKENS", 768)
+    model = triton_model(max_position_embeddings=256)
+    prompts = [random_ids(1, 128, seed=n)[0].tolist() for n in range(12)]
+    options = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=1)
+    model.generate_batch(prompts, options, ContinuousBatchingConfig(**{PAGE: 4}))
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("trained", (64, 16))
+def test_a_manager_that_was_kept_takes_longer_requests(only_paged, trained):
+    """Also longer than the trained length."""
+    model = triton_model(max_position_embeddings=trained)
     for prompts in (PROMPTS[2:], [random_ids(1, 60)[0].tolist()]):
-        config = ContinuousBatchingConfig(**{PAGE: 8})
+        config = ContinuousBatchingConfig(max_memory_percent=0.01, **{PAGE: 8})
         results = model.generate_batch(prompts, GREEDY, config, persistent_manager=True)
         assert [result.generated_tokens for result in results.values()] == alone(model, prompts)
 
@@ -153,6 +179,18 @@ def test_collections_pass_over_older_objects_until_a_call_ends(only_paged, is_fr
         assert (gc.get_freeze_count() > few) is is_frozen
     finally:
         gc.unfreeze()
+
+
+def test_garbage_of_a_loop_of_calls_is_collected(only_paged):
+    """Such as tensors of one round that are still held while the next call runs."""
+    model, made = triton_model(), []
+    for _ in range(4):
+        garbage = Exception()
+        garbage.itself, garbage.tensor = garbage, torch.empty(1)
+        made.append(weakref.ref(garbage.tensor))
+        with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=small_cache()):
+            pass
+    assert sum(x() is not None for x in made) == 1
 
 
 def test_without_block_tables_all_steps_go_by_slots(only_paged, calls):

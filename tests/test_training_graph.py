@@ -204,6 +204,18 @@ def test_a_pass_that_still_waits_for_its_backward_pass_is_no_obstacle(steps, few
     assert len(steps) == 1 and steps[0].replays == 1
 
 
+def test_layers_that_share_a_module_or_a_weight(steps, few_kernels):
+    """The recording puts weights of its own in their places, and the model's must come back to all of them."""
+    model, ids = triton_model(num_hidden_layers=2).train(), random_ids(1, 4).to(DEVICE)
+    first, second = model.model.layers
+    second.mlp, second.self_attn.o_proj.weight = first.mlp, first.self_attn.o_proj.weight
+    weights = list(model.parameters())
+    for _ in range(2):
+        check_equal(gradients_of(model, loss_of(model, ids)), eager_gradients(model, ids))
+        assert all(x is y for x, y in zip(model.parameters(), weights, strict=True))
+    assert len(steps) == 1 and steps[0].replays == 2
+
+
 def test_a_second_backward_and_a_second_derivative(steps):
     model, ids = triton_model().train(), random_ids(1, 4).to(DEVICE)
     expected = eager_gradients(model, ids)

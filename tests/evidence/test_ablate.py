@@ -576,6 +576,15 @@ def test_losses_of_other_token_files_are_not_compared(page):
     assert "At equal tokens, token files second" in text and "| 4.9000 | 5.9000 | -0.100 | -0.100 |" in text
 
 
+def test_the_best_at_equal_seconds_is_that_of_the_token_files_with_most_runs(page):
+    rows = [finished("dense_active", seed, 3.2 + 0.01 * seed, data=data) for seed in range(3) for data in ("1", "2")]
+    rows += [finished("shared_64", seed, 3.0 + 0.01 * seed, data="1") for seed in range(3)]
+    rows += [finished("shared_64", seed, 3.0 + 0.01 * seed, "equal_seconds", data="1") for seed in range(3)]
+    rows += [finished("shared_64_values", seed, 3.02, "equal_seconds", data="1") for seed in range(3)]
+    rows += [finished("shared_64_values", 0, 2.9, "equal_seconds", data="2")]
+    assert "At equal seconds the best is" not in page(rows)
+
+
 def test_report_says_first_when_the_goal_is_not_reached_or_not_decided(page):
     dense = [finished("dense_active", seed, 3.2 + 0.01 * seed) for seed in range(3)]
     close = [finished("shared_64", seed, 3.1 + 0.01 * seed) for seed in range(3)]

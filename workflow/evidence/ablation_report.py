@@ -126,13 +126,18 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
             is_known &= bounds is not None
             fails |= bounds is not None and not (mean <= GOALS[what] and bounds[1] <= UPPER_BOUND)
             parts.append(f"{with_bounds(mean, bounds)} at {what} on {text}")
-    for data, runs in equal_seconds.items():
-        named = [name for name in candidates if name in runs]
-        quickest = best_of(runs, named) if named and reference in equal_tokens.get(data, {}) else best
-        if quickest != best:
-            pairs = [(column(runs[quickest], name), column(equal_tokens[data][reference], name)) for name in TEXTS]
-            found = [f"{with_bounds(*difference(*pair))} on {text}" for pair, text in zip(pairs, TEXTS.values())]
-            more = [f"At equal seconds the best is `{quickest}`: {'; '.join(found)}."]
+    named = {
+        data: [name for name in candidates if name in runs]
+        for data, runs in equal_seconds.items()
+        if reference in equal_tokens.get(data, {})
+    }
+    data = max(named, key=lambda data: sum(len(equal_seconds[data][name]) for name in named[data]), default="")
+    quickest = best_of(equal_seconds[data], named[data]) if named.get(data) else best
+    if quickest != best:
+        found, others = equal_seconds[data][quickest], equal_tokens[data][reference]
+        pairs = [(difference(column(found, name), column(others, name)), text) for name, text in TEXTS.items()]
+        differences = "; ".join(f"{with_bounds(*values)} on {text}" for values, text in pairs)
+        more = [f"At equal seconds the best is `{quickest}`: {differences}."]
     word = "not reached" if fails else "reached" if is_known else "not decided yet"
     goal = f"{GOALS['equal tokens']} nats at equal tokens and {GOALS['equal seconds']} at equal seconds"
     return [
