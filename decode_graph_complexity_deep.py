@@ -245,10 +245,11 @@ def _end_failed_capture(device: torch.device, pool, options: dict) -> None:
     with contextlib.suppress(RuntimeError):  # where the capture had not begun
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
-    with torch.cuda.stream(options["stream"]):
-        something = torch.zeros(1, device=device)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), **{**options, "pool": None}):
-        something.zero_()
+    with contextlib.suppress(RuntimeError):  # such as for want of memory; what made the capture fail says more
+        with torch.cuda.stream(options["stream"]):
+            something = torch.zeros(1, device=device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), **{**options, "pool": None}):
+            something.zero_()
 
 
 def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, Any]:

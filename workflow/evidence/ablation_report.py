@@ -104,9 +104,10 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
     `equal_tokens` and `equal_seconds`: id of token files -> variant -> runs. Losses compare within one id only, so that
     each difference is that of the id with most seeds.
     """
-    present = {data: [name for name in candidates if name in runs] for data, runs in equal_tokens.items()}
+    compared = {data: runs for data, runs in equal_tokens.items() if reference in runs}
+    present = {data: [name for name in candidates if name in runs] for data, runs in compared.items()}
     data = max(present, key=lambda data: len(present[data]), default="")
-    if not present.get(data) or reference not in equal_tokens[data]:
+    if not present.get(data):
         return ["**The goal is not decided yet**: the headline has no finished runs."]
     best = best_of(equal_tokens[data], present[data])
     parts, fails, is_known, more = [], False, True, []
