@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .accelerated_complexity_deep import TRITON_DEVICES
 from .compatibility_complexity_deep import PAGED_ATTENTION
-from .decode_graph_complexity_deep import is_recordable
+from .decode_graph_complexity_deep import cached_numbers, is_recordable
 
 if TRITON_DEVICES:
     from .kernels.paged_attention import paged_attention, paged_decode_attention
@@ -98,10 +98,10 @@ class ContinuousBatchingMixin(GenerationMixin):
         )
 
     def _cache_for(self, hints: "WorkloadHints", page: int, share: float, margin: float | None) -> int | None:
-        """Pages that the requests of one `generate_batch` fill at most, or None where that is not little memory.
+        """Pages that the requests of one `generate_batch` fill at most.
 
-        The library takes nearly all memory that is free. The driver needs 0.1 s to hand over 70 GB, and as long to take
-        them back.
+        None where that is not known, or more than half of the memory that the library takes by itself, a `share` of
+        what is free. The library takes nearly all memory that is free, and the driver needs 0.1 s to hand over 70 GB.
         """
         config = self.config
         length = hints.max_prompt_length + hints.max_generated_length
@@ -113,11 +113,10 @@ class ContinuousBatchingMixin(GenerationMixin):
         # the trained length.
         pages = math.ceil(hints.num_requests * (-(-length // page) + 1) / (1 - margin))
         pages = max(pages, -(-config.max_position_embeddings // page) + 1)
-        head_dim = config.hidden_size // config.num_attention_heads
-        numbers = pages * page * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        cache_bytes = pages * page * cached_numbers(config) * self.dtype.itemsize
         # Logits in fp32 and hidden states of a step's tokens, several times over.
         activations = 4 * STEP_TOKENS * (config.vocab_size + 8 * config.hidden_size)
-        is_little = numbers * self.dtype.itemsize + activations <= share * _free_bytes(self.device) / 2
+        is_little = cache_bytes + activations <= share * _free_bytes(self.device) / 2
         return pages if is_little else None
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
@@ -169,7 +168,8 @@ class ContinuousBatchingMixin(GenerationMixin):
         """
         hints = kwargs.get("workload_hints")
         if hints is not None and kwargs.get("persistent_manager"):
-            # It will get other requests, of any length. With nothing generated, it takes memory for all that may come.
+            # It will get other requests, of any length. `_cache_for` gives no size where no tokens are generated. Block
+            # tables take the sum of both lengths.
             length = hints.max_prompt_length + hints.max_generated_length
             kwargs["workload_hints"] = replace(hints, max_prompt_length=length, max_generated_length=0)
         freezes = gc.get_freeze_count() <= FROZEN_AT_START  # else the caller has done so, and it stays

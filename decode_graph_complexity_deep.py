@@ -229,6 +229,12 @@ def free_bytes(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] + held
 
 
+def cached_numbers(config) -> int:
+    """Numbers that a cache holds for one position: keys and values of every layer."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+
+
 def _arguments(inputs: dict) -> tuple:
     """What a recording depends on besides the cache."""
     arguments = tuple(
@@ -330,8 +336,7 @@ class DecodeGraphMixin(GenerationMixin):
         if self.device.type not in GRAPH_DEVICES:
             return False
         config = self.config
-        width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-        cache_bytes = 2 * config.num_hidden_layers * rows * length * width * self.dtype.itemsize
+        cache_bytes = rows * length * cached_numbers(config) * self.dtype.itemsize
         return (
             config.sliding_window is None
             and not torch.is_grad_enabled()  # a static cache is written in place

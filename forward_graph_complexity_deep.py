@@ -21,7 +21,15 @@ from transformers.utils import logging
 
 from .accelerated_complexity_deep import has_recordings, recordings_by_model
 from .compatibility_complexity_deep import CACHE_NAME
-from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, modes, record, state_of
+from .decode_graph_complexity_deep import (
+    GRAPH_DEVICES,
+    cached_numbers,
+    free_bytes,
+    is_recordable,
+    modes,
+    record,
+    state_of,
+)
 from .kernels.op_registration import is_ordinary
 from .speculation_complexity_deep import SpeculativeCache, speculative_step
 
@@ -119,8 +127,7 @@ def _has_room(model: nn.Module, tokens: int, device: torch.device, makes_cache: 
     config = model.config
     numbers = 16 * config.hidden_size + 4 * config.intermediate_size
     if makes_cache:
-        head_dim = config.hidden_size // config.num_attention_heads
-        numbers += 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        numbers += cached_numbers(config)
     return tokens * model.dtype.itemsize * numbers < free_bytes(device) / 4
 
 

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
@@ -19,13 +18,15 @@ def write_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_expert_loads(figure: Figure, axes: Axes, tokens) -> np.ndarray:
-    """A map of how many `tokens` [layers, experts] each expert gets; returns the loads, 1 where all get as many.
+def draw_expert_loads(tokens, title: str = "") -> tuple[Figure, np.ndarray]:
+    """A map of how many `tokens` [layers, experts] each expert gets, and the loads, 1 where all get as many.
 
     Up to 16 experts in a layer, the counts are written into the map.
     """
     tokens = np.asarray(tokens, dtype=np.float64)
     layers, experts = tokens.shape
+    figure, axes = subplots(figsize=(9, min(8.0, 1.5 + 0.36 * layers)))
+    axes.set_title(title)
     loads = tokens / tokens.mean(1, keepdims=True)
     norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2.0, loads.max()))
     image = axes.imshow(loads, cmap="PuOr_r", norm=norm, aspect="auto")
@@ -37,4 +38,4 @@ def draw_expert_loads(figure: Figure, axes: Axes, tokens) -> np.ndarray:
     axes.set_yticks(range(0, layers, math.ceil(layers / 12)))
     axes.set(xlabel="expert", ylabel="layer")
     figure.colorbar(image, ax=axes, label="load (1 = even)")
-    return loads
+    return figure, loads

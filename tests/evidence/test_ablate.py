@@ -164,9 +164,9 @@ def test_equal_seconds_gives_the_slower_model_fewer_tokens():
     others = [swept(name, 1e-3, 3.0, "speed", 500) for name in planned if name != "shared_64"]
     earlier = {"commit": "old", "tokens_per_second": 100}
     speeds.insert(0, speeds[1] | earlier)  # measured again since
-    assert newest_speeds(speeds) == {"dense_active": 1000, "shared_64": 700}
+    assert newest_speeds(speeds, "dense_active") == {"dense_active": 1000, "shared_64": 700}
     alone = {**speeds[2], "commit": "newer", "tokens_per_second": 900}  # without the one that it would be compared with
-    assert newest_speeds([*speeds, alone]) == newest_speeds(speeds)
+    assert newest_speeds([*speeds, alone], "dense_active") == newest_speeds(speeds, "dense_active")
     with pytest.raises(PlanError, match="'shared_64' is not measured by the commit"):
         expand(PLANS / "equal_seconds.yaml", [*all_swept(), speeds[0], speeds[1]], DATA, ["shared_64"])
     (run, *_) = expand(

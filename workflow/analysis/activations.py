@@ -76,8 +76,8 @@ def read_activations(model: PreTrainedModel, batches: list[dict], sampled: Tenso
             if config.is_routed:
                 outputs.loss.backward()
                 expert_ids.append(torch.stack(outputs.expert_ids).flatten(1).cpu())  # [L, B * S]
-                own = model.base_model.routing_table(batch["input_ids"])  # [L, B, S] with a table for each layer
-                by_id.append(own.expand(config.num_hidden_layers, -1, -1).flatten(1).cpu())
+                own = model.base_model.expert_ids_by_layer(batch["input_ids"])
+                by_id.append(torch.stack(own).flatten(1).cpu())  # [L, B * S]
             if config.use_dynamics:
                 velocities = torch.stack(outputs.velocities).detach().flatten(1, 2)  # [L, B * S, H]
                 velocity_rms.append(velocities.square().mean(-1).sqrt().cpu())

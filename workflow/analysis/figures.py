@@ -201,8 +201,7 @@ def tokens_per_expert(analysis, drawn):
     loads = analysis["checkpoint"].get("tokens_per_expert")
     if loads is None:
         return None
-    figure, axes = subplots(figsize=(WIDE[0], min(8.0, 1.5 + 0.36 * len(loads))))
-    relative = draw_expert_loads(figure, axes, loads)
+    figure, relative = draw_expert_loads(loads)
     least, worst = (f"{value:.2f}" for value in (relative.max(1).min(), relative.max()))
     worst = (
         f"{worst} times the mean" if least == worst else f"{least} to {worst} times the mean, depending on the layer"

@@ -10,7 +10,6 @@ from complexity_deep.workflow.command import InputError
 
 IDENTITY = ("variant", "seed", "size", "tokens", "learning_rate", "settings")  # of a run, whatever came of it
 DONE = ("ok", "diverged")
-REFERENCE = "dense_active"  # the variant that all others are compared with
 MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW
 
 
@@ -51,7 +50,7 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
                 rates = [swept_rate(variant["family"], base, known)]
             tokens = float(plan["tokens"])
             if reference := plan.get("equal_seconds_to"):
-                tokens *= speed(name, known) / speed(reference, known)
+                tokens *= speed(name, known, reference) / speed(reference, known, reference)
             for rate in rates:
                 for factor in plan.get("learning_rate_factors", [1]):
                     run = {
@@ -96,21 +95,21 @@ def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
     return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
 
 
-def speed(variant: str, rows: list[dict]) -> float:
+def speed(variant: str, rows: list[dict], reference: str) -> float:
     """Tokens a second of a variant that had its GPU to itself."""
-    measured = newest_speeds(rows)
+    measured = newest_speeds(rows, reference)
     if variant not in measured:
         raise PlanError(
-            f"The speed of '{variant}' is not measured by the commit that '{REFERENCE}' was last measured with: "
+            f"The speed of '{variant}' is not measured by the commit that '{reference}' was last measured with: "
             "run speed.yaml first."
         )
     return measured[variant]
 
 
-def newest_speeds(rows: list[dict]) -> dict[str, float]:
-    """Tokens a second by variant, of the newest commit that REFERENCE was measured with: others do not compare."""
+def newest_speeds(rows: list[dict], reference: str) -> dict[str, float]:
+    """Tokens a second by variant, of the newest commit that `reference` was measured with: others do not compare."""
     rows = [row for row in rows if row["plan"] == "speed" and row["status"] == "ok"]
-    commits = [row["commit"] for row in rows if row["variant"] == REFERENCE]
+    commits = [row["commit"] for row in rows if row["variant"] == reference]
     return {row["variant"]: row["tokens_per_second"] for row in rows if row["commit"] in commits[-1:]}
 
 

@@ -104,13 +104,11 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
     `equal_tokens` and `equal_seconds`: id of token files -> variant -> runs. Losses compare within one id only, so that
     each difference is that of the id with most seeds.
     """
-    compared = {data: runs for data, runs in equal_tokens.items() if reference in runs}
-    present = {data: [name for name in candidates if name in runs] for data, runs in compared.items()}
-    data = max(present, key=lambda data: len(present[data]), default="")
-    if not present.get(data):
+    data, present = most_candidates(equal_tokens, reference, candidates)
+    if not present:
         return ["**The goal is not decided yet**: the headline has no finished runs."]
-    best = best_of(equal_tokens[data], present[data])
-    parts, fails, is_known, more = [], False, True, []
+    best = best_of(equal_tokens[data], present, "held_out_edu")
+    parts, fails, is_known = [], False, True
     for what, runs in (("equal tokens", equal_tokens), ("equal seconds", equal_seconds)):
         pairs = [
             (runs[data][best], equal_tokens[data][reference])
@@ -127,31 +125,47 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
             is_known &= bounds is not None
             fails |= bounds is not None and not (mean <= GOALS[what] and bounds[1] <= UPPER_BOUND)
             parts.append(f"{with_bounds(mean, bounds)} at {what} on {text}")
-    named = {
-        data: [name for name in candidates if name in runs]
-        for data, runs in equal_seconds.items()
-        if reference in equal_tokens.get(data, {})
-    }
-    data = max(named, key=lambda data: sum(len(equal_seconds[data][name]) for name in named[data]), default="")
-    quickest = best_of(equal_seconds[data], named[data]) if named.get(data) else best
-    if quickest != best:
-        found, others = equal_seconds[data][quickest], equal_tokens[data][reference]
-        pairs = [(difference(column(found, name), column(others, name)), text) for name, text in TEXTS.items()]
-        differences = "; ".join(f"{with_bounds(*values)} on {text}" for values, text in pairs)
-        more = [f"At equal seconds the best is `{quickest}`: {differences}."]
     word = "not reached" if fails else "reached" if is_known else "not decided yet"
     goal = f"{GOALS['equal tokens']} nats at equal tokens and {GOALS['equal seconds']} at equal seconds"
     return [
         f"**The goal is {word}.** It was a difference in held-out loss to a dense model of equal active size of at",
         f"most {goal}, with the upper 95 % bound at most {UPPER_BOUND}, on both texts. The best candidate is `{best}`:",
         "; ".join(parts) + ".",
-        *more,
+        *best_at_equal_seconds(equal_tokens, equal_seconds, reference, candidates, best),
         f"Tried were {', '.join(f'`{name}`' for name in candidates)}.",
     ]
 
 
-def best_of(runs: dict[str, list[dict]], names: list[str]) -> str:
-    return min(names, key=lambda name: statistics.mean(column(runs[name], "held_out_edu")))
+def most_candidates(runs: dict, reference: str, candidates: list[str]) -> tuple[str, list[str]]:
+    """The id of token files that has the reference and most candidates, and the names of these, empty without any."""
+    present = {data: [name for name in candidates if name in own] for data, own in runs.items() if reference in own}
+    data = max(present, key=lambda data: len(present[data]), default="")
+    return data, present.get(data, [])
+
+
+def best_of(runs: dict[str, list[dict]], names: list[str], text: str) -> str:
+    return min(names, key=lambda name: statistics.mean(column(runs[name], text)))
+
+
+def best_at_equal_seconds(
+    equal_tokens: dict, equal_seconds: dict, reference: str, candidates: list[str], best: str
+) -> list[str]:
+    """A sentence on the best candidate at equal seconds, of the token files with most runs; none where it is `best`."""
+    present = {
+        data: [name for name in candidates if name in runs]
+        for data, runs in equal_seconds.items()
+        if reference in equal_tokens.get(data, {})
+    }
+    data = max(present, key=lambda data: sum(len(equal_seconds[data][name]) for name in present[data]), default="")
+    if not present.get(data):
+        return []
+    quickest = best_of(equal_seconds[data], present[data], "held_out_edu")
+    if quickest == best:
+        return []
+    found, others = equal_seconds[data][quickest], equal_tokens[data][reference]
+    pairs = [(difference(column(found, name), column(others, name)), text) for name, text in TEXTS.items()]
+    differences = "; ".join(f"{with_bounds(*values)} on {text}" for values, text in pairs)
+    return [f"At equal seconds the best is `{quickest}`: {differences}."]
 
 
 def with_bounds(mean: float, bounds: tuple[float, float] | None) -> str:

@@ -15,9 +15,11 @@ from complexity_deep.workflow.evidence.ablation_report import (
     CONFIDENCE,
     NOT_MEASURED,
     TEXTS,
+    best_of,
     by_data,
     column,
     difference,
+    most_candidates,
 )
 from complexity_deep.workflow.evidence.scaling import LARGE, SCALING, SIZES, pooled_variance
 from complexity_deep.workflow.flops import active_parameters, flops_per_token, total_parameters
@@ -144,16 +146,14 @@ class Best(NamedTuple):
 def best_candidate(rows: list[dict], base: dict, text: str) -> Best | None:
     """At equal tokens, of the token files with most candidates; None where none has runs of both."""
     name = base["reference"]
-    found = {data: runs for data, runs in by_data(rows, SCALING).items() if name in runs}
-    choices = {data: [choice for choice in base["candidates"] if choice in runs] for data, runs in found.items()}
-    data = max(choices, key=lambda data: len(choices[data]), default="")
-    if not choices.get(data):
+    found = by_data(rows, SCALING)
+    data, choices = most_candidates(found, name, base["candidates"])
+    if not choices:
         return None
-    dense = column(found[data][name], text)
-    means = {choice: difference(column(found[data][choice], text), dense)[0] for choice in choices[data]}
-    best = min(means, key=means.get)
+    best = best_of(found[data], choices, text)
+    distance, _ = difference(column(found[data][best], text), column(found[data][name], text))
     run = found[data][best][0]
-    return Best(best, name, means[best], data, run["tokens"] / run["active_parameters"])
+    return Best(best, name, distance, data, run["tokens"] / run["active_parameters"])
 
 
 def tell_table(distance: float, spread: Spread, hours: float, sweep_hours: float) -> list[str]:
@@ -269,7 +269,7 @@ def estimate_lines(rows: list[dict], recipes: Path, results: Path, config: Path)
         empty_model(scaled_shape(shape, small, changes)) for changes in ({}, small["variants"][best.variant]["config"])
     )
     active, spread = active_parameters(ours), spreads[size][TEXT]
-    arms = arms_of(steps, ours, newest_speeds(of_size["30m"]), best.variant)
+    arms = arms_of(steps, ours, newest_speeds(of_size["30m"], small["reference"]), best.variant)
     compared = arms if len(arms) == 3 else [arms[0], *arms[2:]]  # the candidate in the place of the published shape
     hours = sum(arm.gpu_hours(TOKENS_PER_PARAMETER * active) for arm in compared)
     lines = [*spread_lines(spreads), *speed_lines(arms, steps, active)]

@@ -255,5 +255,5 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
             lines += [
                 "More than one pass over the token files, each of which takes every row once, in an order of its own."
             ]
-            lines += ["", *variant_table(runs, runs.get(reference, []), newest_speeds(own)), ""]
+            lines += ["", *variant_table(runs, runs.get(reference, []), newest_speeds(own, reference)), ""]
     return lines

@@ -26,7 +26,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     studied = [row for row in rows if row["size"] in SIZES]
     rows = [row for row in studied if row["size"] == base["size"]]
     equal_tokens, equal_seconds = by_data(rows, EQUAL_TOKENS), by_data(rows, EQUAL_SECONDS)
-    speeds = newest_speeds(rows)
+    speeds = newest_speeds(rows, name)
     lines = ["# Evidence", "", *verdict(equal_tokens, equal_seconds, name, base["candidates"]), ""]
     lines += [
         f"Written by `python scripts/ablate.py report` from [runs.csv]({output.name}/runs.csv); the plan, which is",

@@ -90,8 +90,7 @@ def read_monitors(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str,
 
     measured = {}
     if config.is_routed:
-        by_id = model.base_model.routing_table(batch["input_ids"])
-        by_id = by_id.expand(len(outputs.expert_ids), -1, -1)  # (L, B, S), also with one table for all layers
+        by_id = model.base_model.expert_ids_by_layer(batch["input_ids"])  # L times (B, S)
         for layer, expert_ids in enumerate(outputs.expert_ids):
             tokens = torch.bincount(expert_ids.flatten(), minlength=config.num_experts)  # (E,)
             for expert in range(config.num_experts):

@@ -25,9 +25,8 @@ def write_expert_loads(output_dir: str, entry: dict) -> None:
         if match := re.fullmatch(r"expert_tokens/layer_(\d+)/expert_(\d+)", name):
             cells[int(match[1]), int(match[2])] = tokens
     layers, experts = (1 + max(indices) for indices in zip(*cells))
-    figure, axes = subplots(figsize=(9, min(8.0, 1.8 + 0.36 * layers)))
-    draw_expert_loads(figure, axes, [[cells[layer, expert] for expert in range(experts)] for layer in range(layers)])
-    axes.set_title(f"tokens per expert on held-out text, step {entry['step']}")
+    tokens = [[cells[layer, expert] for expert in range(experts)] for layer in range(layers)]
+    figure, _ = draw_expert_loads(tokens, f"tokens per expert on held-out text, step {entry['step']}")
     write_figure(figure, Path(output_dir, "expert_loads.png"))
 
 
