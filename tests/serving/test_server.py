@@ -110,11 +110,15 @@ def test_experts_that_cannot_be_computed_are_told_and_end_nothing(monkeypatch):
         assert service.engine.stop(10)
 
     app = build_app(service, key=None, hosts=None, has_page=False, lifespan=lifespan)
-    options = {"model": "words", "prompt": [20], "max_tokens": 3, "experts": True}
+    options = {"model": "words", "prompt": [20], "max_tokens": 3, "temperature": 0, "experts": True}
     with TestClient(app) as client:
         whole = client.post("/v1/completions", json=options)
         assert whole.status_code == 503 and "'experts'" in whole.json()["error"]["message"]
         *pieces, last, rest = client.post("/v1/completions", json={**options, "stream": True}).text.split("\n\n")
         told = json.loads(last.removeprefix("data: "))["error"]["message"]
-        assert len(pieces) == 3 and "'experts'" in told and not rest
-        assert client.post("/v1/completions", json={**options, "experts": False}).status_code == 200
+        assert "'experts'" in told and not rest
+        plain = client.post("/v1/completions", json={**options, "experts": False})
+        assert plain.status_code == 200
+        # A piece holds all tokens that came since the last one, so that their number depends on the machine.
+        texts = [json.loads(piece.removeprefix("data: "))["choices"][0]["text"] for piece in pieces]
+        assert "".join(texts) == plain.json()["choices"][0]["text"] != ""
