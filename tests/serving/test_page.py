@@ -165,7 +165,9 @@ def test_type_stream_stop_and_reload(server, browser):
     browser.wait(f"document.querySelectorAll('.assistant').length === 2 && {last} > 20")
     browser.click("stop")
     note = browser.wait("!running && [...document.querySelectorAll('.note')].at(-1).textContent")
-    assert note.endswith(" tokens/s, stopped")
+    stopped = re.fullmatch(r"(\d+) tokens(, \d+\.\d tokens/s)?, stopped", note)  # no speed where all came at once
+    written = browser.value("[...document.querySelectorAll('.assistant')].at(-1).textContent")
+    assert stopped and int(stopped[1]) == len(re.findall(r"w\d+|<img", written)), note
     browser.wait("fetch('/health').then((one) => one.json()).then((one) => one.running === 0)")
     assert browser.value("messages.map((message) => message.role).join()") == "user,assistant,user,assistant"
 

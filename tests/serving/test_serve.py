@@ -159,6 +159,14 @@ def test_chat_whole_and_streamed(server, offline):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == offline.text(expected)
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    stream_options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(api.chat.completions.create(**options, stream=True, stream_options=stream_options))
+    written, told = "", []
+    for chunk in chunks[1:-2]:
+        written += chunk.choices[0].delta.content
+        told.append(chunk.usage.completion_tokens)
+        assert written == offline.text(expected[: told[-1]])
+    assert told == sorted(set(told)) and told[-1] == len(expected) and chunks[-1].usage == whole.usage
 
 
 def test_an_answer_ends_at_the_first_stop_string(server, offline):

@@ -161,7 +161,8 @@ class Service:
             async with contextlib.aclosing(self.text(answer, text)) as pieces:
                 async for piece in pieces:
                     if piece:
-                        yield event(reply.chunk(piece))
+                        usage = {"usage": reply.usage(text.num_tokens)} if request.wants_usage_always else {}
+                        yield event(reply.chunk(piece, **usage))
             more = await self.extras(request, answer, text)
             yield event(reply.chunk(None, self.reason(answer, text), **more))
             if request.wants_usage:

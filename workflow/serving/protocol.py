@@ -1,7 +1,8 @@
 """Requests and responses of OpenAI's API, as far as they are served. Every value is checked here.
 
-A field that is not served is taken only where it asks for nothing, as `n: 1` does. Fields beyond OpenAI's: `top_k`, and
-`experts`, which asks for the expert that each token of the answer took in each layer.
+A field that is not served is taken only where it asks for nothing, as `n: 1` does. Fields beyond OpenAI's: `top_k`,
+`stream_options.continuous_usage_stats`, and `experts`, which asks for the expert that each token of the answer took in
+each layer.
 """
 
 import math
@@ -29,6 +30,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # of vLLM: every chunk of text tells the usage so far
     include_obfuscation: Literal[False] | None = None
 
 
@@ -68,6 +70,10 @@ class GenerationRequest(Strict):
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_usage_always(self) -> bool:
+        return self.wants_usage and self.stream_options.continuous_usage_stats
 
     def sampling(self, defaults: GenerationConfig, vocabulary: int) -> dict:
         """Options for `Engine.submit`. What the request leaves out is the model's, else OpenAI's (temperature 1)."""
