@@ -5,11 +5,13 @@
     python scripts/benchmark.py kernels                                               needs a CUDA device
     python scripts/benchmark.py users --model-config configs/1.5b.json                what comes without being asked for
     python scripts/benchmark.py generate --speculate --model runs/150m --assistant-model runs/30m --prompts a.parquet
-    torchrun --nproc-per-node 2 scripts/benchmark.py generate --tensor-parallel       models divided among two GPUs
+    torchrun --nproc-per-node 2 scripts/benchmark.py generate --tensor-parallel --model-config configs/150m.json
 
 The peers are Qwen3-MoE and Llama of the same shape (Llama as wide as all experts together), from transformers. Prints a
 markdown table for people and one JSON line last; adds rows to benchmarks/results.csv with device, versions and commit,
 and draws the charts beside it. On a CUDA device the kernel tests run first, and nothing is measured if one fails.
+
+--tensor-parallel divides each model among the GPUs of torchrun, whose number must divide the key/value heads.
 
 --speculate compares ways of speculative decoding with greedy decoding of one saved model, by "vs first" in the table.
 A draft is worth what weights and text make it, so it takes trained models, and documents whose beginnings are prompts.

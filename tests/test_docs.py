@@ -91,6 +91,9 @@ def parse_command(words: list[str]) -> None:
 
         launch = get_args_parser().parse_args(words[1:])
         words = ["python", launch.training_script, *launch.training_script_args]
+        if "--tensor-parallel" in words:  # each process takes as many key/value heads
+            shape = json.loads(Path(words[words.index("--model-config") + 1]).read_text())
+            assert shape["num_key_value_heads"] % int(launch.nproc_per_node) == 0, shape
     if words == ["complexity-deep"]:
         assert all(
             (REPOSITORY / "scripts" / f"{name}.py").is_file()
