@@ -1,4 +1,4 @@
-"""Draw benchmarks/results.csv: four pictures, each of which answers one question.
+"""Draw benchmarks/results.csv: five pictures, each of which answers one question.
 
     python scripts/benchmark_charts.py benchmarks
 
@@ -6,6 +6,7 @@
     near_limit.png     How near do the kernels and the whole training step come to what the card can do?
     experts.png        What do more experts cost?
     tokens_per_s.png   How many tokens per second, beside the peers?
+    users.png          How much faster than Llama is what comes without being asked for?
 
 A picture takes the newest measurement that has all it shows, and names its device, versions and commit.
 `scripts/benchmark.py` calls `draw` after every measurement. A picture whose rows were never measured is left out.

@@ -179,7 +179,7 @@ def users(results: list[dict]) -> Figure:
     colours = [OURS if ratio >= 1 else DENSE for ratio in ratios]
     bars(axis, list(USERS.values()), ratios, colours, "{:.2g}x", 1.2 * max(ratios))
     axis.axvline(1, color=DENSE, linewidth=1, linestyle="--")
-    axis.set_xlabel("Llama of equal total size, eager, the defaults of both; 1 is as fast")
+    axis.set_xlabel("Llama as wide as all experts together, eager, the defaults of both; 1 is as fast")
     return figure
 
 
