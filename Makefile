@@ -112,7 +112,8 @@ typecheck: $(VENV)/.installed
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy \
 		-m complexity_deep -m complexity_deep.routing_complexity_deep
 
-# What benchmarks/results.csv is made of. It needs a CUDA device and takes about half an hour.
+# Rows of benchmarks/results.csv. It needs a CUDA device and takes about half an hour. The rows `users`, of what comes without being
+# asked for, are those of `scripts/benchmark.py users --model-config configs/1.5b.json`.
 bench: $(VENV)/.installed
 	$(BIN)/python scripts/benchmark.py kernels
 	$(BIN)/python scripts/benchmark.py train --skip-tests --model-config configs/1.5b.json --batch-size 8 \
