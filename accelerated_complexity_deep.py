@@ -129,7 +129,7 @@ class KernelsMixin(PreTrainedModel):
         return super().get_correct_experts_implementation(requested_experts)
 
     def set_kernels_implementation(self, kernels_implementation: str) -> None:
-        """Choose who computes attention's projections, the dynamics and decoding: "eager" (PyTorch) or "triton"."""
+        """Choose who computes all but the experts: "eager" (PyTorch) or "triton", which alone has CUDA graphs."""
         for module in self.modules():
             if isinstance(module, KernelsMixin):
                 module.config._kernels_implementation = self.get_correct_kernels_implementation(kernels_implementation)
@@ -194,7 +194,7 @@ def is_unhooked(*modules: nn.Module) -> bool:
 def _plain_weights(*modules: nn.Module) -> list[Tensor] | None:
     """The weights of linear modules, or None if they may not be used directly.
 
-    They may with no adapter, quantization, offloading or parallel hook on any module.
+    They may be used where no module has an adapter, quantized weights, or a hook of offloading or parallelism.
     """
     weights = []
     for module in modules:

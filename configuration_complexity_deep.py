@@ -140,6 +140,8 @@ class ComplexityDeepConfig(PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
         scaled_residual_init (`bool`, defaults to `False`):
             start `o_proj` and the down projections at `initializer_range / sqrt(2 * num_hidden_layers)`.
+        use_cache, tie_word_embeddings (`bool`, default to `True`): as in every model of the library.
+        pad_token_id, bos_token_id, eos_token_id (`int`, default to 1, 2, 0): special ids of the published tokenizer.
 
     ```python
     >>> from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM

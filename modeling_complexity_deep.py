@@ -675,12 +675,13 @@ class ComplexityDeepModel(TokenRoutingMixin, ComplexityDeepPreTrainedModel):
         Args:
             input_ids: [B, S] token ids. inputs_embeds: [B, S, H], instead of `input_ids`.
             attention_mask: [B, S], 1 where there is a token. position_ids: [B or 1, S]; positions that restart within
-                a row (and no attention_mask) separate packed documents.
+                a row (with neither attention_mask nor cache) separate packed documents.
             routing_ids: [B, S] token ids that choose the experts and value embeddings, instead of `input_ids` or of the
                 embedding rows nearest to `inputs_embeds`.
 
         `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_ids`, `output_velocities`
-        and `output_mus` add the per-layer tensors to the output.
+        and `output_mus` add the per-layer tensors to the output. Raises `ValueError` for ids that are no token ids, and
+        for unknown arguments that carry a cache, a mask or positions.
         """
         check_unknown_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
