@@ -33,8 +33,8 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         f"older than the runs, is [plan.md]({output.name}/plan.md). Means ± standard errors, 95 % intervals in",
         "brackets. `shifted experts` is the loss with each token sent to the next expert, `norm` the growth of the",
         "experts' norms (1 where they were not trained). Losses compare within one set of token files only. All runs",
-        f"are of the {base['size']} shape of the study where nothing else is said, which is wider than `configs/30m.json`.",
-        "[30m.yaml](../recipes/evidence/30m.yaml) has that shape and says what each variant is.",
+        f"are of the {base['size']} shape of the study where nothing else is said, which is wider than",
+        "`configs/30m.json`. [30m.yaml](../recipes/evidence/30m.yaml) has it and says what each variant is.",
         f"[claims.md]({output.name}/claims.md) puts what the preprints claim beside what these runs say.",
         "",
     ]
