@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import threading
 import time
 
@@ -274,6 +275,59 @@ def test_rows_without_an_optimizer_are_of_adamw(tmp_path):
     assert [row["optimizer"] for row in read_rows(path)] == ["adamw"]
     with pytest.raises(PlanError, match=r"The first line of .* must be variant,.*,optimizer"):
         Results(path)
+
+
+def recorded(**changes):
+    """A row as a run leaves it."""
+    run = finish(expand(PLANS / "learning_rates.yaml", [], DATA, ["v0"])[0], False)
+    return {**run, "commit": "1e5", "versions": "torch", "device": "H100", "date": "2026-11-28", **changes}
+
+
+def test_losses_that_are_no_numbers_are_read_back(tmp_path):
+    row = recorded(status="diverged", train_loss=math.nan, max_grad_norm=math.inf, curve=[[1, math.nan, math.nan]])
+    Results(tmp_path / "runs.csv").append(row)
+    (read,) = read_rows(tmp_path / "runs.csv")
+    assert math.isnan(read["train_loss"]) and read["max_grad_norm"] == math.inf and math.isnan(read["curve"][0][1])
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    path = tmp_path / "runs.csv"
+    for seed in range(3):
+        Results(path).append(recorded(status="failed", seed=seed, curve=[[1, 2.0, 3.0]]))
+    header, *lines = path.read_text().splitlines()
+    for cut in (lines[1][:20], lines[1][: lines[1].index("2.0")], lines[1].replace("failed", "fail"), header):
+        path.write_text("\n".join([header, lines[0], cut, lines[2]]) + "\n")
+        with pytest.raises(PlanError, match=r"runs.csv' has no whole row on line [34], as after a crash"):
+            read_rows(path)
+    path.write_text("variant,seed\nv0,0\n")
+    with pytest.raises(PlanError, match="The first line of"):
+        read_rows(path)
+    path.write_text("\n".join([header, *lines[:2]]))  # without an end of its last line
+    Results(path).append(recorded(status="failed", seed=2))
+    assert [row["seed"] for row in read_rows(path)] == [0, 1, 2]
+
+
+def test_a_full_disk_leaves_whole_rows_and_the_row_that_is_missing_is_said(tmp_path):
+    path = tmp_path / "runs.csv"
+    Results(path).append(recorded(status="failed"))
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot be written \(File too large\), and lacks this row: v0,7,30m"):
+            Results(path).append(recorded(status="failed", seed=7))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+
+
+def test_two_commands_write_one_header(tmp_path, monkeypatch):
+    path = tmp_path / "runs.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "exists", lambda own: False)  # as both find before either has written
+        for _ in range(2):
+            Results(path).append(recorded(status="failed"))
+    assert len(read_rows(path)) == 2
 
 
 def test_an_exit_code_is_known_though_other_threads_start_processes(tmp_path, monkeypatch):
