@@ -234,6 +234,7 @@ def pretend(run, gpu, threads, log, connection, **options):
     outcomes = {1: {"status": "diverged"}, 2: {"status": "failed", "reason": "OutOfMemoryError: too big, by far"}}
     measured = {"held_out_edu": 3.0, "held_out_books": 4.0, "seconds": 1.0, "wall_seconds": 2.0, "steps": 5}
     measured |= {"curve": [[1, 3.0, 4.0]], "tokens_per_second": 10, "torch": "2.11", "recorded": run["seed"] == 4}
+    measured["median_grad_norm"] = 0.0 if run["seed"] == 6 else 0.2
     if run["seed"] == 5:
         measured["curve"].append([2, 9.7, 9.7])
     connection.send(outcomes.get(run["seed"], {"status": "ok", **measured}))
@@ -248,11 +249,11 @@ def work(folder, runs):
 
 def test_every_outcome_is_recorded_and_a_finished_run_is_not_made_again(tmp_path, capsys):
     run = expand(PLANS / "learning_rates.yaml", [], DATA)[0]
-    runs = [finish({**run, "seed": seed}, False) for seed in range(6)]
+    runs = [finish({**run, "seed": seed}, False) for seed in range(7)]
     assert work(tmp_path, runs).failed == 2
     rows = {row["seed"]: row for row in read_rows(tmp_path / "runs.csv")}
     assert {seed: row["status"] for seed, row in rows.items()} == {
-        0: "ok", 1: "diverged", 2: "failed", 3: "failed", 4: "ok", 5: "diverged"
+        0: "ok", 1: "diverged", 2: "failed", 3: "failed", 4: "ok", 5: "diverged", 6: "diverged"
     }  # fmt: skip
     assert rows[2]["reason"] == "OutOfMemoryError: too big, by far" and "exit code 9" in rows[3]["reason"]
     assert rows[0]["curve"] == [[1, 3.0, 4.0]] and rows[0]["commit"] == "1e5" and rows[0]["data"] == DATA["id"]
@@ -431,6 +432,11 @@ def test_replayed_steps_give_the_same_run(data, config, monkeypatch):
 def test_a_run_that_diverges_says_so(data):
     result = ablation_run.train(toy_run(learning_rate=1e30), data, eos_token_id=0, compiled=False)
     assert result["status"] == "diverged" and "held_out_edu" not in result
+
+
+def test_a_run_that_diverges_in_its_warm_up_says_so(data):
+    result = ablation_run.train(toy_run(learning_rate=1e30, warmup=0.9), data, eos_token_id=0, compiled=False)
+    assert result["status"] == "diverged" and result["steps"] < 36
 
 
 def test_frozen_experts_do_not_move_and_a_learned_router_trains(data):

@@ -52,8 +52,9 @@ def read_rows(results: Path) -> list[dict]:
 
 
 def is_dead(row: dict) -> bool:
-    """Whether a run ended worse than at the first point of its curve: at ln V, for example, without a gradient."""
-    return row["status"] == "ok" and row["curve"][-1][1] > row["curve"][0][1]
+    """Whether a run diverged although its last loss is finite: it ended worse than at the first point of its curve, or
+    most of its steps had no gradient, as at ln V, which looks better than a first point that had blown up already."""
+    return row["status"] == "ok" and (row["curve"][-1][1] > row["curve"][0][1] or row["median_grad_norm"] == 0)
 
 
 def _value(name: str, cell: str):
