@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import resource
+import signal
 import threading
 import time
 
@@ -18,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from ablation_rows import finished
 from complexity_deep import training_graph_complexity_deep as training_graph
 from complexity_deep.workflow.command import InputError
-from complexity_deep.workflow.evidence import ablation_data, ablation_run, study_page
+from complexity_deep.workflow.evidence import ablation_data, ablation_process, ablation_run, study_page
 from complexity_deep.workflow.evidence.ablation_plan import (
     PlanError,
     expand,
@@ -349,6 +351,61 @@ def test_an_exit_code_is_known_though_other_threads_start_processes(tmp_path, mo
     work(tmp_path, [{**run, "seed": seed} for seed in (3, 0, 0, 0, 0, 0, 0, 0)])
     (failed,) = (row for row in read_rows(tmp_path / "runs.csv") if row["seed"] == 3)
     assert failed["reason"] == "the process ended with exit code 9"
+
+
+def nap(run, gpu, threads, log, connection, **options):
+    time.sleep(60)
+
+
+def test_ctrl_c_ends_the_runs_and_begins_no_other(tmp_path):
+    run = finish(expand(PLANS / "learning_rates.yaml", [], DATA)[0], False)
+    options = {"start_method": "fork", "log_dir": tmp_path / "logs", "runs_per_gpu": 2, "commit": "1e5"}
+    runner = Runner(Results(tmp_path / "runs.csv"), nap, {}, **options)
+
+    def press():
+        while len(runner.running) < 2:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.work([{**run, "seed": seed} for seed in range(4)], ["0"])
+    rows = read_rows(tmp_path / "runs.csv")
+    assert sorted(row["seed"] for row in rows) == [0, 1] and len(runner.queue) == 2
+    assert {row["reason"] for row in rows} == {"stopped by Ctrl-C"}
+
+
+def test_no_run_begins_after_one_whose_row_cannot_be_written(tmp_path):
+    run = finish(expand(PLANS / "learning_rates.yaml", [], DATA)[0], False)
+    (tmp_path / "runs.csv").mkdir()
+    results = Results(tmp_path / "none.csv")
+    results.path = tmp_path / "runs.csv"
+    runner = Runner(results, pretend, {}, start_method="fork", log_dir=tmp_path / "logs", commit="1e5")
+    with pytest.raises(OSError, match="Is a directory"):
+        runner.work([{**run, "seed": seed} for seed in range(3)], ["0"])
+    assert len(runner.queue) == 2
+
+
+def start_a_run(sender):
+    options = {"data": "", "eos_token_id": 0, "compiled": False}
+    target, arguments = ablation_process.train_in_child, ({}, "", 1, os.devnull, sender)
+    multiprocessing.get_context("fork").Process(target=target, args=arguments, kwargs=options).start()
+    sender.send("started")
+    time.sleep(60)
+
+
+def test_a_run_ends_with_a_parent_that_is_killed(monkeypatch):
+    monkeypatch.setattr(ablation_run, "train", lambda run, **options: time.sleep(60))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    parent = multiprocessing.get_context("fork").Process(target=start_a_run, args=(sender,))
+    parent.start()
+    sender.close()
+    assert receiver.recv() == "started"
+    parent.kill()
+    parent.join()
+    assert receiver.poll(20), "the run holds its end of the pipe still"
+    with pytest.raises(EOFError):
+        receiver.recv()
 
 
 def test_a_process_gets_one_of_the_gpus_that_are_visible(monkeypatch):
