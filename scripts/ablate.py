@@ -19,12 +19,20 @@ import os
 import sys
 from pathlib import Path
 
-from complexity_deep.workflow.command import ArgumentParser, needs, run_script
+from complexity_deep.workflow.command import ArgumentParser, at_least, check_output_folder, needs, run_script
 from complexity_deep.workflow.provenance import REPOSITORY, commit
 
 with needs("eval"):
     from complexity_deep.workflow.evidence.ablation_data import prepare
-    from complexity_deep.workflow.evidence.ablation_plan import expand, finish, missing_of, read_yaml
+    from complexity_deep.workflow.evidence.ablation_plan import (
+        PlanError,
+        check_length,
+        expand,
+        finish,
+        missing_of,
+        read_plan,
+        read_yaml,
+    )
     from complexity_deep.workflow.evidence.ablation_process import train_in_child
     from complexity_deep.workflow.evidence.ablation_results import Results, read_data, read_rows
     from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
@@ -44,16 +52,26 @@ def run_plans(args: argparse.Namespace) -> None:
         multiprocessing.get_context("forkserver").set_forkserver_preload(
             ["complexity_deep.workflow.evidence.ablation_run"]
         )
+    for folder, option in ((args.output_dir, "--output-dir"), (args.log_dir, "--log-dir")):
+        check_output_folder(folder, option)
     results = Results(Path(args.output_dir, "runs.csv"))
     results.path.parent.mkdir(parents=True, exist_ok=True)
-    data = read_data(args.data)
+    data, rows = read_data(args.data), read_rows(results.path)
+    planned = {name for plan in args.plan for name in read_plan(Path(plan))["variants"]}
+    if unknown := [name for name in args.only or () if name not in planned]:
+        raise PlanError(f"--only names {', '.join(unknown)}, which no plan of {', '.join(args.plan)} has.")
     runs = []
     for plan in args.plan:
-        rows = read_rows(results.path)
-        length = {"tokens": args.tokens} if args.tokens else {}
-        runs += [finish({**run, **length}, args.smoke) for run in expand(Path(plan), rows, data, args.only)]
+        for run in expand(Path(plan), rows, data, args.only):
+            if args.tokens:  # no row of the plan's tables
+                run |= {"tokens": args.tokens, "plan": f"{run['plan']} of {args.tokens:g} tokens"}
+            runs.append(finish(run, args.smoke))
     runs = [run for run in runs if args.seeds is None or run["seed"] in args.seeds]
-    missing = missing_of(runs, [] if args.repeat else read_rows(results.path))
+    if not runs:
+        raise PlanError("The plans have no run of the seeds that --seeds names.")
+    missing = missing_of(runs, [] if args.repeat else rows)
+    for run in missing:
+        check_length(run, data)
     gpus = visible_gpus()
     print(
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",
@@ -96,6 +114,13 @@ def write_report(args: argparse.Namespace) -> None:
     print(write_estimate(output, rows, args.recipes))
 
 
+def positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return number
+
+
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -103,7 +128,7 @@ def parse_args() -> argparse.Namespace:
     prepare.add_argument("--tokenizer", required=True, help="folder written by train_tokenizer.py")
     prepare.add_argument("--sources", nargs="+", required=True, help="training text, see scripts/show_data.py")
     prepare.add_argument("--source-weights", nargs="+", type=float, help="share of the tokens from each source")
-    prepare.add_argument("--tokens", type=float, default=1.06e8, help="training tokens (default: %(default)g)")
+    prepare.add_argument("--tokens", type=positive, default=1.06e8, help="training tokens (default: %(default)g)")
     prepare.add_argument("--held-out-edu", required=True, help="held-out educational text")
     prepare.add_argument("--held-out-books", required=True, help="held-out books")
     run = commands.add_parser("run", help="train what is missing of the plans")
@@ -111,9 +136,9 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--only", nargs="+", help="only these variants")
     run.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     run.add_argument("--repeat", action="store_true", help="train what runs.csv has once more")
-    run.add_argument("--tokens", type=float, help="train on so many tokens instead of the plan's")
-    run.add_argument("--gpus", type=int, help="use so many GPUs (default: all)")
-    run.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU (default: %(default)s)")
+    run.add_argument("--tokens", type=positive, help="train on so many tokens instead, for no table of the plan's")
+    run.add_argument("--gpus", type=at_least(1), help="use so many GPUs (default: all)")
+    run.add_argument("--runs-per-gpu", type=at_least(1), default=1, help="runs that share a GPU (default: 1)")
     run.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     run.add_argument("--smoke", action="store_true", help="toy size, to try the plan out")
     run.add_argument("--eager", action="store_true", help="compile nothing")

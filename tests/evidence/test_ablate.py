@@ -23,16 +23,18 @@ from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.evidence import ablation_data, ablation_process, ablation_run, study_page
 from complexity_deep.workflow.evidence.ablation_plan import (
     PlanError,
+    check_length,
     expand,
     finish,
     identity,
     missing_of,
     newest_speeds,
+    swept_rate,
 )
 from complexity_deep.workflow.evidence.ablation_results import Results, read_rows
 from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
 from complexity_deep.workflow.flops import FLOPS_PER_PARAMETER, flops_per_token, keys_per_query
-from support import REPOSITORY
+from support import REPOSITORY, outcome_of
 
 PLANS = REPOSITORY / "recipes" / "evidence"
 DATA = {"id": "4e12", "eos_token_id": 0}  # an id that could be taken for a number
@@ -54,7 +56,10 @@ def swept(variant, rate, loss, plan="learning_rates", speed=1000, status="ok", s
         "learning_rate": rate,
         "held_out_edu": loss,
         "tokens_per_second": speed,
+        "seed": 0,
         "commit": "new",
+        "device": "H100",
+        "runs_per_gpu": 1,
     }
 
 
@@ -155,7 +160,7 @@ def test_a_family_takes_the_best_rate_of_its_sweep():
     assert {run["learning_rate"] for run in runs} == {2e-3}
     stability = expand(PLANS / "stability.yaml", rows, DATA)
     assert sorted({run["learning_rate"] for run in stability}) == [4e-3, 8e-3, 16e-3]
-    with pytest.raises(PlanError, match="has no swept learning rate yet: run learning_rates"):
+    with pytest.raises(PlanError, match="has no swept learning rate yet, for 0 rates were tried"):
         expand(PLANS / "headline.yaml", [], DATA)
 
 
@@ -178,6 +183,108 @@ def test_equal_seconds_gives_the_slower_model_fewer_tokens():
     assert run["variant"] == "shared_64"
     runs = expand(PLANS / "equal_seconds.yaml", all_swept() + speeds + others, DATA)
     assert next(run for run in runs if run["variant"] == "shared_64")["tokens"] == pytest.approx(0.7e8)
+
+
+def test_speeds_of_another_gpu_or_a_shared_one_do_not_count():
+    rows = [swept(name, 1e-3, 3.0, "speed", 1000) for name in ("shared_64", "dense_active")]
+    shared = {"runs_per_gpu": 2, "tokens_per_second": 10}
+    assert newest_speeds([*rows, *(row | shared for row in rows)], "dense_active")["shared_64"] == 1000
+    rows.append(rows[1] | {"device": "H200"})
+    assert newest_speeds(rows, "dense_active") == {"dense_active": 1000}
+    with pytest.raises(PlanError, match="'shared_64' is not measured by the commit and on the GPU that 'dense_active'"):
+        expand(PLANS / "equal_seconds.yaml", all_swept() + rows, DATA, ["shared_64"])
+
+
+def test_a_rate_is_chosen_on_one_set_of_token_files():
+    """And from three rates at least, as each run came out last."""
+    rate = lambda rows: swept_rate("dense", yaml.safe_load((PLANS / "30m.yaml").read_text()), rows)  # noqa: E731
+    first = [swept("dense_active", 10**-n, 3.0 + 0.1 * n) for n in (2, 3, 4)]
+    assert rate(first) == 1e-2
+    assert rate([*first, swept("dense_active", 1e-3, 2.5) | {"data": "other"}]) == 1e-2
+    newer = [row | {"data": "other", "held_out_edu": 10 - row["held_out_edu"]} for row in first]
+    assert rate([*first, *newer]) == 1e-4
+    assert rate([*first, swept("dense_active", 1e-2, None, status="diverged")]) == 1e-3
+    with pytest.raises(PlanError, match="2 rates were tried on one set of token files and 2 of them ended"):
+        rate(first[:2])
+
+
+def test_the_stability_plan_makes_runs_that_the_sweep_had():
+    """One that counted as done would be missing from its table, whose rows are those of the plan."""
+    rows = [row for row in all_swept() if row["variant"] != "v0"]
+    rows += [swept("v0", rate, loss) for rate, loss in ((5e-4, 3.2), (1e-3, 3.0), (2e-3, 3.1))]
+    (twice,) = (
+        finish(run, False)
+        for run in expand(PLANS / "stability.yaml", rows, DATA, ["v0"])
+        if run["learning_rate"] == 2e-3 and run["seed"] == 0
+    )
+    sweep = [finish(run, False) | {"status": "ok"} for run in expand(PLANS / "learning_rates.yaml", [], DATA, ["v0"])]
+    assert identity(twice) in map(identity, sweep)
+    assert missing_of([twice], sweep) == [twice]
+    assert missing_of([twice], [twice | {"status": "ok"}]) == []
+    assert missing_of([twice | {"plan": "headline"}], [twice | {"plan": "ablations", "status": "ok"}]) == []
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ("", "is no plan, for it has no fields"),
+        ("tokens: 1e8", "lacks base, variants, learning_rates, seeds: its fields"),
+        ({"learning_rate_factor": [2]}, "plan.yaml has learning_rate_factor, which no plan has: its"),
+        ({"learning_rates": "Swept"}, "has learning_rates that are no numbers above 0"),
+        ({"tokens": "many"}, "has tokens that are no numbers above 0"),
+        ({"learning_rate_factors": [0]}, "has learning_rate_factors that are no numbers above 0"),
+        ({"seeds": 3}, "needs a list for seeds, of whole numbers"),
+        ({"variants": "v0"}, "needs a list for variants, of names"),
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_refused(tmp_path, change, sentence):
+    (tmp_path / "30m.yaml").write_text((PLANS / "30m.yaml").read_text())
+    whole = {"base": "30m.yaml", "variants": ["v0"], "tokens": "1e8", "learning_rates": [1e-3], "seeds": [0]}
+    plan = change if isinstance(change, str) else yaml.safe_dump(whole | change)
+    (tmp_path / "plan.yaml").write_text(plan)
+    with pytest.raises(PlanError, match=sentence):
+        expand(tmp_path / "plan.yaml", [], DATA)
+
+
+def test_a_run_that_its_tokens_do_not_suffice_for_is_refused():
+    run = finish(expand(PLANS / "headline.yaml", all_swept(), DATA)[0], False)
+    check_length(run, {"files": {"train": {"tokens": 100_000_000}}})
+    few = {"files": {"train": {"tokens": 99_000_000}}}
+    check_length(run | {"repeat_data": True}, few)
+    with pytest.raises(PlanError, match="'dense_active' takes 99,975,168 tokens, but the token files have 96,679 rows"):
+        check_length(run, few)
+    with pytest.raises(PlanError, match="needs 2 steps of 32,768 tokens or more, and gets 32,768"):
+        check_length(run | {"tokens": 32768}, few)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--only", "v0", "v9"], "--only names v9, which no plan of"),
+        (["--seeds", 7], "The plans have no run of the seeds that --seeds names"),
+        (["--tokens", 1e9], "takes 999,981,056 tokens, but the token files have 2 rows"),
+        (["--tokens", "nan"], "'nan' is not a number above 0"),
+        (["--gpus", 0], "'0' is not a whole number of at least 1"),
+        (["--output-dir", "/dev/null/here"], "--output-dir '/dev/null/here' cannot be a folder"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_sentence(tmp_path, options, sentence):
+    (tmp_path / "data.json").write_text(json.dumps({**DATA, "files": {"train": {"tokens": 2048}}}))
+    folders = ["--data", tmp_path, "--log-dir", tmp_path / "logs", "--output-dir", tmp_path / "out"]
+    plan = ["--plan", PLANS / "learning_rates.yaml", "--start-method", "spawn"]
+    status, _, errors = outcome_of("ablate", "run", *plan, *folders, *options)
+    assert status and sentence in errors and errors.count("\n") == 1 and not (tmp_path / "out" / "runs.csv").exists()
+
+
+def test_runs_of_another_length_stand_in_no_table_of_the_plan(tmp_path, monkeypatch):
+    (tmp_path / "data.json").write_text(json.dumps({**DATA, "files": {"train": {"tokens": 10**8}}}))
+    begun = []
+    monkeypatch.setattr(Runner, "work", lambda runner, runs, gpus: begun.extend(runs))
+    folders = ["--data", tmp_path, "--log-dir", tmp_path / "logs", "--output-dir", tmp_path / "out"]
+    plan = ["--plan", PLANS / "learning_rates.yaml", "--start-method", "spawn", "--only", "v0"]
+    outcome_of("ablate", "run", *plan, *folders, "--tokens", "1e6")
+    outcome_of("ablate", "run", *plan, *folders)
+    assert [run["plan"] for run in begun] == ["learning_rates of 1e+06 tokens"] * 4 + ["learning_rates"] * 4
 
 
 def test_settings_tell_runs_apart():

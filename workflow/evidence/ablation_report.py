@@ -8,12 +8,12 @@ from matplotlib import colormaps
 from scipy import stats
 
 from complexity_deep.workflow.charts import subplots, write_figure
-from complexity_deep.workflow.evidence.ablation_plan import MUON
+from complexity_deep.workflow.evidence.ablation_plan import EQUAL_TOKENS, MUON
 from complexity_deep.workflow.markdown_table import table
 
 CONFIDENCE = 0.95
 NOT_MEASURED = "Not measured yet."
-EQUAL_TOKENS, EQUAL_SECONDS = ("headline", "ablations"), ("equal_seconds",)
+EQUAL_SECONDS = ("equal_seconds",)
 WITH_MUON = ("muon",)
 TEXTS = {"held_out_edu": "educational text", "held_out_books": "books"}
 # The goal: mean difference to the reference, and the bound that the upper end of its interval must not exceed.
