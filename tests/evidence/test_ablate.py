@@ -760,6 +760,7 @@ def test_report_of_known_runs(page, tmp_path):
     # Student's: 4.303 x 0.01 / sqrt(3) = 0.0248.
     assert "| 3 | 100.0 | 3.0000 ± 0.0058 [2.975, 3.025] |" in text and "| 1.50 |" in text
     assert "10 runs: 1 failed, 9 ok" in text and "9.9" not in text
+    assert "--seeds SEED --repeat" in text  # without which a row that is there is left out
     for name in ("curves.png", "differences.png"):
         assert (tmp_path / "evidence" / name).stat().st_size > 10_000
 
@@ -817,6 +818,70 @@ def test_report_says_first_when_the_goal_is_not_reached_or_not_decided(page):
     assert "**The goal is not reached.**" in page([*dense, *close])
     far = [finished("shared_64", seed, 2.9 + 0.01 * seed) for seed in range(3)]
     assert "**The goal is not decided yet.**" in page([*dense, *far])
-    text = page([*dense, *far, *seconds, finished("shared_64_values", 0, 3.05, "equal_seconds")])
+    lucky = finished("shared_64_values", 0, 3.05, "equal_seconds")
+    text = page([*dense, *far, *seconds, lucky])
+    assert "At equal seconds the best is" not in text
+    assert "With fewer seeds at equal seconds, and so not compared yet: `shared_64_values`." in text
+    text = page([*dense, *far, seconds[0], lucky])
     assert "At equal seconds the best is `shared_64_values`: -0.160 (one seed) on educational text" in text
     assert "**The goal is not decided yet**: the headline has no finished runs." in page([])
+
+
+def test_a_candidate_is_chosen_by_the_seeds_that_were_planned_for_it(page):
+    """Of those that have as many; and the seeds that came later are shown alone."""
+    dense = [finished("dense_active", seed, 3.2 + 0.001 * seed) for seed in range(5)]
+    ours = [finished("shared_64", seed, loss) for seed, loss in enumerate((3.0, 3.001, 3.002, 3.11, 3.113))]
+    other = [
+        finished("shared_64_values", seed, 3.01 + seed / 1e3) for seed in range(5)
+    ]  # better over five seeds, not over three
+    lucky = [finished("shared_64_layers", seed, 2.9 + seed / 1e3) for seed in range(2)]
+    text = page([*dense, *ours, *other, *lucky])
+    assert "The best candidate is `shared_64`" in text
+    assert "With fewer seeds at equal tokens, and so not compared yet: `shared_64_layers`." in text
+    # Two seeds each, 0.003 and 0.001 apart.
+    assert "With the seeds 3 and 4 alone, by which it was not chosen, it is -0.092 (95 %: -0.10" in text
+    assert "alone" not in page([*dense[:3], *ours[:3]]).partition("Written by")[0]
+
+
+def test_a_mean_is_of_one_rate_and_one_length(page):
+    """Those of the last run of a variant; the others stay in runs.csv."""
+    rows = [finished("dense_active", seed, 3.2 + 0.01 * seed) for seed in range(3)]
+    rows += [finished("shared_64", seed, 3.1 + 0.01 * seed) for seed in range(3)]
+    rows += [finished("shared_64", seed, 3.0 + 0.01 * seed, learning_rate=5e-4) for seed in range(2)]
+    rows += [finished("shared_64", 0, 2.9, "equal_seconds", tokens=7e7, curve=[[1, 3.0, 4.0], [2, 2.9, 3.9]])]
+    rows += [finished("shared_64", 1, 3.3, "equal_seconds", tokens=6e7)]
+    text = page(rows)
+    assert "| shared_64 | 2.0 / 1.0 | 0.0005 | 2 | 100.0 | 3.0050 ± 0.0050" in text
+    assert "| shared_64 | 2.0 / 1.0 | 0.001 | 1 | 60.0 | 3.3000 |" in text
+
+
+def test_seeds_that_diverged_are_named_below_the_table(page):
+    rows = [finished(name, seed, 3.0 + seed / 100) for seed in range(2) for name in ("dense_active", "shared_64")]
+    assert "Seeds that diverged" not in page(rows)
+    rows += [
+        finished(name, seed, 9.0, status="diverged") for name, seed in (("shared_64", 2), ("v0", 0), ("shared_64", 0))
+    ]
+    text = page(rows)
+    assert "Seeds that diverged and are in no mean: `shared_64` (1), `v0` (1)." in text
+    assert text.index("Seeds that diverged") < text.index("## Stability")
+
+
+def test_stability_is_of_one_set_of_token_files_and_of_whole_numbers(page):
+    rows = [finished("v0", seed, 3.0 + 0.01 * seed, "stability") for seed in range(2)]
+    rows += [finished("v0", 0, 3.0, "stability", spikes=4)]  # again
+    rows += [finished("v0", 0, 5.0, "stability", data="second")]
+    rows += [finished("v0", 1, 9.0, "stability", data="second", status="diverged", max_grad_norm=math.nan)]
+    text = page(rows)
+    assert "| v0 | first | 0.001 | 2 | 0 | 2.0 | 1.0 | 3.0050 ± 0.0050" in text
+    assert "| v0 | second | 0.001 | 2 | 1 | 0.0 | not finite | 5.0000 |" in text
+
+
+def test_a_sweep_says_where_it_does_not_enclose_its_best(page):
+    rates = (1e-3, 2e-3, 4e-3)
+    rows = [finished("v0", 0, 3 + abs(rate - 2e-3), "learning_rates", learning_rate=rate) for rate in rates]
+    rows += [finished("dense_active", 0, 3 + rate, "learning_rates", learning_rate=rate) for rate in rates]
+    text = page(rows)
+    assert "The best rate may lie beyond those that were tried for `dense_active`. ##" in text
+    rows[2] = {**rows[2], "status": "diverged", "held_out_edu": None}
+    text = page([*rows, finished("v0", 0, 1.0, "learning_rates", learning_rate=2e-3, data="second")])
+    assert "| v0 | first | 3.0010 | 3.0000 | diverged |" in text and "for `dense_active`. ##" in text

@@ -8,8 +8,10 @@ from complexity_deep.workflow.evidence.ablation_report import (
     EQUAL_SECONDS,
     EQUAL_TOKENS,
     by_data,
+    diverged_seeds,
     draw_curves,
     draw_differences,
+    left_out,
     muon_section,
     stability_table,
     sweep_table,
@@ -31,16 +33,20 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     lines += [
         f"Written by `python scripts/ablate.py report` from [runs.csv]({output.name}/runs.csv); the plan, which is",
         f"older than the runs, is [plan.md]({output.name}/plan.md). Means ± standard errors, 95 % intervals in",
-        "brackets. `shifted experts` is the loss with each token sent to the next expert, `norm` the growth of the",
-        "experts' norms (1 where they were not trained). Losses compare within one set of token files only. All runs",
-        f"are of the {base['size']} shape where nothing else is said.",
+        "brackets; seeds that diverged are named below each table. `shifted experts` is the loss with each token sent",
+        "to the next expert, `norm` the growth of the experts' norms (1 where they were not trained). Losses compare",
+        f"within one set of token files only. All runs are of the {base['size']} shape where nothing else is said.",
         f"[claims.md]({output.name}/claims.md) puts what the preprints claim beside what these runs say.",
         "",
     ]
-    for title, found in (("At equal tokens", equal_tokens), (f"At the seconds of {name}", equal_seconds)):
+    for title, found, plans in (
+        ("At equal tokens", equal_tokens, EQUAL_TOKENS),
+        (f"At the seconds of {name}", equal_seconds, EQUAL_SECONDS),
+    ):
         for data, runs in found.items():
             reference = equal_tokens.get(data, {}).get(name, [])
             lines += [f"## {title}, token files {data}", "", *variant_table(runs, reference, speeds), ""]
+            lines += left_out(diverged_seeds([row for row in rows if row["data"] == data], plans))
     if equal_tokens:
         data = max(equal_tokens, key=lambda data: len(equal_tokens[data]))
         runs, reference = equal_tokens[data], equal_tokens[data].get(name, [])
@@ -60,7 +66,10 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     places = sorted({f"{row['device']}, {row['versions']}" for row in studied if row["device"]})
     lines += ["## Runs", "", f"{len(studied)} runs: {outcomes}.", *(f"- {place}" for place in places), ""]
     lines += ["The command that makes a row again, with the names in it:", ""]
-    lines += ["    python scripts/ablate.py run --plan recipes/evidence/PLAN.yaml --only VARIANT --seeds SEED", ""]
+    lines += [
+        "    python scripts/ablate.py run --plan recipes/evidence/PLAN.yaml --only VARIANT --seeds SEED --repeat",
+        "",
+    ]
     lines += ["Plans of the 10m and 150m shapes lie in folders of these names."]
     page = output.with_suffix(".md")
     page.write_text("\n".join(lines) + "\n")
