@@ -97,6 +97,7 @@ def run_plans(args: argparse.Namespace) -> None:
 
 
 def prepare_data(args: argparse.Namespace) -> None:
+    check_output_folder(args.data, "--data")
     held_out = {"edu": args.held_out_edu, "books": args.held_out_books}
     weights = args.source_weights or [1.0] * len(args.sources)
     facts = prepare(args.data, args.tokenizer, args.sources, weights, args.tokens, held_out)
@@ -105,7 +106,9 @@ def prepare_data(args: argparse.Namespace) -> None:
 
 
 def write_report(args: argparse.Namespace) -> None:
+    check_output_folder(args.output_dir)
     output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
     if args.data:
         measure_balance(output, args.data, read_yaml(Path(args.recipes, "30m.yaml")))
     rows = read_rows(output / "runs.csv")

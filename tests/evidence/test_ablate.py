@@ -31,12 +31,14 @@ from complexity_deep.workflow.evidence.ablation_plan import (
     newest_speeds,
     swept_rate,
 )
+from complexity_deep.workflow.evidence.ablation_report import difference, interval
 from complexity_deep.workflow.evidence.ablation_results import Results, read_rows
 from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
 from complexity_deep.workflow.flops import FLOPS_PER_PARAMETER, flops_per_token, keys_per_query
 from support import REPOSITORY, outcome_of
 
 PLANS = REPOSITORY / "recipes" / "evidence"
+PREPARE = ["prepare", "--tokenizer", "none", "--sources", "none", "--held-out-edu", "none", "--held-out-books", "none"]
 DATA = {"id": "4e12", "eos_token_id": 0}  # an id that could be taken for a number
 
 
@@ -885,3 +887,17 @@ def test_a_sweep_says_where_it_does_not_enclose_its_best(page):
     rows[2] = {**rows[2], "status": "diverged", "held_out_edu": None}
     text = page([*rows, finished("v0", 0, 1.0, "learning_rates", learning_rate=2e-3, data="second")])
     assert "| v0 | first | 3.0010 | 3.0000 | diverged |" in text and "for `dense_active`. ##" in text
+
+
+def test_seeds_without_a_spread_have_no_interval():
+    assert interval([2.5, 2.5, 2.5]) is None and difference([3.0, 3.0], [3.25, 3.25]) == (-0.25, None)
+    mean, bounds = difference([3.0, 3.0], [3.2, 3.3])
+    assert bounds[0] < mean == -0.25 < bounds[1]
+
+
+def test_report_makes_its_folder(tmp_path):
+    assert outcome_of("ablate", "report", "--output-dir", tmp_path / "new" / "evidence")[0] == 0
+    assert (tmp_path / "new" / "evidence.md").exists()
+    for command in (["report", "--output-dir", "/dev/null/x"], [*PREPARE, "--data", "/dev/null/x"]):
+        status, _, errors = outcome_of("ablate", *command)
+        assert status and "'/dev/null/x' cannot be a folder" in errors and errors.count("\n") == 1

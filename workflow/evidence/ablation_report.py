@@ -61,17 +61,17 @@ def left_out(diverged: dict[str, int]) -> list[str]:
 
 
 def interval(values: list[float]) -> tuple[float, float] | None:
-    """Student's interval of the mean; none for a single value."""
-    if len(values) < 2:
+    """Student's interval of the mean; none for a single value, and none where all are the same."""
+    if len(set(values)) < 2:
         return None
     error = statistics.stdev(values) / math.sqrt(len(values))
     return tuple(stats.t.interval(CONFIDENCE, len(values) - 1, statistics.mean(values), error))
 
 
 def difference(values: list[float], reference: list[float]) -> tuple[float, tuple[float, float] | None]:
-    """Mean difference and Welch's interval of it; no interval where either has a single value."""
+    """Mean difference and Welch's interval of it; none where either has a single value, or neither has a spread."""
     mean = statistics.mean(values) - statistics.mean(reference)
-    if min(len(values), len(reference)) < 2:
+    if min(len(values), len(reference)) < 2 or len(set(values)) == len(set(reference)) == 1:
         return mean, None
     bounds = stats.ttest_ind(values, reference, equal_var=False).confidence_interval(CONFIDENCE)
     return mean, (float(bounds.low), float(bounds.high))
@@ -270,7 +270,9 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
             axes.errorbar(mean, y, xerr=error, fmt="os"[offset], color=COLOURS[offset], capsize=3, label=label)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(variants)), variants)
-    axes.set(xlabel=f"held-out loss minus that of {name}, nats per token\n(left is better, bars: 95 %)")
+    axes.set(
+        xlabel=f"held-out loss minus that of {name}, nats per token\n(left is better, bars: 95 %, no bar: one seed)"
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     write_figure(figure, path)

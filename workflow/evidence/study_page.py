@@ -20,6 +20,17 @@ from complexity_deep.workflow.evidence.ablation_report import (
 )
 from complexity_deep.workflow.evidence.scaling import SIZES, scaling_section
 
+TEXT_OF_THE_RUNS = """\
+The text of these runs is not in this repository, and no command here makes it: it was drawn from public repositories of
+textbooks, documentation and old books. `prepare` takes any text instead, and `learning_rates.yaml` and `speed.yaml`
+come first on another text or GPU. Losses then differ from those above; what can be made again is the differences
+between variants. With text of the Hub, and files of your own that are kept apart:
+
+    python scripts/train_tokenizer.py --sources HuggingFaceFW/fineweb-edu:sample-10BT --vocab-size 16384 \\
+        --model-max-length 1024 --output-dir runs/tokenizer
+    python scripts/ablate.py prepare --tokenizer runs/tokenizer --sources HuggingFaceFW/fineweb-edu:sample-10BT \\
+        --tokens 1e8 --held-out-edu 'held_out/edu/*.txt' --held-out-books 'held_out/books/*.txt'""".splitlines()
+
 
 def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     """Write the figures into `output` and the page beside it; returns what was written."""
@@ -70,7 +81,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         "    python scripts/ablate.py run --plan recipes/evidence/PLAN.yaml --only VARIANT --seeds SEED --repeat",
         "",
     ]
-    lines += ["Plans of the 10m and 150m shapes lie in folders of these names."]
+    lines += ["Plans of the 10m and 150m shapes lie in folders of these names.", "", *TEXT_OF_THE_RUNS]
     page = output.with_suffix(".md")
     page.write_text("\n".join(lines) + "\n")
     return f"{page}: {len(studied)} runs"
