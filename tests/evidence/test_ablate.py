@@ -901,3 +901,12 @@ def test_report_makes_its_folder(tmp_path):
     for command in (["report", "--output-dir", "/dev/null/x"], [*PREPARE, "--data", "/dev/null/x"]):
         status, _, errors = outcome_of("ablate", *command)
         assert status and "'/dev/null/x' cannot be a folder" in errors and errors.count("\n") == 1
+
+
+def test_a_candidate_without_runs_was_not_tried(page):
+    names = yaml.safe_load((PLANS / "30m.yaml").read_text())["candidates"]
+    rows = [finished(name, seed, 3.0 + seed / 100) for seed in range(2) for name in ("dense_active", "shared_64")]
+    others = ", ".join(f"`{name}`" for name in names if name != "shared_64")
+    assert f"Tried were `shared_64`. Without a finished run are {others}." in page(rows)
+    rows += [finished(name, 0, 3.0) for name in names]
+    assert "Without a finished run" not in page(rows)

@@ -164,8 +164,15 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
         *filter(None, later),
         *fewer_seeds(equal_tokens[data], present, "equal tokens"),
         *best_at_equal_seconds(equal_tokens, equal_seconds, reference, candidates, best),
-        f"Tried were {', '.join(f'`{name}`' for name in candidates)}.",
+        *tried((*equal_tokens.values(), *equal_seconds.values()), candidates),
     ]
+
+
+def tried(tables: tuple[dict[str, list[dict]], ...], candidates: list[str]) -> list[str]:
+    """Sentences on the candidates that have finished runs, and on those that have none."""
+    have = [name for name in candidates if any(name in runs for runs in tables)]
+    parts = (("Tried were", have), ("Without a finished run are", [name for name in candidates if name not in have]))
+    return [f"{what} {', '.join(f'`{name}`' for name in names)}." for what, names in parts if names]
 
 
 def at_later_seeds(found: list[dict], others: list[dict], what: str) -> str:
