@@ -19,20 +19,12 @@ import os
 import sys
 from pathlib import Path
 
-from complexity_deep.workflow.command import ArgumentParser, at_least, check_output_folder, needs, run_script
+from complexity_deep.workflow.command import ArgumentParser, at_least, check_output_folder, needs, positive, run_script
 from complexity_deep.workflow.provenance import REPOSITORY, commit
 
 with needs("eval"):
     from complexity_deep.workflow.evidence.ablation_data import prepare
-    from complexity_deep.workflow.evidence.ablation_plan import (
-        PlanError,
-        check_length,
-        expand,
-        finish,
-        missing_of,
-        read_plan,
-        read_yaml,
-    )
+    from complexity_deep.workflow.evidence.ablation_plan import check_length, missing_of, read_yaml, runs_of
     from complexity_deep.workflow.evidence.ablation_process import train_in_child
     from complexity_deep.workflow.evidence.ablation_results import Results, read_data, read_rows
     from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
@@ -57,18 +49,7 @@ def run_plans(args: argparse.Namespace) -> None:
     results = Results(Path(args.output_dir, "runs.csv"))
     results.path.parent.mkdir(parents=True, exist_ok=True)
     data, rows = read_data(args.data), read_rows(results.path)
-    planned = {name for plan in args.plan for name in read_plan(Path(plan))["variants"]}
-    if unknown := [name for name in args.only or () if name not in planned]:
-        raise PlanError(f"--only names {', '.join(unknown)}, which no plan of {', '.join(args.plan)} has.")
-    runs = []
-    for plan in args.plan:
-        for run in expand(Path(plan), rows, data, args.only):
-            if args.tokens:  # no row of the plan's tables
-                run |= {"tokens": args.tokens, "plan": f"{run['plan']} of {args.tokens:g} tokens"}
-            runs.append(finish(run, args.smoke))
-    runs = [run for run in runs if args.seeds is None or run["seed"] in args.seeds]
-    if not runs:
-        raise PlanError("The plans have no run of the seeds that --seeds names.")
+    runs = runs_of(args.plan, rows, data, args.only, args.seeds, args.tokens, args.smoke)
     missing = missing_of(runs, [] if args.repeat else rows)
     for run in missing:
         check_length(run, data)
@@ -115,13 +96,6 @@ def write_report(args: argparse.Namespace) -> None:
     print(write_study(output, rows, args.recipes))
     print(write_claims(output, rows, args.recipes))
     print(write_estimate(output, rows, args.recipes))
-
-
-def positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
-    return number
 
 
 def parse_args() -> argparse.Namespace:

@@ -111,6 +111,35 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
     return runs
 
 
+def runs_of(
+    plans: list[str],
+    rows: list[dict],
+    data: dict,
+    only: list[str] | None = None,
+    seeds: list[int] | None = None,
+    tokens: float | None = None,
+    smoke: bool = False,
+) -> list[dict]:
+    """The finished descriptions of the runs of several plans, those of some variants and seeds alone if they are named.
+
+    Runs of another length, `tokens`, get a plan of their own, for they belong in no table of the plan's.
+    Raises `PlanError` for names and seeds that the plans do not have.
+    """
+    planned = {name for plan in plans for name in read_plan(Path(plan))["variants"]}
+    if unknown := [name for name in only or () if name not in planned]:
+        raise PlanError(f"--only names {', '.join(unknown)}, which no plan of {', '.join(plans)} has.")
+    runs = []
+    for plan in plans:
+        for run in expand(Path(plan), rows, data, only):
+            if tokens:
+                run |= {"tokens": tokens, "plan": f"{run['plan']} of {tokens:g} tokens"}
+            runs.append(finish(run, smoke))
+    runs = [run for run in runs if seeds is None or run["seed"] in seeds]
+    if not runs:
+        raise PlanError("The plans have no run of the seeds that --seeds names.")
+    return runs
+
+
 def check_optimizer(name: str, variant: dict) -> None:
     """Raise `PlanError` for an unknown optimizer, and where the name of a variant, by which rows are told apart and
     put together, does not say it."""
