@@ -19,12 +19,12 @@ import os
 import sys
 from pathlib import Path
 
-from complexity_deep.workflow.command import ArgumentParser, needs, run_script
+from complexity_deep.workflow.command import ArgumentParser, at_least, check_output_folder, needs, positive, run_script
 from complexity_deep.workflow.provenance import REPOSITORY, commit
 
 with needs("eval"):
     from complexity_deep.workflow.evidence.ablation_data import prepare
-    from complexity_deep.workflow.evidence.ablation_plan import expand, finish, missing_of, read_yaml
+    from complexity_deep.workflow.evidence.ablation_plan import check_length, missing_of, read_yaml, runs_of
     from complexity_deep.workflow.evidence.ablation_process import train_in_child
     from complexity_deep.workflow.evidence.ablation_results import Results, read_data, read_rows
     from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
@@ -44,16 +44,15 @@ def run_plans(args: argparse.Namespace) -> None:
         multiprocessing.get_context("forkserver").set_forkserver_preload(
             ["complexity_deep.workflow.evidence.ablation_run"]
         )
+    for folder, option in ((args.output_dir, "--output-dir"), (args.log_dir, "--log-dir")):
+        check_output_folder(folder, option)
     results = Results(Path(args.output_dir, "runs.csv"))
     results.path.parent.mkdir(parents=True, exist_ok=True)
-    data = read_data(args.data)
-    runs = []
-    for plan in args.plan:
-        rows = read_rows(results.path)
-        length = {"tokens": args.tokens} if args.tokens else {}
-        runs += [finish({**run, **length}, args.smoke) for run in expand(Path(plan), rows, data, args.only)]
-    runs = [run for run in runs if args.seeds is None or run["seed"] in args.seeds]
-    missing = missing_of(runs, [] if args.repeat else read_rows(results.path))
+    data, rows = read_data(args.data), read_rows(results.path)
+    runs = runs_of(args.plan, rows, data, args.only, args.seeds, args.tokens, args.smoke)
+    missing = missing_of(runs, [] if args.repeat else rows)
+    for run in missing:
+        check_length(run, data)
     gpus = visible_gpus()
     print(
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",
@@ -79,6 +78,7 @@ def run_plans(args: argparse.Namespace) -> None:
 
 
 def prepare_data(args: argparse.Namespace) -> None:
+    check_output_folder(args.data, "--data")
     held_out = {"edu": args.held_out_edu, "books": args.held_out_books}
     weights = args.source_weights or [1.0] * len(args.sources)
     facts = prepare(args.data, args.tokenizer, args.sources, weights, args.tokens, held_out)
@@ -87,7 +87,9 @@ def prepare_data(args: argparse.Namespace) -> None:
 
 
 def write_report(args: argparse.Namespace) -> None:
+    check_output_folder(args.output_dir)
     output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
     if args.data:
         measure_balance(output, args.data, read_yaml(Path(args.recipes, "30m.yaml")))
     rows = read_rows(output / "runs.csv")
@@ -103,7 +105,7 @@ def parse_args() -> argparse.Namespace:
     prepare.add_argument("--tokenizer", required=True, help="folder written by train_tokenizer.py")
     prepare.add_argument("--sources", nargs="+", required=True, help="training text, see scripts/show_data.py")
     prepare.add_argument("--source-weights", nargs="+", type=float, help="share of the tokens from each source")
-    prepare.add_argument("--tokens", type=float, default=1.06e8, help="training tokens (default: %(default)g)")
+    prepare.add_argument("--tokens", type=positive, default=1.06e8, help="training tokens (default: %(default)g)")
     prepare.add_argument("--held-out-edu", required=True, help="held-out educational text")
     prepare.add_argument("--held-out-books", required=True, help="held-out books")
     run = commands.add_parser("run", help="train what is missing of the plans")
@@ -111,9 +113,9 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--only", nargs="+", help="only these variants")
     run.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     run.add_argument("--repeat", action="store_true", help="train what runs.csv has once more")
-    run.add_argument("--tokens", type=float, help="train on so many tokens instead of the plan's")
-    run.add_argument("--gpus", type=int, help="use so many GPUs (default: all)")
-    run.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU (default: %(default)s)")
+    run.add_argument("--tokens", type=positive, help="train on so many tokens instead, for no table of the plan's")
+    run.add_argument("--gpus", type=at_least(1), help="use so many GPUs (default: all)")
+    run.add_argument("--runs-per-gpu", type=at_least(1), default=1, help="runs that share a GPU (default: 1)")
     run.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     run.add_argument("--smoke", action="store_true", help="toy size, to try the plan out")
     run.add_argument("--eager", action="store_true", help="compile nothing")

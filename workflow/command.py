@@ -63,6 +63,14 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return number
 
 
+def positive(text: str) -> float:
+    """A type for `add_argument`: numbers above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return number
+
+
 @contextlib.contextmanager
 def needs(extra: str) -> Iterator[None]:
     """Around a command's imports: where a package is missing, the command ends with a sentence on what to install."""

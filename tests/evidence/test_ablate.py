@@ -3,7 +3,10 @@
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import resource
+import signal
 import threading
 import time
 
@@ -17,21 +20,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from ablation_rows import finished
 from complexity_deep import training_graph_complexity_deep as training_graph
 from complexity_deep.workflow.command import InputError
-from complexity_deep.workflow.evidence import ablation_data, ablation_run, study_page
+from complexity_deep.workflow.evidence import ablation_data, ablation_process, ablation_run, study_page
 from complexity_deep.workflow.evidence.ablation_plan import (
     PlanError,
+    check_length,
     expand,
     finish,
     identity,
     missing_of,
     newest_speeds,
+    swept_rate,
 )
+from complexity_deep.workflow.evidence.ablation_report import difference, interval
 from complexity_deep.workflow.evidence.ablation_results import Results, read_rows
 from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
 from complexity_deep.workflow.flops import FLOPS_PER_PARAMETER, flops_per_token, keys_per_query
-from support import REPOSITORY
+from support import REPOSITORY, outcome_of
 
 PLANS = REPOSITORY / "recipes" / "evidence"
+PREPARE = ["prepare", "--tokenizer", "none", "--sources", "none", "--held-out-edu", "none", "--held-out-books", "none"]
 DATA = {"id": "4e12", "eos_token_id": 0}  # an id that could be taken for a number
 
 
@@ -51,7 +58,10 @@ def swept(variant, rate, loss, plan="learning_rates", speed=1000, status="ok", s
         "learning_rate": rate,
         "held_out_edu": loss,
         "tokens_per_second": speed,
+        "seed": 0,
         "commit": "new",
+        "device": "H100",
+        "runs_per_gpu": 1,
     }
 
 
@@ -152,7 +162,7 @@ def test_a_family_takes_the_best_rate_of_its_sweep():
     assert {run["learning_rate"] for run in runs} == {2e-3}
     stability = expand(PLANS / "stability.yaml", rows, DATA)
     assert sorted({run["learning_rate"] for run in stability}) == [4e-3, 8e-3, 16e-3]
-    with pytest.raises(PlanError, match="has no swept learning rate yet: run learning_rates"):
+    with pytest.raises(PlanError, match="has no swept learning rate yet, for 0 rates were tried"):
         expand(PLANS / "headline.yaml", [], DATA)
 
 
@@ -175,6 +185,108 @@ def test_equal_seconds_gives_the_slower_model_fewer_tokens():
     assert run["variant"] == "shared_64"
     runs = expand(PLANS / "equal_seconds.yaml", all_swept() + speeds + others, DATA)
     assert next(run for run in runs if run["variant"] == "shared_64")["tokens"] == pytest.approx(0.7e8)
+
+
+def test_speeds_of_another_gpu_or_a_shared_one_do_not_count():
+    rows = [swept(name, 1e-3, 3.0, "speed", 1000) for name in ("shared_64", "dense_active")]
+    shared = {"runs_per_gpu": 2, "tokens_per_second": 10}
+    assert newest_speeds([*rows, *(row | shared for row in rows)], "dense_active")["shared_64"] == 1000
+    rows.append(rows[1] | {"device": "H200"})
+    assert newest_speeds(rows, "dense_active") == {"dense_active": 1000}
+    with pytest.raises(PlanError, match="'shared_64' is not measured by the commit and on the GPU that 'dense_active'"):
+        expand(PLANS / "equal_seconds.yaml", all_swept() + rows, DATA, ["shared_64"])
+
+
+def test_a_rate_is_chosen_on_one_set_of_token_files():
+    """And from three rates at least, as each run came out last."""
+    rate = lambda rows: swept_rate("dense", yaml.safe_load((PLANS / "30m.yaml").read_text()), rows)  # noqa: E731
+    first = [swept("dense_active", 10**-n, 3.0 + 0.1 * n) for n in (2, 3, 4)]
+    assert rate(first) == 1e-2
+    assert rate([*first, swept("dense_active", 1e-3, 2.5) | {"data": "other"}]) == 1e-2
+    newer = [row | {"data": "other", "held_out_edu": 10 - row["held_out_edu"]} for row in first]
+    assert rate([*first, *newer]) == 1e-4
+    assert rate([*first, swept("dense_active", 1e-2, None, status="diverged")]) == 1e-3
+    with pytest.raises(PlanError, match="2 rates were tried on one set of token files and 2 of them ended"):
+        rate(first[:2])
+
+
+def test_the_stability_plan_makes_runs_that_the_sweep_had():
+    """One that counted as done would be missing from its table, whose rows are those of the plan."""
+    rows = [row for row in all_swept() if row["variant"] != "v0"]
+    rows += [swept("v0", rate, loss) for rate, loss in ((5e-4, 3.2), (1e-3, 3.0), (2e-3, 3.1))]
+    (twice,) = (
+        finish(run, False)
+        for run in expand(PLANS / "stability.yaml", rows, DATA, ["v0"])
+        if run["learning_rate"] == 2e-3 and run["seed"] == 0
+    )
+    sweep = [finish(run, False) | {"status": "ok"} for run in expand(PLANS / "learning_rates.yaml", [], DATA, ["v0"])]
+    assert identity(twice) in map(identity, sweep)
+    assert missing_of([twice], sweep) == [twice]
+    assert missing_of([twice], [twice | {"status": "ok"}]) == []
+    assert missing_of([twice | {"plan": "headline"}], [twice | {"plan": "ablations", "status": "ok"}]) == []
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ("", "is no plan, for it has no fields"),
+        ("tokens: 1e8", "lacks base, variants, learning_rates, seeds: its fields"),
+        ({"learning_rate_factor": [2]}, "plan.yaml has learning_rate_factor, which no plan has: its"),
+        ({"learning_rates": "Swept"}, "has learning_rates that are no numbers above 0"),
+        ({"tokens": "many"}, "has tokens that are no numbers above 0"),
+        ({"learning_rate_factors": [0]}, "has learning_rate_factors that are no numbers above 0"),
+        ({"seeds": 3}, "needs a list for seeds, of whole numbers"),
+        ({"variants": "v0"}, "needs a list for variants, of names"),
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_refused(tmp_path, change, sentence):
+    (tmp_path / "30m.yaml").write_text((PLANS / "30m.yaml").read_text())
+    whole = {"base": "30m.yaml", "variants": ["v0"], "tokens": "1e8", "learning_rates": [1e-3], "seeds": [0]}
+    plan = change if isinstance(change, str) else yaml.safe_dump(whole | change)
+    (tmp_path / "plan.yaml").write_text(plan)
+    with pytest.raises(PlanError, match=sentence):
+        expand(tmp_path / "plan.yaml", [], DATA)
+
+
+def test_a_run_that_its_tokens_do_not_suffice_for_is_refused():
+    run = finish(expand(PLANS / "headline.yaml", all_swept(), DATA)[0], False)
+    check_length(run, {"files": {"train": {"tokens": 100_000_000}}})
+    few = {"files": {"train": {"tokens": 99_000_000}}}
+    check_length(run | {"repeat_data": True}, few)
+    with pytest.raises(PlanError, match="'dense_active' takes 99,975,168 tokens, but the token files have 96,679 rows"):
+        check_length(run, few)
+    with pytest.raises(PlanError, match="needs 2 steps of 32,768 tokens or more, and gets 32,768"):
+        check_length(run | {"tokens": 32768}, few)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--only", "v0", "v9"], "--only names v9, which no plan of"),
+        (["--seeds", 7], "The plans have no run of the seeds that --seeds names"),
+        (["--tokens", 1e9], "takes 999,981,056 tokens, but the token files have 2 rows"),
+        (["--tokens", "nan"], "'nan' is not a number above 0"),
+        (["--gpus", 0], "'0' is not a whole number of at least 1"),
+        (["--output-dir", "/dev/null/here"], "--output-dir '/dev/null/here' cannot be a folder"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_sentence(tmp_path, options, sentence):
+    (tmp_path / "data.json").write_text(json.dumps({**DATA, "files": {"train": {"tokens": 2048}}}))
+    folders = ["--data", tmp_path, "--log-dir", tmp_path / "logs", "--output-dir", tmp_path / "out"]
+    plan = ["--plan", PLANS / "learning_rates.yaml", "--start-method", "spawn"]
+    status, _, errors = outcome_of("ablate", "run", *plan, *folders, *options)
+    assert status and sentence in errors and errors.count("\n") == 1 and not (tmp_path / "out" / "runs.csv").exists()
+
+
+def test_runs_of_another_length_stand_in_no_table_of_the_plan(tmp_path, monkeypatch):
+    (tmp_path / "data.json").write_text(json.dumps({**DATA, "files": {"train": {"tokens": 10**8}}}))
+    begun = []
+    monkeypatch.setattr(Runner, "work", lambda runner, runs, gpus: begun.extend(runs))
+    folders = ["--data", tmp_path, "--log-dir", tmp_path / "logs", "--output-dir", tmp_path / "out"]
+    plan = ["--plan", PLANS / "learning_rates.yaml", "--start-method", "spawn", "--only", "v0"]
+    outcome_of("ablate", "run", *plan, *folders, "--tokens", "1e6")
+    outcome_of("ablate", "run", *plan, *folders)
+    assert [run["plan"] for run in begun] == ["learning_rates of 1e+06 tokens"] * 4 + ["learning_rates"] * 4
 
 
 def test_settings_tell_runs_apart():
@@ -233,6 +345,7 @@ def pretend(run, gpu, threads, log, connection, **options):
     outcomes = {1: {"status": "diverged"}, 2: {"status": "failed", "reason": "OutOfMemoryError: too big, by far"}}
     measured = {"held_out_edu": 3.0, "held_out_books": 4.0, "seconds": 1.0, "wall_seconds": 2.0, "steps": 5}
     measured |= {"curve": [[1, 3.0, 4.0]], "tokens_per_second": 10, "torch": "2.11", "recorded": run["seed"] == 4}
+    measured["median_grad_norm"] = 0.0 if run["seed"] == 6 else 0.2
     if run["seed"] == 5:
         measured["curve"].append([2, 9.7, 9.7])
     connection.send(outcomes.get(run["seed"], {"status": "ok", **measured}))
@@ -247,11 +360,11 @@ def work(folder, runs):
 
 def test_every_outcome_is_recorded_and_a_finished_run_is_not_made_again(tmp_path, capsys):
     run = expand(PLANS / "learning_rates.yaml", [], DATA)[0]
-    runs = [finish({**run, "seed": seed}, False) for seed in range(6)]
+    runs = [finish({**run, "seed": seed}, False) for seed in range(7)]
     assert work(tmp_path, runs).failed == 2
     rows = {row["seed"]: row for row in read_rows(tmp_path / "runs.csv")}
     assert {seed: row["status"] for seed, row in rows.items()} == {
-        0: "ok", 1: "diverged", 2: "failed", 3: "failed", 4: "ok", 5: "diverged"
+        0: "ok", 1: "diverged", 2: "failed", 3: "failed", 4: "ok", 5: "diverged", 6: "diverged"
     }  # fmt: skip
     assert rows[2]["reason"] == "OutOfMemoryError: too big, by far" and "exit code 9" in rows[3]["reason"]
     assert rows[0]["curve"] == [[1, 3.0, 4.0]] and rows[0]["commit"] == "1e5" and rows[0]["data"] == DATA["id"]
@@ -276,6 +389,59 @@ def test_rows_without_an_optimizer_are_of_adamw(tmp_path):
         Results(path)
 
 
+def recorded(**changes):
+    """A row as a run leaves it."""
+    run = finish(expand(PLANS / "learning_rates.yaml", [], DATA, ["v0"])[0], False)
+    return {**run, "commit": "1e5", "versions": "torch", "device": "H100", "date": "2026-11-28", **changes}
+
+
+def test_losses_that_are_no_numbers_are_read_back(tmp_path):
+    row = recorded(status="diverged", train_loss=math.nan, max_grad_norm=math.inf, curve=[[1, math.nan, math.nan]])
+    Results(tmp_path / "runs.csv").append(row)
+    (read,) = read_rows(tmp_path / "runs.csv")
+    assert math.isnan(read["train_loss"]) and read["max_grad_norm"] == math.inf and math.isnan(read["curve"][0][1])
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    path = tmp_path / "runs.csv"
+    for seed in range(3):
+        Results(path).append(recorded(status="failed", seed=seed, curve=[[1, 2.0, 3.0]]))
+    header, *lines = path.read_text().splitlines()
+    for cut in (lines[1][:20], lines[1][: lines[1].index("2.0")], lines[1].replace("failed", "fail"), header):
+        path.write_text("\n".join([header, lines[0], cut, lines[2]]) + "\n")
+        with pytest.raises(PlanError, match=r"runs.csv' has no whole row on line [34], as after a crash"):
+            read_rows(path)
+    path.write_text("variant,seed\nv0,0\n")
+    with pytest.raises(PlanError, match="The first line of"):
+        read_rows(path)
+    path.write_text("\n".join([header, *lines[:2]]))  # without an end of its last line
+    Results(path).append(recorded(status="failed", seed=2))
+    assert [row["seed"] for row in read_rows(path)] == [0, 1, 2]
+
+
+def test_a_full_disk_leaves_whole_rows_and_the_row_that_is_missing_is_said(tmp_path):
+    path = tmp_path / "runs.csv"
+    Results(path).append(recorded(status="failed"))
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot be written \(File too large\), and lacks this row: v0,7,30m"):
+            Results(path).append(recorded(status="failed", seed=7))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+
+
+def test_two_commands_write_one_header(tmp_path, monkeypatch):
+    path = tmp_path / "runs.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "exists", lambda own: False)  # as both find before either has written
+        for _ in range(2):
+            Results(path).append(recorded(status="failed"))
+    assert len(read_rows(path)) == 2
+
+
 def test_an_exit_code_is_known_though_other_threads_start_processes(tmp_path, monkeypatch):
     """A process that ended is collected by whoever asks first: the thread that waits for it, or one that starts one."""
     collect, collected_at_start = os.waitpid, threading.Event()
@@ -294,6 +460,61 @@ def test_an_exit_code_is_known_though_other_threads_start_processes(tmp_path, mo
     work(tmp_path, [{**run, "seed": seed} for seed in (3, 0, 0, 0, 0, 0, 0, 0)])
     (failed,) = (row for row in read_rows(tmp_path / "runs.csv") if row["seed"] == 3)
     assert failed["reason"] == "the process ended with exit code 9"
+
+
+def nap(run, gpu, threads, log, connection, **options):
+    time.sleep(60)
+
+
+def test_ctrl_c_ends_the_runs_and_begins_no_other(tmp_path):
+    run = finish(expand(PLANS / "learning_rates.yaml", [], DATA)[0], False)
+    options = {"start_method": "fork", "log_dir": tmp_path / "logs", "runs_per_gpu": 2, "commit": "1e5"}
+    runner = Runner(Results(tmp_path / "runs.csv"), nap, {}, **options)
+
+    def press():
+        while len(runner.running) < 2:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.work([{**run, "seed": seed} for seed in range(4)], ["0"])
+    rows = read_rows(tmp_path / "runs.csv")
+    assert sorted(row["seed"] for row in rows) == [0, 1] and len(runner.queue) == 2
+    assert {row["reason"] for row in rows} == {"stopped by Ctrl-C"}
+
+
+def test_no_run_begins_after_one_whose_row_cannot_be_written(tmp_path):
+    run = finish(expand(PLANS / "learning_rates.yaml", [], DATA)[0], False)
+    (tmp_path / "runs.csv").mkdir()
+    results = Results(tmp_path / "none.csv")
+    results.path = tmp_path / "runs.csv"
+    runner = Runner(results, pretend, {}, start_method="fork", log_dir=tmp_path / "logs", commit="1e5")
+    with pytest.raises(OSError, match="Is a directory"):
+        runner.work([{**run, "seed": seed} for seed in range(3)], ["0"])
+    assert len(runner.queue) == 2
+
+
+def start_a_run(sender):
+    options = {"data": "", "eos_token_id": 0, "compiled": False}
+    target, arguments = ablation_process.train_in_child, ({}, "", 1, os.devnull, sender)
+    multiprocessing.get_context("fork").Process(target=target, args=arguments, kwargs=options).start()
+    sender.send("started")
+    time.sleep(60)
+
+
+def test_a_run_ends_with_a_parent_that_is_killed(monkeypatch):
+    monkeypatch.setattr(ablation_run, "train", lambda run, **options: time.sleep(60))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    parent = multiprocessing.get_context("fork").Process(target=start_a_run, args=(sender,))
+    parent.start()
+    sender.close()
+    assert receiver.recv() == "started"
+    parent.kill()
+    parent.join()
+    assert receiver.poll(20), "the run holds its end of the pipe still"
+    with pytest.raises(EOFError):
+        receiver.recv()
 
 
 def test_a_process_gets_one_of_the_gpus_that_are_visible(monkeypatch):
@@ -377,6 +598,11 @@ def test_replayed_steps_give_the_same_run(data, config, monkeypatch):
 def test_a_run_that_diverges_says_so(data):
     result = ablation_run.train(toy_run(learning_rate=1e30), data, eos_token_id=0, compiled=False)
     assert result["status"] == "diverged" and "held_out_edu" not in result
+
+
+def test_a_run_that_diverges_in_its_warm_up_says_so(data):
+    result = ablation_run.train(toy_run(learning_rate=1e30, warmup=0.9), data, eos_token_id=0, compiled=False)
+    assert result["status"] == "diverged" and result["steps"] < 36
 
 
 def test_frozen_experts_do_not_move_and_a_learned_router_trains(data):
@@ -536,6 +762,7 @@ def test_report_of_known_runs(page, tmp_path):
     # Student's: 4.303 x 0.01 / sqrt(3) = 0.0248.
     assert "| 3 | 100.0 | 3.0000 ± 0.0058 [2.975, 3.025] |" in text and "| 1.50 |" in text
     assert "10 runs: 1 failed, 9 ok" in text and "9.9" not in text
+    assert "--seeds SEED --repeat" in text  # without which a row that is there is left out
     for name in ("curves.png", "differences.png"):
         assert (tmp_path / "evidence" / name).stat().st_size > 10_000
 
@@ -593,6 +820,93 @@ def test_report_says_first_when_the_goal_is_not_reached_or_not_decided(page):
     assert "**The goal is not reached.**" in page([*dense, *close])
     far = [finished("shared_64", seed, 2.9 + 0.01 * seed) for seed in range(3)]
     assert "**The goal is not decided yet.**" in page([*dense, *far])
-    text = page([*dense, *far, *seconds, finished("shared_64_values", 0, 3.05, "equal_seconds")])
+    lucky = finished("shared_64_values", 0, 3.05, "equal_seconds")
+    text = page([*dense, *far, *seconds, lucky])
+    assert "At equal seconds the best is" not in text
+    assert "With fewer seeds at equal seconds, and so not compared yet: `shared_64_values`." in text
+    text = page([*dense, *far, seconds[0], lucky])
     assert "At equal seconds the best is `shared_64_values`: -0.160 (one seed) on educational text" in text
     assert "**The goal is not decided yet**: the headline has no finished runs." in page([])
+
+
+def test_a_candidate_is_chosen_by_the_seeds_that_were_planned_for_it(page):
+    """Of those that have as many; and the seeds that came later are shown alone."""
+    dense = [finished("dense_active", seed, 3.2 + 0.001 * seed) for seed in range(5)]
+    ours = [finished("shared_64", seed, loss) for seed, loss in enumerate((3.0, 3.001, 3.002, 3.11, 3.113))]
+    other = [
+        finished("shared_64_values", seed, 3.01 + seed / 1e3) for seed in range(5)
+    ]  # better over five seeds, not over three
+    lucky = [finished("shared_64_layers", seed, 2.9 + seed / 1e3) for seed in range(2)]
+    text = page([*dense, *ours, *other, *lucky])
+    assert "The best candidate is `shared_64`" in text
+    assert "With fewer seeds at equal tokens, and so not compared yet: `shared_64_layers`." in text
+    # Two seeds each, 0.003 and 0.001 apart.
+    assert "With the seeds 3 and 4 alone, by which it was not chosen, it is -0.092 (95 %: -0.10" in text
+    assert "alone" not in page([*dense[:3], *ours[:3]]).partition("Written by")[0]
+
+
+def test_a_mean_is_of_one_rate_and_one_length(page):
+    """Those of the last run of a variant; the others stay in runs.csv."""
+    rows = [finished("dense_active", seed, 3.2 + 0.01 * seed) for seed in range(3)]
+    rows += [finished("shared_64", seed, 3.1 + 0.01 * seed) for seed in range(3)]
+    rows += [finished("shared_64", seed, 3.0 + 0.01 * seed, learning_rate=5e-4) for seed in range(2)]
+    rows += [finished("shared_64", 0, 2.9, "equal_seconds", tokens=7e7, curve=[[1, 3.0, 4.0], [2, 2.9, 3.9]])]
+    rows += [finished("shared_64", 1, 3.3, "equal_seconds", tokens=6e7)]
+    text = page(rows)
+    assert "| shared_64 | 2.0 / 1.0 | 0.0005 | 2 | 100.0 | 3.0050 ± 0.0050" in text
+    assert "| shared_64 | 2.0 / 1.0 | 0.001 | 1 | 60.0 | 3.3000 |" in text
+
+
+def test_seeds_that_diverged_are_named_below_the_table(page):
+    rows = [finished(name, seed, 3.0 + seed / 100) for seed in range(2) for name in ("dense_active", "shared_64")]
+    assert "Seeds that diverged" not in page(rows)
+    rows += [
+        finished(name, seed, 9.0, status="diverged") for name, seed in (("shared_64", 2), ("v0", 0), ("shared_64", 0))
+    ]
+    text = page(rows)
+    assert "Seeds that diverged and are in no mean: `shared_64` (1), `v0` (1)." in text
+    assert text.index("Seeds that diverged") < text.index("## Stability")
+
+
+def test_stability_is_of_one_set_of_token_files_and_of_whole_numbers(page):
+    rows = [finished("v0", seed, 3.0 + 0.01 * seed, "stability") for seed in range(2)]
+    rows += [finished("v0", 0, 3.0, "stability", spikes=4)]  # again
+    rows += [finished("v0", 0, 5.0, "stability", data="second")]
+    rows += [finished("v0", 1, 9.0, "stability", data="second", status="diverged", max_grad_norm=math.nan)]
+    text = page(rows)
+    assert "| v0 | first | 0.001 | 2 | 0 | 2.0 | 1.0 | 3.0050 ± 0.0050" in text
+    assert "| v0 | second | 0.001 | 2 | 1 | 0.0 | not finite | 5.0000 |" in text
+
+
+def test_a_sweep_says_where_it_does_not_enclose_its_best(page):
+    rates = (1e-3, 2e-3, 4e-3)
+    rows = [finished("v0", 0, 3 + abs(rate - 2e-3), "learning_rates", learning_rate=rate) for rate in rates]
+    rows += [finished("dense_active", 0, 3 + rate, "learning_rates", learning_rate=rate) for rate in rates]
+    text = page(rows)
+    assert "The best rate may lie beyond those that were tried for `dense_active`. ##" in text
+    rows[2] = {**rows[2], "status": "diverged", "held_out_edu": None}
+    text = page([*rows, finished("v0", 0, 1.0, "learning_rates", learning_rate=2e-3, data="second")])
+    assert "| v0 | first | 3.0010 | 3.0000 | diverged |" in text and "for `dense_active`. ##" in text
+
+
+def test_seeds_without_a_spread_have_no_interval():
+    assert interval([2.5, 2.5, 2.5]) is None and difference([3.0, 3.0], [3.25, 3.25]) == (-0.25, None)
+    mean, bounds = difference([3.0, 3.0], [3.2, 3.3])
+    assert bounds[0] < mean == -0.25 < bounds[1]
+
+
+def test_report_makes_its_folder(tmp_path):
+    assert outcome_of("ablate", "report", "--output-dir", tmp_path / "new" / "evidence")[0] == 0
+    assert (tmp_path / "new" / "evidence.md").exists()
+    for command in (["report", "--output-dir", "/dev/null/x"], [*PREPARE, "--data", "/dev/null/x"]):
+        status, _, errors = outcome_of("ablate", *command)
+        assert status and "'/dev/null/x' cannot be a folder" in errors and errors.count("\n") == 1
+
+
+def test_a_candidate_without_runs_was_not_tried(page):
+    names = yaml.safe_load((PLANS / "30m.yaml").read_text())["candidates"]
+    rows = [finished(name, seed, 3.0 + seed / 100) for seed in range(2) for name in ("dense_active", "shared_64")]
+    others = ", ".join(f"`{name}`" for name in names if name != "shared_64")
+    assert f"Tried were `shared_64`. Without a finished run are {others}." in page(rows)
+    rows += [finished(name, 0, 3.0) for name in names]
+    assert "Without a finished run" not in page(rows)

@@ -2,14 +2,20 @@
 
 import hashlib
 import json
+import statistics
 from pathlib import Path
 
 import yaml
 
 from complexity_deep.workflow.command import InputError
 
+EQUAL_TOKENS = ("headline", "ablations")  # plans whose rows stand in one table
 IDENTITY = ("variant", "seed", "size", "tokens", "learning_rate", "settings")  # of a run, whatever came of it
 DONE = ("ok", "diverged")
+FIELDS = ("base", "variants", "tokens", "learning_rates", "seeds")  # of a plan, and those that it may have:
+OPTIONS = ("equal_seconds_to", "learning_rate_factors", "repeat_data")
+SWEEP, SWEPT = "learning_rates", "swept"  # the plan that tries rates, and the rates of a plan that takes the best
+FEWEST_RATES = 3  # tried, diverged ones too, before a sweep says which is best
 MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW
 
 
@@ -24,17 +30,48 @@ def read_yaml(path: Path) -> dict:
         raise PlanError(f"'{path}' is not a readable YAML file ({error}).") from None
 
 
+def read_plan(path: Path) -> dict:
+    """The fields of a plan. Raises `PlanError` for one that is missing, unknown or of another kind."""
+    plan = read_yaml(path)
+    if not isinstance(plan, dict):
+        raise PlanError(f"{path} is no plan, for it has no fields.")
+    missing, unknown = [n for n in FIELDS if n not in plan], [n for n in plan if n not in FIELDS + OPTIONS]
+    wrong = [f"lacks {', '.join(missing)}"] if missing else []
+    wrong += [f"has {', '.join(map(str, unknown))}, which no plan has"] if unknown else []
+    if wrong:
+        raise PlanError(
+            f"{path} {' and '.join(wrong)}: its fields are {', '.join(FIELDS)}, and if needed {', '.join(OPTIONS)}."
+        )
+    if plan["learning_rates"] != SWEPT:
+        check_numbers(path, "learning_rates", plan["learning_rates"])
+    check_numbers(path, "tokens", [plan["tokens"]])
+    check_numbers(path, "learning_rate_factors", plan.get("learning_rate_factors", [1]))
+    for name, kind in (("variants", str), ("seeds", int)):
+        if not isinstance(plan[name], list) or not all(type(value) is kind for value in plan[name]):
+            raise PlanError(f"{path} needs a list for {name}, of {'names' if kind is str else 'whole numbers'}.")
+    return plan
+
+
+def check_numbers(path: Path, name: str, values) -> None:
+    try:
+        is_right = isinstance(values, list) and all(0 < float(value) < float("inf") for value in values)
+    except (TypeError, ValueError):
+        is_right = False
+    if not is_right:
+        raise PlanError(f"{path} has {name} that are no numbers above 0.")
+
+
 def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None = None) -> list[dict]:
     """The runs of a plan, seed by seed; `rows` are those of runs.csv and `data` the contents of data.json.
 
     `only` names the variants that are asked for, None for all.
 
-    Raises `PlanError` for an unknown variant, and for a plan that needs runs which runs.csv does not have yet.
+    Raises `PlanError` for a plan that cannot be read, and for one that needs runs which runs.csv does not have yet.
     """
-    plan = read_yaml(plan_path)
+    plan = read_plan(plan_path)
     base = read_yaml(plan_path.parent / plan["base"])
     # Of any token files: a rate and a speed that were found on others of the same size and text hold for these too.
-    known = [row for row in rows if row["size"] == base["size"] and row["status"] == "ok"]
+    known = [row for row in rows if row["size"] == base["size"] and row["status"] in DONE]
     unknown = [name for name in plan["variants"] if name not in base["variants"]]
     if unknown:
         raise PlanError(f"{plan_path} names {', '.join(unknown)}, which {plan['base']} does not have.")
@@ -46,7 +83,7 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
             variant = base["variants"][name]
             check_optimizer(name, variant)
             rates = plan["learning_rates"]
-            if rates == "swept":
+            if rates == SWEPT:
                 rates = [swept_rate(variant["family"], base, known)]
             tokens = float(plan["tokens"])
             if reference := plan.get("equal_seconds_to"):
@@ -74,6 +111,35 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
     return runs
 
 
+def runs_of(
+    plans: list[str],
+    rows: list[dict],
+    data: dict,
+    only: list[str] | None = None,
+    seeds: list[int] | None = None,
+    tokens: float | None = None,
+    smoke: bool = False,
+) -> list[dict]:
+    """The finished descriptions of the runs of several plans, those of some variants and seeds alone if they are named.
+
+    Runs of another length, `tokens`, get a plan of their own, for they belong in no table of the plan's.
+    Raises `PlanError` for names and seeds that the plans do not have.
+    """
+    planned = {name for plan in plans for name in read_plan(Path(plan))["variants"]}
+    if unknown := [name for name in only or () if name not in planned]:
+        raise PlanError(f"--only names {', '.join(unknown)}, which no plan of {', '.join(plans)} has.")
+    runs = []
+    for plan in plans:
+        for run in expand(Path(plan), rows, data, only):
+            if tokens:
+                run |= {"tokens": tokens, "plan": f"{run['plan']} of {tokens:g} tokens"}
+            runs.append(finish(run, smoke))
+    runs = [run for run in runs if seeds is None or run["seed"] in seeds]
+    if not runs:
+        raise PlanError("The plans have no run of the seeds that --seeds names.")
+    return runs
+
+
 def check_optimizer(name: str, variant: dict) -> None:
     """Raise `PlanError` for an unknown optimizer, and where the name of a variant, by which rows are told apart and
     put together, does not say it."""
@@ -84,15 +150,31 @@ def check_optimizer(name: str, variant: dict) -> None:
         raise PlanError(f"'{name}' must have optimizer: {MUON} if its name ends with _{MUON}, and only then.")
 
 
-def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
-    """The rate of a family's sweep with the lowest mean loss on the held-out educational text."""
-    losses = {}
+def sweep_of(rows: list[dict], variants: list[str]) -> dict[float, list[dict]]:
+    """Rows of the sweep of some variants by rate, one for each seed, from one set of token files.
+
+    It is the set with most rates, the newest of equals: losses on two do not compare. A run that was repeated counts
+    once, as it came out last.
+    """
+    found: dict[str, dict[float, dict]] = {}
     for row in rows:
-        if row["plan"] == "learning_rates" and base["variants"].get(row["variant"], {}).get("family") == family:
-            losses.setdefault(row["learning_rate"], []).append(row["held_out_edu"])
-    if not losses:
-        raise PlanError(f"The family '{family}' has no swept learning rate yet: run learning_rates.yaml first.")
-    return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
+        if row["plan"] == SWEEP and row["variant"] in variants and row["status"] in DONE:
+            rates = found.setdefault(row["data"], {})
+            rates.setdefault(row["learning_rate"], {})[row["variant"], row["seed"]] = row
+    best = max(reversed(found.values()), key=len, default={})
+    return {rate: list(last.values()) for rate, last in sorted(best.items())}
+
+
+def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
+    """The rate of a family's sweep with the lowest mean loss on the held-out educational text; none diverged at it."""
+    sweep = sweep_of(rows, [name for name, variant in base["variants"].items() if variant["family"] == family])
+    ended = {rate: tried for rate, tried in sweep.items() if all(row["status"] == "ok" for row in tried)}
+    if not ended or len(sweep) < FEWEST_RATES:
+        raise PlanError(
+            f"The family '{family}' has no swept learning rate yet, for {len(sweep)} rates were tried on one set of "
+            f"token files and {len(ended)} of them ended: run {SWEEP}.yaml first."
+        )
+    return min(ended, key=lambda rate: statistics.mean(row["held_out_edu"] for row in ended[rate]))
 
 
 def speed(variant: str, rows: list[dict], reference: str) -> float:
@@ -100,17 +182,20 @@ def speed(variant: str, rows: list[dict], reference: str) -> float:
     measured = newest_speeds(rows, reference)
     if variant not in measured:
         raise PlanError(
-            f"The speed of '{variant}' is not measured by the commit that '{reference}' was last measured with: "
-            "run speed.yaml first."
+            f"The speed of '{variant}' is not measured by the commit and on the GPU that '{reference}' was last "
+            "measured with: run speed.yaml first, with --runs-per-gpu 1."
         )
     return measured[variant]
 
 
 def newest_speeds(rows: list[dict], reference: str) -> dict[str, float]:
-    """Tokens a second by variant, of the newest commit that `reference` was measured with: others do not compare."""
-    rows = [row for row in rows if row["plan"] == "speed" and row["status"] == "ok"]
-    commits = [row["commit"] for row in rows if row["variant"] == reference]
-    return {row["variant"]: row["tokens_per_second"] for row in rows if row["commit"] in commits[-1:]}
+    """Tokens a second by variant, of runs that had their GPU to themselves.
+
+    They are those of the commit and the kind of GPU that `reference` was last measured with: others do not compare.
+    """
+    alone = [r for r in rows if r["plan"] == "speed" and r["status"] == "ok" and r["runs_per_gpu"] == 1]
+    last = [(row["commit"], row["device"]) for row in alone if row["variant"] == reference][-1:]
+    return {row["variant"]: row["tokens_per_second"] for row in alone if (row["commit"], row["device"]) in last}
 
 
 def finish(run: dict, smoke: bool) -> dict:
@@ -135,7 +220,27 @@ def identity(run: dict) -> tuple:
     return tuple(str(run[name]) for name in IDENTITY)
 
 
+def check_length(run: dict, data: dict) -> None:
+    """Raise `PlanError` for a finished description of a run whose tokens are too few to train on, or not there."""
+    step = run["row_length"] * run["rows_per_step"]
+    rows = data["files"]["train"]["tokens"] // run["row_length"]
+    if run["tokens"] < 2 * step:
+        raise PlanError(f"'{run['variant']}' needs 2 steps of {step:,} tokens or more, and gets {run['tokens']:,}.")
+    if run["tokens"] // run["row_length"] > rows and not run.get("repeat_data"):
+        raise PlanError(
+            f"'{run['variant']}' takes {run['tokens']:,} tokens, but the token files have {rows:,} rows of "
+            f"{run['row_length']:,}: prepare more, or set repeat_data in the plan."
+        )
+
+
 def missing_of(runs: list[dict], rows: list[dict]) -> list[dict]:
-    """The runs, each once, that no row of runs.csv has finished."""
-    finished = {identity(row) for row in rows if row["status"] in DONE}
-    return list({identity(run): run for run in runs if identity(run) not in finished}.values())
+    """The runs, each once, that no row of runs.csv has finished for the table that the plan fills.
+
+    A run of the sweep is no run of the stability plan, though they may be alike: each table reads rows of its own.
+    """
+
+    def key(run: dict) -> tuple:
+        return *identity(run), EQUAL_TOKENS[0] if run["plan"] in EQUAL_TOKENS else run["plan"]
+
+    finished = {key(row) for row in rows if row["status"] in DONE}
+    return list({key(run): run for run in runs if key(run) not in finished}.values())

@@ -1,14 +1,23 @@
 """The process of one run of ablate.py, light to import for the parent, which trains nothing itself."""
 
+import multiprocessing
 import os
 import sys
+import threading
 import traceback
 
 from complexity_deep.workflow.command import first_line
 
 
+def end_with_parent() -> None:
+    """Without its parent a run has nobody to give its result to, and would slow down those of the next command."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def train_in_child(run: dict, gpu: str, threads: int, log: str, connection, **options) -> None:
     """Send the result of `ablation_run.train`, or why there is none, to the parent; what is printed goes to `log`."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which the imports below do not do
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)

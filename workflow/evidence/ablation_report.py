@@ -2,47 +2,76 @@
 
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from matplotlib import colormaps
 from scipy import stats
 
 from complexity_deep.workflow.charts import subplots, write_figure
-from complexity_deep.workflow.evidence.ablation_plan import MUON
+from complexity_deep.workflow.evidence.ablation_plan import EQUAL_TOKENS, FEWEST_RATES, MUON, SWEEP, sweep_of
 from complexity_deep.workflow.markdown_table import table
 
 CONFIDENCE = 0.95
 NOT_MEASURED = "Not measured yet."
-EQUAL_TOKENS, EQUAL_SECONDS = ("headline", "ablations"), ("equal_seconds",)
+EQUAL_SECONDS = ("equal_seconds",)
 WITH_MUON = ("muon",)
 TEXTS = {"held_out_edu": "educational text", "held_out_books": "books"}
 # The goal: mean difference to the reference, and the bound that the upper end of its interval must not exceed.
 GOALS = {"equal tokens": -0.15, "equal seconds": -0.10}
 UPPER_BOUND = -0.05
+CHOICE_SEEDS = (0, 1, 2)  # by which the best candidate is chosen, as planned; later ones measure it without that choice
 COLOURS = colormaps["tab10"].colors
 
 
 def group(rows: list[dict], plans: tuple[str, ...]) -> dict[str, list[dict]]:
-    """Finished runs of the plans by variant, one for each seed: the last, where one was repeated."""
-    last = {(row["variant"], row["seed"]): row for row in rows if row["plan"] in plans and row["status"] == "ok"}
+    """Finished runs of the plans by variant, one for each seed: the last, where one was repeated.
+
+    All have the rate and the tokens of the variant's last run. A rate that was found better, or a speed that was
+    measured again, changes both from then on, and a mean over both would be of neither.
+    """
+    finished = [row for row in rows if row["plan"] in plans and row["status"] == "ok"]
+    made = {row["variant"]: (row["learning_rate"], row["tokens"]) for row in finished}
+    last = {
+        (row["variant"], row["seed"]): row
+        for row in finished
+        if (row["learning_rate"], row["tokens"]) == made[row["variant"]]
+    }
     grouped = {}
     for (variant, _), row in last.items():
         grouped.setdefault(variant, []).append(row)
     return grouped
 
 
+def diverged_seeds(rows: list[dict], plans: tuple[str, ...]) -> dict[str, int]:
+    """How many seeds of each variant diverged and have no finished run, which a mean therefore leaves out.
+
+    `rows` are of one set of token files.
+    """
+    own = [row for row in rows if row["plan"] in plans]
+    ended = {(row["variant"], row["seed"]) for row in own if row["status"] == "ok"}
+    lost = {(row["variant"], row["seed"]) for row in own if row["status"] == "diverged"} - ended
+    return dict(Counter(variant for variant, _ in sorted(lost)))
+
+
+def left_out(diverged: dict[str, int]) -> list[str]:
+    """A sentence on them, and an empty line; nothing where there are none."""
+    named = ", ".join(f"`{variant}` ({number})" for variant, number in diverged.items())
+    return [f"Seeds that diverged and are in no mean: {named}.", ""] if named else []
+
+
 def interval(values: list[float]) -> tuple[float, float] | None:
-    """Student's interval of the mean; none for a single value."""
-    if len(values) < 2:
+    """Student's interval of the mean; none for a single value, and none where all are the same."""
+    if len(set(values)) < 2:
         return None
     error = statistics.stdev(values) / math.sqrt(len(values))
     return tuple(stats.t.interval(CONFIDENCE, len(values) - 1, statistics.mean(values), error))
 
 
 def difference(values: list[float], reference: list[float]) -> tuple[float, tuple[float, float] | None]:
-    """Mean difference and Welch's interval of it; no interval where either has a single value."""
+    """Mean difference and Welch's interval of it; none where either has a single value, or neither has a spread."""
     mean = statistics.mean(values) - statistics.mean(reference)
-    if min(len(values), len(reference)) < 2:
+    if min(len(values), len(reference)) < 2 or len(set(values)) == len(set(reference)) == 1:
         return mean, None
     bounds = stats.ttest_ind(values, reference, equal_var=False).confidence_interval(CONFIDENCE)
     return mean, (float(bounds.low), float(bounds.high))
@@ -102,13 +131,13 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
     """The first paragraph: whether the goal is reached by the best candidate, and its figures.
 
     `equal_tokens` and `equal_seconds`: id of token files -> variant -> runs. Losses compare within one id only, so that
-    each difference is that of the id with most seeds.
+    each difference is that of the id with most seeds, the newest of equals.
     """
     data, present = most_candidates(equal_tokens, reference, candidates)
     if not present:
         return ["**The goal is not decided yet**: the headline has no finished runs."]
     best = best_of(equal_tokens[data], present, "held_out_edu")
-    parts, fails, is_known = [], False, True
+    parts, later, fails, is_known = [], [], False, True
     for what, runs in (("equal tokens", equal_tokens), ("equal seconds", equal_seconds)):
         pairs = [
             (runs[data][best], equal_tokens[data][reference])
@@ -119,53 +148,97 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
             parts.append(f"at {what} there are no finished runs")
             is_known = False
             continue
-        found, others = max(pairs, key=lambda pair: min(map(len, pair)))
+        found, others = max(reversed(pairs), key=lambda pair: min(map(len, pair)))
         for name, text in TEXTS.items():
             mean, bounds = difference(column(found, name), column(others, name))
             is_known &= bounds is not None
             fails |= bounds is not None and not (mean <= GOALS[what] and bounds[1] <= UPPER_BOUND)
             parts.append(f"{with_bounds(mean, bounds)} at {what} on {text}")
+        later.append(at_later_seeds(found, others, what))
     word = "not reached" if fails else "reached" if is_known else "not decided yet"
     goal = f"{GOALS['equal tokens']} nats at equal tokens and {GOALS['equal seconds']} at equal seconds"
     return [
         f"**The goal is {word}.** It was a difference in held-out loss to a dense model of equal active size of at",
         f"most {goal}, with the upper 95 % bound at most {UPPER_BOUND}, on both texts. The best candidate is `{best}`:",
         "; ".join(parts) + ".",
+        *filter(None, later),
+        *fewer_seeds(equal_tokens[data], present, "equal tokens"),
         *best_at_equal_seconds(equal_tokens, equal_seconds, reference, candidates, best),
-        f"Tried were {', '.join(f'`{name}`' for name in candidates)}.",
+        *tried((*equal_tokens.values(), *equal_seconds.values()), candidates),
     ]
 
 
+def tried(tables: tuple[dict[str, list[dict]], ...], candidates: list[str]) -> list[str]:
+    """Sentences on the candidates that have finished runs, and on those that have none."""
+    have = [name for name in candidates if any(name in runs for runs in tables)]
+    parts = (("Tried were", have), ("Without a finished run are", [name for name in candidates if name not in have]))
+    return [f"{what} {', '.join(f'`{name}`' for name in names)}." for what, names in parts if names]
+
+
+def at_later_seeds(found: list[dict], others: list[dict], what: str) -> str:
+    """A sentence on the difference of the seeds by which nothing was chosen; empty where either has none."""
+    ours, theirs = ([row for row in rows if row["seed"] not in CHOICE_SEEDS] for rows in (found, others))
+    if not ours or not theirs:
+        return ""
+    differences = [(difference(column(ours, name), column(theirs, name)), text) for name, text in TEXTS.items()]
+    shown = "; ".join(f"{with_bounds(*values)} on {text}" for values, text in differences)
+    seeds = " and ".join(str(seed) for seed in sorted({row["seed"] for row in ours}))
+    return f"With the seeds {seeds} alone, by which it was not chosen, it is {shown} at {what}."
+
+
 def most_candidates(runs: dict, reference: str, candidates: list[str]) -> tuple[str, list[str]]:
-    """The id of token files that has the reference and most candidates, and the names of these, empty without any."""
+    """The id of token files that has the reference and most candidates, the newest of equals, and the names of these.
+
+    They are empty where none has any.
+    """
     present = {data: [name for name in candidates if name in own] for data, own in runs.items() if reference in own}
-    data = max(present, key=lambda data: len(present[data]), default="")
+    data = max(reversed(present), key=lambda data: len(present[data]), default="")
     return data, present.get(data, [])
 
 
+def choice_rows(runs: dict[str, list[dict]], names: list[str]) -> dict[str, list[dict]]:
+    """Rows that the names are compared by: of those with most seeds, for one seed may be a lucky one."""
+    found = {name: [row for row in runs[name] if row["seed"] in CHOICE_SEEDS] for name in names}
+    most = max(map(len, found.values()))
+    return {name: rows or runs[name] for name, rows in found.items() if len(rows) == most}
+
+
 def best_of(runs: dict[str, list[dict]], names: list[str], text: str) -> str:
-    return min(names, key=lambda name: statistics.mean(column(runs[name], text)))
+    compared = choice_rows(runs, names)
+    return min(compared, key=lambda name: statistics.mean(column(compared[name], text)))
+
+
+def fewer_seeds(runs: dict[str, list[dict]], names: list[str], what: str) -> list[str]:
+    """A sentence on the names that cannot be the best yet."""
+    fewer = [f"`{name}`" for name in names if name not in choice_rows(runs, names)]
+    return [f"With fewer seeds at {what}, and so not compared yet: {', '.join(fewer)}."] if fewer else []
 
 
 def best_at_equal_seconds(
     equal_tokens: dict, equal_seconds: dict, reference: str, candidates: list[str], best: str
 ) -> list[str]:
-    """A sentence on the best candidate at equal seconds, of the token files with most runs; none where it is `best`."""
+    """Sentences on the candidates at equal seconds, of the token files with most runs.
+
+    They name the best, where it is not `best`, and those with fewer seeds.
+    """
     present = {
         data: [name for name in candidates if name in runs]
         for data, runs in equal_seconds.items()
         if reference in equal_tokens.get(data, {})
     }
-    data = max(present, key=lambda data: sum(len(equal_seconds[data][name]) for name in present[data]), default="")
+    data = max(
+        reversed(present), key=lambda data: sum(len(equal_seconds[data][name]) for name in present[data]), default=""
+    )
     if not present.get(data):
         return []
     quickest = best_of(equal_seconds[data], present[data], "held_out_edu")
+    fewer = fewer_seeds(equal_seconds[data], present[data], "equal seconds")
     if quickest == best:
-        return []
+        return fewer
     found, others = equal_seconds[data][quickest], equal_tokens[data][reference]
     pairs = [(difference(column(found, name), column(others, name)), text) for name, text in TEXTS.items()]
     differences = "; ".join(f"{with_bounds(*values)} on {text}" for values, text in pairs)
-    return [f"At equal seconds the best is `{quickest}`: {differences}."]
+    return [f"At equal seconds the best is `{quickest}`: {differences}.", *fewer]
 
 
 def with_bounds(mean: float, bounds: tuple[float, float] | None) -> str:
@@ -204,45 +277,61 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
             axes.errorbar(mean, y, xerr=error, fmt="os"[offset], color=COLOURS[offset], capsize=3, label=label)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(variants)), variants)
-    axes.set(xlabel=f"held-out loss minus that of {name}, nats per token\n(left is better, bars: 95 %)")
+    axes.set(
+        xlabel=f"held-out loss minus that of {name}, nats per token\n(left is better, bars: 95 %, no bar: one seed)"
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     write_figure(figure, path)
 
 
 def sweep_table(rows: list[dict]) -> list[str]:
-    """Held-out educational loss of each swept variant and rate; one that did not finish says what became of it.
+    """Held-out educational loss of each swept variant and rate; one that diverged says so.
 
-    `rows` are of one size.
+    `rows` are of one size. A sentence names the variants whose best rate has no worse one on both sides.
     """
-    swept = [row for row in rows if row["plan"] == "learning_rates"]
-    if not swept:
+    sweeps = {row["variant"]: sweep_of(rows, [row["variant"]]) for row in rows if row["plan"] == SWEEP}
+    sweeps = {variant: sweep for variant, sweep in sweeps.items() if sweep}
+    if not sweeps:
         return [NOT_MEASURED]
-    rates = sorted({row["learning_rate"] for row in swept})
-    cells = {(row["variant"], row["learning_rate"]): row for row in swept}
-    lines = []
-    for variant in dict.fromkeys(row["variant"] for row in swept):
-        found = [cells.get((variant, rate)) for rate in rates]
-        shown = ["" if r is None else f"{r['held_out_edu']:.4f}" if r["status"] == "ok" else r["status"] for r in found]
-        lines.append([variant, *shown])
-    return table(["variant", *(f"{rate:g}" for rate in rates)], lines)
+    rates = sorted(set().union(*sweeps.values()))
+    lines, at_edge = [], []
+    for variant, sweep in sweeps.items():
+        ended = {
+            rate: statistics.mean(column(tried, "held_out_edu"))
+            for rate, tried in sweep.items()
+            if all(row["status"] == "ok" for row in tried)
+        }
+        shown = [f"{ended[rate]:.4f}" if rate in ended else "diverged" if rate in sweep else "" for rate in rates]
+        lines.append([variant, next(iter(sweep.values()))[0]["data"], *shown])
+        if ended and (len(sweep) < FEWEST_RATES or min(ended, key=ended.get) in (min(sweep), max(sweep))):
+            at_edge.append(f"`{variant}`")
+    note = [f"The best rate may lie beyond those that were tried for {', '.join(at_edge)}."] if at_edge else []
+    rows_of_table = table(["variant", "token files", *(f"{rate:g}" for rate in rates)], lines, text_columns=2)
+    return [*rows_of_table, *([""] if note else []), *note]
 
 
 def stability_table(rows: list[dict]) -> list[str]:
-    header = ["variant", "rate", "runs", "diverged", "spikes a run", "largest gradient norm", "held-out edu"]
-    lines = []
-    grouped = {}
-    for row in rows:
-        if row["plan"] == "stability" and row["status"] != "failed":
-            grouped.setdefault((row["variant"], row["learning_rate"]), []).append(row)
+    """One line for each variant and rate on one set of token files, each seed as it came out last."""
+    header = ["variant", "token files", "rate", "seeds", "diverged", "spikes a run", "largest gradient norm"]
+    last = {
+        (row["variant"], row["data"], row["learning_rate"], row["seed"]): row
+        for row in rows
+        if row["plan"] == "stability" and row["status"] != "failed"
+    }
+    grouped, lines = {}, []
+    for (*key, _), row in last.items():
+        grouped.setdefault(tuple(key), []).append(row)
     if not grouped:
         return [NOT_MEASURED]
-    for (variant, rate), found in sorted(grouped.items()):
+    for (variant, data, rate), found in sorted(grouped.items()):
         ended = [row["held_out_edu"] for row in found if row["status"] == "ok"]
-        cells = [variant, f"{rate:g}", str(len(found)), str(len(found) - len(ended))]
-        cells += [f"{statistics.mean(column(found, 'spikes')):.1f}", f"{max(column(found, 'max_grad_norm')):.1f}"]
+        norms = column(found, "max_grad_norm")
+        cells = [variant, data, f"{rate:g}", str(len(found)), str(len(found) - len(ended))]
+        cells += [f"{statistics.mean(column(found, 'spikes')):.1f}"]
+        cells += [f"{max(norms):.1f}" if all(map(math.isfinite, norms)) else "not finite"]
         lines.append([*cells, as_mean(ended) if ended else ""])
-    return table(header, lines)
+    return table([*header, "held-out edu, of those that ended"], lines, text_columns=2)
 
 
 def muon_section(rows: list[dict], reference: str) -> list[str]:

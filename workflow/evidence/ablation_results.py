@@ -1,11 +1,14 @@
 """runs.csv, with a row for every run, and the description of the token files."""
 
 import csv
+import fcntl
+import io
 import json
 import os
 import threading
 from pathlib import Path
 
+from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.evidence.ablation_plan import PlanError
 
 FIELDS = (
@@ -19,22 +22,39 @@ TEXT = (
     "variant", "size", "device", "versions", "commit", "data", "plan", "status", "reason", "date", "settings",
     "optimizer",
 )  # fmt: skip
+STATUSES = ("ok", "diverged", "failed")
 ADAMW = "adamw"  # the optimizer of rows without one, which were written before there was a choice
 
 
 def read_rows(results: Path) -> list[dict]:
-    """The rows of runs.csv, numbers as numbers and an empty cell as None; a row without an optimizer has AdamW."""
+    """The rows of runs.csv, numbers as numbers and an empty cell as None; a row without an optimizer has AdamW.
+
+    Raises `PlanError` for a file with other columns, and for a line that is no whole row.
+    """
     if not results.exists():
         return []
+    rows = []
     with results.open(newline="") as file:
-        rows = [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
-    rows = [{**row, "optimizer": row.get("optimizer") or ADAMW} for row in rows]
+        reader = csv.DictReader(file)
+        if set(FIELDS) - {"optimizer"} - set(reader.fieldnames or FIELDS):
+            raise PlanError(f"The first line of '{results}' must be {','.join(FIELDS)}.")
+        for cells in reader:
+            try:
+                row = {name: _value(name, cell) for name, cell in cells.items()}
+            except (TypeError, ValueError):
+                row = {"status": None}
+            if row["status"] not in STATUSES or not row["settings"] or not row["learning_rate"]:
+                raise PlanError(
+                    f"'{results}' has no whole row on line {reader.line_num}, as after a crash: mend it or take it out."
+                )
+            rows.append({**row, "optimizer": row.get("optimizer") or ADAMW})
     return [{**row, "status": "diverged"} if is_dead(row) else row for row in rows]
 
 
 def is_dead(row: dict) -> bool:
-    """Whether a run ended worse than at the first point of its curve: at ln V, for example, without a gradient."""
-    return row["status"] == "ok" and row["curve"][-1][1] > row["curve"][0][1]
+    """Whether a run diverged although its last loss is finite: it ended worse than at the first point of its curve, or
+    most of its steps had no gradient, as at ln V, which looks better than a first point that had blown up already."""
+    return row["status"] == "ok" and (row["curve"][-1][1] > row["curve"][0][1] or row["median_grad_norm"] == 0)
 
 
 def _value(name: str, cell: str):
@@ -66,14 +86,28 @@ class Results:
                 )
 
     def append(self, row: dict) -> None:
-        with self.lock:
-            is_new = not self.path.exists()
-            with self.path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                if is_new:
-                    writer.writeheader()
-                cells = {"optimizer": ADAMW, **{name: row[name] for name in FIELDS if name in row}}
-                cells = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in cells.items()}
-                writer.writerow(cells)
-                file.flush()
+        """Raises `InputError`, with the row in its message, where it cannot be written; the file is as it was then."""
+        cells = {"optimizer": ADAMW, **{name: row[name] for name in FIELDS if name in row}}
+        # json has a name for a loss that is no number, which read_rows reads again.
+        cells = {k: json.dumps(v) if isinstance(v, list | dict | float) else v for k, v in cells.items()}
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, FIELDS)
+        with self.lock, self.path.open("ab+", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # another command may write to it
+            size = file.seek(0, os.SEEK_END)
+            if not size:
+                writer.writeheader()
+            else:
+                file.seek(size - 1)
+                text.write("" if file.read(1) == b"\n" else "\r\n")  # a line that was cut off, or edited by hand
+            writer.writerow(cells)
+            left = memoryview(text.getvalue().encode())
+            try:
+                while left:
+                    left = left[file.write(left) :]
                 os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(size)
+                raise InputError(
+                    f"'{self.path}' cannot be written ({error.strerror}), and lacks this row: {text.getvalue().strip()}"
+                ) from error

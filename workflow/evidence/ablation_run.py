@@ -269,7 +269,8 @@ def train(run: dict, data: str, eos_token_id: int, compiled: bool) -> dict:
             balance_loss=run["balance_loss"],
         )
         trainer.train()
-    norms = torch.stack(trainer.gradient_norms)[round(run["warmup"] * steps) :]
+    after_warm_up = trainer.gradient_norms[round(run["warmup"] * steps) :]
+    norms = torch.stack(after_warm_up or trainer.gradient_norms)  # of all, where it diverged before
     is_finite = not clock.diverged and all(map(math.isfinite, clock.curve[-1][1:]))
     result = {
         **counted,

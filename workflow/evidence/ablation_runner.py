@@ -3,6 +3,7 @@
 import datetime
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -48,6 +49,7 @@ class Runner:
         self.logs = Path(log_dir)
         self.logs.mkdir(parents=True, exist_ok=True)
         self.queue, self.failed = deque(), 0
+        self.running, self.stopped, self.interrupted, self.errors = set(), False, False, []
         # A start collects the children that have ended. If another thread joins one at the time, its exit code is lost.
         self.starts_and_joins = threading.Lock()
 
@@ -58,16 +60,43 @@ class Runner:
         threads = [threading.Thread(target=self._serve, args=(gpu,)) for gpu in places]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            self._interrupt()
+            for thread in threads:  # each records that its run was stopped
+                thread.join()
+            raise
+        for error in self.errors[1:]:
+            print(error, file=sys.stderr)
+        if self.errors:
+            raise self.errors[0]
+
+    def _interrupt(self) -> None:
+        """Begin no further run, and end those that go on."""
+        with self.starts_and_joins:
+            self.stopped = self.interrupted = True
+            for process in self.running:
+                process.terminate()
 
     def _serve(self, gpu: str) -> None:
-        while time.monotonic() - self.started < self.minutes * 60:
+        try:
+            self._serve_runs(gpu)
+        except Exception as error:  # where a row cannot be written, no further run is begun
+            self.stopped = True
+            self.errors.append(error)
+
+    def _serve_runs(self, gpu: str) -> None:
+        while not self.stopped and time.monotonic() - self.started < self.minutes * 60:
             try:
                 run = self.queue.popleft()
             except IndexError:
                 return
-            row = {**run, **self._train(run, gpu), "commit": self.commit, "runs_per_gpu": self.runs_per_gpu}
+            result = self._train(run, gpu)
+            if result is None:
+                return
+            row = {**run, **result, "commit": self.commit, "runs_per_gpu": self.runs_per_gpu}
             row["versions"] = ", ".join(f"{n} {row.get(n, '')}" for n in ("torch", "transformers", "triton"))
             row["versions"] += ", steps as CUDA graphs" if row.pop("recorded", False) else ""
             row["date"] = datetime.date.today().isoformat()
@@ -76,21 +105,27 @@ class Runner:
             self.failed += row["status"] == "failed"
             print(self._line(row), flush=True)
 
-    def _train(self, run: dict, gpu: str) -> dict:
+    def _train(self, run: dict, gpu: str) -> dict | None:
+        """What the child sends, or why it sent nothing; None for a run that was not begun."""
         receiver, sender = self.context.Pipe(duplex=False)
         log = self.logs / f"{run['plan']}-{run['variant']}-{run['seed']}-{run['settings']}.log"
         arguments = (run, gpu, self.threads, str(log), sender)
         process = self.context.Process(target=self.train_in_child, args=arguments, kwargs=self.options)
         with self.starts_and_joins:
+            if self.stopped:
+                return None
             process.start()
+            self.running.add(process)
         sender.close()
         try:
             result = receiver.recv()
-        except EOFError:  # it was killed, or crashed in compiled code
+        except (EOFError, OSError):  # it was killed, or crashed in compiled code
             result = None
         with self.starts_and_joins:  # by now it has ended, or is about to
             process.join()
-        return result or {"status": "failed", "reason": f"the process ended with exit code {process.exitcode}"}
+            self.running.remove(process)
+        reason = "stopped by Ctrl-C" if self.interrupted else f"the process ended with exit code {process.exitcode}"
+        return result or {"status": "failed", "reason": reason}
 
     def _line(self, row: dict) -> str:
         minutes = (time.monotonic() - self.started) / 60

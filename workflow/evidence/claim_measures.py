@@ -20,6 +20,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     EQUAL_TOKENS,
     by_data,
     difference,
+    diverged_seeds,
     interval,
     signed,
 )
@@ -91,11 +92,10 @@ def basis(study: Study, data: str, variants: tuple[str, ...], numbers: list[int]
     """What a figure rests on: the seeds of each variant, the token files, and the seeds that diverged."""
     seeds = plural(numbers[0], "seed") if len(set(numbers)) == 1 else " and ".join(map(str, numbers)) + " seeds"
     parts = [seeds if min(numbers) > 1 else f"{seeds}, so no interval", f"files {data}"]
+    diverged = diverged_seeds([row for row in study.rows if row["data"] == data], EQUAL_TOKENS)
     for variant in variants:
-        rows = [r for r in study.rows if (r["variant"], r["data"]) == (variant, data) and r["plan"] in EQUAL_TOKENS]
-        ended = {row["seed"] for row in rows if row["status"] == "ok"}
-        if diverged := {row["seed"] for row in rows if row["status"] == "diverged"} - ended:
-            parts.append(f"{plural(len(diverged), 'seed')} of {variant} diverged and left out")
+        if variant in diverged:
+            parts.append(f"{plural(diverged[variant], 'seed')} of {variant} diverged and left out")
     return f"({', '.join(parts)})"
 
 

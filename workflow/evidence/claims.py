@@ -199,7 +199,7 @@ CLAIMS = (
         "dense of equal total and equal active size",
         why_not=lambda study: (
             "A run at 1.5B is beyond this study; [scaling.md](scaling.md) says what it would take. The rows above are "
-            "such controls and ablations at the 30m shape, and [a few](../evidence.md#scaling) are planned at 150m. "
+            "such controls and ablations at the 30m shape, and [scaling](../evidence.md#scaling) takes a few at 150m. "
             "A later [card](https://huggingface.co/Pacific-i64/TR-MoE-190M) of the authors shows four runs of 500M "
             "tokens, one of each kind, of a model with a shared expert."
         ),

@@ -8,8 +8,10 @@ from complexity_deep.workflow.evidence.ablation_report import (
     EQUAL_SECONDS,
     EQUAL_TOKENS,
     by_data,
+    diverged_seeds,
     draw_curves,
     draw_differences,
+    left_out,
     muon_section,
     stability_table,
     sweep_table,
@@ -17,6 +19,17 @@ from complexity_deep.workflow.evidence.ablation_report import (
     verdict,
 )
 from complexity_deep.workflow.evidence.scaling import SIZES, scaling_section
+
+TEXT_OF_THE_RUNS = """\
+The text of these runs is not in this repository, and no command here makes it: it was drawn from public repositories of
+textbooks, documentation and old books. `prepare` takes any text instead, and `learning_rates.yaml` and `speed.yaml`
+come first on another text or GPU. Losses then differ from those above; what can be made again is the differences
+between variants. With text of the Hub, and files of your own that are kept apart:
+
+    python scripts/train_tokenizer.py --sources HuggingFaceFW/fineweb-edu:sample-10BT --vocab-size 16384 \\
+        --model-max-length 1024 --output-dir runs/tokenizer
+    python scripts/ablate.py prepare --tokenizer runs/tokenizer --sources HuggingFaceFW/fineweb-edu:sample-10BT \\
+        --tokens 1e8 --held-out-edu 'held_out/edu/*.txt' --held-out-books 'held_out/books/*.txt'""".splitlines()
 
 
 def write_study(output: Path, rows: list[dict], recipes: str) -> str:
@@ -31,17 +44,22 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     lines += [
         f"Written by `python scripts/ablate.py report` from [runs.csv]({output.name}/runs.csv); the plan, which is",
         f"older than the runs, is [plan.md]({output.name}/plan.md). Means ± standard errors, 95 % intervals in",
-        "brackets. `shifted experts` is the loss with each token sent to the next expert, `norm` the growth of the",
-        "experts' norms (1 where they were not trained). Losses compare within one set of token files only. All runs",
-        f"are of the {base['size']} shape of the study where nothing else is said, which is wider than",
-        "`configs/30m.json`. [30m.yaml](../recipes/evidence/30m.yaml) has it and says what each variant is.",
+        "brackets; seeds that diverged are named below each table. `shifted experts` is the loss with each token sent",
+        "to the next expert, `norm` the growth of the experts' norms (1 where they were not trained). Losses compare",
+        f"within one set of token files only. All runs are of the {base['size']} shape of the study where nothing else",
+        "is said, which is wider than `configs/30m.json`; [30m.yaml](../recipes/evidence/30m.yaml) has it and says what",
+        "each variant is.",
         f"[claims.md]({output.name}/claims.md) puts what the preprints claim beside what these runs say.",
         "",
     ]
-    for title, found in (("At equal tokens", equal_tokens), (f"At the seconds of {name}", equal_seconds)):
+    for title, found, plans in (
+        ("At equal tokens", equal_tokens, EQUAL_TOKENS),
+        (f"At the seconds of {name}", equal_seconds, EQUAL_SECONDS),
+    ):
         for data, runs in found.items():
             reference = equal_tokens.get(data, {}).get(name, [])
             lines += [f"## {title}, token files {data}", "", *variant_table(runs, reference, speeds), ""]
+            lines += left_out(diverged_seeds([row for row in rows if row["data"] == data], plans))
     if equal_tokens:
         data = max(equal_tokens, key=lambda data: len(equal_tokens[data]))
         runs, reference = equal_tokens[data], equal_tokens[data].get(name, [])
@@ -61,8 +79,11 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     places = sorted({f"{row['device']}, {row['versions']}" for row in studied if row["device"]})
     lines += ["## Runs", "", f"{len(studied)} runs: {outcomes}.", *(f"- {place}" for place in places), ""]
     lines += ["The command that makes a row again, with the names in it:", ""]
-    lines += ["    python scripts/ablate.py run --plan recipes/evidence/PLAN.yaml --only VARIANT --seeds SEED", ""]
-    lines += ["Plans of the 10m and 150m shapes lie in folders of these names."]
+    lines += [
+        "    python scripts/ablate.py run --plan recipes/evidence/PLAN.yaml --only VARIANT --seeds SEED --repeat",
+        "",
+    ]
+    lines += ["Plans of the 10m and 150m shapes lie in folders of these names.", "", *TEXT_OF_THE_RUNS]
     page = output.with_suffix(".md")
     page.write_text("\n".join(lines) + "\n")
     return f"{page}: {len(studied)} runs"
