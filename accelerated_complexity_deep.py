@@ -330,12 +330,14 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
     """
     rows, _, hidden = hidden_states.shape
     attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
+    if any(type(part).__module__ != type(layer).__module__ for part in (attention, dynamics, mlp)):
+        return False  # a class around a part, which need not have its attributes, or a part that the model has not
     # A compiled program holds for what was asked while it was traced. The number of rows is asked about in steps of one
     # token only, so that a program for longer rows holds for any number of them.
     if not _is_decode_step(attention, hidden_states, mask, cache) or rows > MAX_ROWS:
         return False
     experts = getattr(mlp, "experts", None)
-    if experts is None or dynamics is None or not layer.config.use_dynamics:
+    if experts is None or not layer.config.use_dynamics:
         return False
     if type(experts).__module__ != type(layer).__module__:  # an adapter's class, which has other attributes
         return False
@@ -493,7 +495,7 @@ def triton_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward of a decoder layer; a step of one new token in each of few rows runs in a few fused kernels."""
     mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
-    if not torch.compiler.is_compiling() and layer.self_attn.layer_idx == 0:
+    if not torch.compiler.is_compiling() and getattr(layer.self_attn, "layer_idx", None) == 0:
         _compile_ahead(layer, hidden_states)
     if not _takes_decode_kernels(layer, hidden_states, mask, cache):
         states = hidden_states, velocity, guidance, highway

@@ -55,7 +55,7 @@ class _NoZeroRows(_PublishedConversion):
 
     @staticmethod
     def merge(weight: torch.Tensor) -> torch.Tensor:
-        if not weight.is_floating_point():  # packed by a quantizer
+        if not weight.is_floating_point() or weight.is_meta:  # packed by a quantizer, or without values
             return weight
         is_zero = (weight == 0).all(dim=-1, keepdim=True)
         return torch.where(is_zero, nearly_zero(weight.dtype), weight) if is_zero.any() else weight

@@ -538,7 +538,7 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attn_output
 
         normed = self.post_attention_layernorm(hidden_states)
-        if isinstance(self.mlp, ComplexityDeepTokenRoutedMLP):
+        if self.config.is_routed:  # an adapter or a compiler may have put a class of its own around the MLP
             mlp_output, _ = self.mlp(normed, mu, expert_ids, routing_plan)
         else:
             mlp_output = self.mlp(normed)

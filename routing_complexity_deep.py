@@ -208,8 +208,16 @@ class TokenRoutingMixin(PreTrainedModel):
         return routing_ids
 
     def expert_ids_by_layer(self, token_ids: Tensor) -> list[Tensor]:
-        """Expert of each token by the routing table, [B, S] for each layer, from the token ids [B, S]."""
+        """Expert of each token by the routing table, [B, S] for each layer, from the token ids [B, S].
+
+        Raises `ValueError` where layers were removed or copied, and the rows of the table were not.
+        """
         experts, layers = self.routing_table(token_ids), self.config.num_hidden_layers
+        if self.config.routing_per_layer and len(experts) != len(self.layers):
+            raise ValueError(
+                f"This model has {len(self.layers)} layers, but routing tables for {len(experts)}: set "
+                "base_model.token_to_expert to [layers, vocabulary], with the row that belongs to each layer."
+            )
         return list(experts[:layers]) if self.config.routing_per_layer else [experts] * layers
 
     def routing_plans(self, expert_ids: list[Tensor]) -> Sequence[RoutingPlan | None]:

@@ -110,6 +110,15 @@ def test_a_split_model_is_saved_whole(saved, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_folder_loads_without_values(head, saved):
+    """On "meta" people look at names and sizes."""
+    folder, model = saved[head]
+    shape = HEADS[head].from_pretrained(folder, device_map="meta")
+    assert all(tensor.is_meta for tensor in shape.state_dict().values())
+    assert {n: t.shape for n, t in shape.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+
+
 def test_files_name_the_table_and_the_unused_guidance_as_before(tmp_path):
     """Folders, Trainer's checkpoints and other programs know these names; modules of the model have others."""
     model, ids = new_model("causal", use_dynamics=False), random_ids(2, 12)

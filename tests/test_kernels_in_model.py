@@ -253,6 +253,18 @@ def test_a_decode_step_captures_in_a_cuda_graph():
         torch.testing.assert_close(captured, expected)
 
 
+class Doubled(torch.nn.Module):
+    """A class around a part of a layer, without the attributes of the part."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args, **kwargs):
+        first, *others = self.part(*args, **kwargs)
+        return 2 * first, *others
+
+
 @pytest.mark.parametrize("grad", (False, True))
 @pytest.mark.parametrize("tokens", (1, 4))
 @pytest.mark.parametrize(
@@ -265,6 +277,9 @@ def test_a_decode_step_captures_in_a_cuda_graph():
         pytest.param(lambda layer: setattr(layer.mlp.experts, "act_fn", torch.nn.ReLU()), id="known-activation"),
         pytest.param(lambda layer: setattr(layer.mlp.experts, "act_fn", torch.nn.Tanh()), id="other-activation"),
         pytest.param(lambda layer: setattr(layer.config, "use_dynamics", False), id="no-dynamics"),
+        pytest.param(lambda layer: setattr(layer, "self_attn", Doubled(layer.self_attn)), id="around-attention"),
+        pytest.param(lambda layer: setattr(layer, "dynamics", Doubled(layer.dynamics)), id="around-dynamics"),
+        pytest.param(lambda layer: setattr(layer, "mlp", Doubled(layer.mlp)), id="around-mlp"),
     ),
 )
 def test_what_is_changed_in_a_layer_holds_on_the_kernels(change, tokens, grad):

@@ -403,6 +403,19 @@ def test_balanced_routing_per_layer_is_balanced_and_differs():
         model.balance_routing(counts[:5])
 
 
+def test_layers_without_the_table_of_their_own_are_refused():
+    model, ids = tiny_model(routing_per_layer=True, routing="random"), random_ids(1, 8)
+    body = model.base_model
+    for kept in ([1, 2], [0, 1, 1, 2]):  # removed, and copied as PEFT's `layer_replication` does
+        changed = copy.deepcopy(model)
+        changed.model.layers = torch.nn.ModuleList(copy.deepcopy(body.layers[layer]) for layer in kept)
+        changed.config.num_hidden_layers = len(kept)
+        with pytest.raises(ValueError, match=f"has {len(kept)} layers, but routing tables for 3"):
+            changed(ids)
+        changed.model.token_to_expert = body.token_to_expert[kept]
+        assert changed(ids, use_cache=False).logits.isfinite().all()
+
+
 def test_routing_per_layer_refuses_modulo():
     with pytest.raises(ValueError, match='routing_per_layer needs routing "random" or "balanced"'):
         ComplexityDeepConfig(routing_per_layer=True)

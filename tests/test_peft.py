@@ -110,6 +110,25 @@ def test_adapters_of_every_linear_layer_train(adapter, base, tmp_path):
     assert losses[3] < losses[0]
 
 
+@pytest.mark.parametrize("kept", ["mlp", "experts", "dynamics", "self_attn"])
+def test_modules_trained_whole_beside_adapters(kept, tmp_path):
+    """`modules_to_save` puts a class of PEFT's around the module."""
+    target = "q_proj" if kept == "dynamics" else "controller_in"
+    config = LoraConfig(r=4, target_modules=[target], modules_to_save=[kept])
+    model, ids = get_peft_model(tiny_model(std=0.1), config), random_ids(1, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [parameter for name, parameter in model.named_parameters() if f".{kept}.modules_to_save." in name]
+    assert trained and all(parameter.grad is not None for parameter in trained)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.1)
+    adapted = model(ids).logits
+    assert (adapted - tiny_model(std=0.1)(ids).logits).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(tiny_model(std=0.1), tmp_path)
+    torch.testing.assert_close(reloaded(ids).logits, adapted, rtol=1e-5, atol=1e-5)
+
+
 def test_guidance_is_adapted_by_name_where_it_takes_part():
     config = LoraConfig(r=4, target_modules=["mu_to_q", "mu_to_k", "mu_to_v", "mu_proj"])
     for options in ({}, {"use_dynamics": False}):  # then mu of the last layer cannot learn either
