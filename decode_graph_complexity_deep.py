@@ -35,6 +35,7 @@ else:
 GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
 _CAPTURE = threading.Lock()  # one capture at a time in a process
+_IDLE_STREAMS: dict[torch.device, list] = {}  # where graphs were captured that are gone
 _NUMBERS = frozenset((int, float, bool, str))
 _TENSORS = frozenset(PLAIN_TENSORS)
 _LOOP = threading.local()  # of the call of `generate` in this thread: whether a function of the caller is its loop
@@ -265,9 +266,14 @@ def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, A
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    # A stream of the model's device: torch's default one for captures lies on the device that was the first to record.
-    options = {"stream": torch.cuda.Stream(device), "pool": pool, "capture_error_mode": "thread_local"}
     with _CAPTURE:
+        # A stream of the model's device: torch's default one for captures lies on the device that was the first to
+        # record. PyTorch keeps a workspace of cuBLAS for every stream, 32 MiB on Hopper, so that a new stream for each
+        # recording would cost memory for good. Some releases free the workspace with the first of two graphs that were
+        # captured on one stream, though the other still uses it, so that graphs that live have streams of their own.
+        idle = _IDLE_STREAMS.setdefault(device, [])
+        own = idle.pop() if idle else torch.cuda.Stream(device)
+        options = {"stream": own, "pool": pool, "capture_error_mode": "thread_local"}
         collects = gc.isenabled()
         gc.disable()  # a graph that nobody holds any more would spoil this one if it were freed now
         try:
@@ -280,6 +286,7 @@ def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, A
             torch.cuda.set_stream(stream)  # a capture that fails leaves its own in place
             if collects:
                 gc.enable()
+        weakref.finalize(graph, idle.append, own)
     return graph.replay, outputs
 
 
