@@ -192,7 +192,7 @@ def _add_state(module: nn.Module, state: list) -> None:
     """This runs for every module of every call, so it walks through them only once."""
     held = module.__dict__
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    state += (id(module), "forward" in held, any([held[name] for name in hooks]))
+    state += (id(module), module.__class__, "forward" in held, any([held[name] for name in hooks]))
     # Such as the step size of the dynamics.
     state += [value for value in held.values() if value.__class__ in _NUMBERS]
     for tensors in (held["_parameters"], held["_buffers"]):

@@ -115,7 +115,7 @@ def test_a_mask_that_hides_something_is_heeded(recordings, monkeypatch):
 
 @torch.no_grad()
 def test_what_changes_the_model_is_seen(recordings, monkeypatch):
-    """Weights in place, replaced or of another dtype, a number of a module, a module, a hook."""
+    """Weights in place, replaced or of another dtype, a number of a module, a module, its class, a hook."""
     monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
     model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
     before, layer = logits(model, ids), model.model.layers[0]
@@ -144,6 +144,10 @@ def test_what_changes_the_model_is_seen(recordings, monkeypatch):
     assert graphs.state_of(model.model) != state
     router.weight = weight
     assert graphs.state_of(model.model) == state
+    norm = layer.input_layernorm
+    norm.__class__ = type("Other", (type(norm),), {})
+    assert graphs.state_of(model.model) != state
+    norm.__class__ = type(norm).__base__
     seen = []
     layer.mlp.register_forward_hook(lambda *_: seen.append(1))
     logits(model, ids)
