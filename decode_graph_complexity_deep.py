@@ -158,13 +158,16 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
     # The tables of these two kinds of RoPE depend on the largest position so far.
     if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         return False
-    known = [type(model).__module__, type(model.base_model).__module__, "transformers.activations"]
+    known = [type(model.base_model).__module__, "transformers.activations"]
     known += [COMPILED_MODULES] if training else []
+    # The class of the whole model may be the caller's, with further methods, but not with a forward of its own.
+    origins = (type(x).forward.__module__ if x is model else type(x).__module__ for x in model.modules())
+    if not all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins):
+        return False
     modules = list(model.modules())
-    origins = (type(module).__module__ for module in modules)
-    is_known = all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
-    if not is_known or not is_unhooked(*modules):
-        return False  # a model with adapters or hooks is asked in every call: its weights need not be looked at
+    # With dropout, the call that records would draw random numbers twice.
+    if not is_unhooked(*modules) or any(_has_dropout(module) for module in modules):
+        return False  # such a model, or one with adapters, is asked in every call: its weights need not be looked at
     weights = list(model.parameters())
     kinds = {type(value) for module in modules for value in module.__dict__.values()}
     return (
@@ -179,6 +182,12 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
         # PyTorch would call a hook of a weight twice: where the recording takes its gradient, and where it is added up.
         and not (training and any(x._backward_hooks for x in weights))
     )
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    """Whether dropout is at work in this very module."""
+    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+    return module.training and (module.p if is_dropout else getattr(module, "attention_dropout", 0)) > 0
 
 
 def state_of(model: nn.Module) -> list:

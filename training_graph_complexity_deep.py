@@ -274,7 +274,7 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
         step = Recordings.of(model, _GRAPHS, MAX_GRAPHS).find(
             (shapes, input_ids.device, autocast_of(input_ids.device), modes(), plain),
             model,
-            lambda: is_recordable(model, training=True) and _is_trained_without_dropout(model),
+            lambda: is_recordable(model, training=True) and any(x.requires_grad for x in model.parameters()),
             lambda: TrainingStep(plain, model, inputs),
         )
         if step is not None and step.is_free():
@@ -366,14 +366,6 @@ def without_cache_in_training(forward: Callable) -> Callable:
 def is_replayed(model: nn.Module) -> bool:
     """Whether training steps of this base model are being replayed."""
     return model in _GRAPHS and bool(_GRAPHS[model].recorded)
-
-
-def _is_trained_without_dropout(model: nn.Module) -> bool:
-    for module in model.modules():
-        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-        if module.training and (module.p if is_dropout else getattr(module, "attention_dropout", 0)) > 0:
-            return False
-    return any(x.requires_grad for x in model.parameters())
 
 
 if "triton" in ACCELERATED:

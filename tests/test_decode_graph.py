@@ -162,7 +162,7 @@ def test_whatever_else_goes_to_the_library(recordings, change):
 
 @torch.no_grad()
 def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
-    """Host work in the step (window, dynamic RoPE, the experts' PyTorch twin), hooks and modules of others."""
+    """Host work in the step (window, dynamic RoPE, the experts' PyTorch twin), hooks, modules and forwards of others."""
     ids = random_ids(1, 8).to(DEVICE)
 
     def is_taken(model, cache=None):
@@ -189,6 +189,11 @@ def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
     assert not is_taken(model, cache)
     hook.remove()
     assert is_taken(model, cache)
+    plain = type(model)
+    for more, takes in (({"helper": 1}, True), ({"forward": lambda self, **inputs: plain.forward(self, **inputs)}, False)):
+        model.__class__ = type("Callers", (plain,), more)
+        assert is_taken(model, cache) == takes
+    model.__class__ = plain
     model.model.layers[0].self_attn.o_proj = type("Other", (torch.nn.Linear,), {})(WIDTH, WIDTH, bias=False).to(DEVICE)
     assert not is_taken(model, cache)
 

@@ -170,6 +170,20 @@ def test_a_number_of_numpy_is_followed(recordings, monkeypatch):
 
 
 @torch.no_grad()
+def test_dropout_that_one_module_has_draws_once_in_each_call(recordings, monkeypatch):
+    """As for several answers of one model. The call that records would draw twice."""
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model, ids, found = triton_model(), random_ids(1, 3).to(DEVICE), []
+    attention = model.model.layers[0].self_attn.train()
+    attention.attention_dropout = 0.5
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append((logits(model, ids), torch.rand(1, device=DEVICE)))
+    torch.testing.assert_close(*found)
+    assert not recordings
+
+
+@torch.no_grad()
 def test_a_change_before_the_first_recording_puts_it_off_only(recordings):
     model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
     logits(model, ids)
