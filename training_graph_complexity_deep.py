@@ -157,7 +157,8 @@ class _Replay(torch.autograd.Function):
     def forward(ctx, step: TrainingStep, anew: Callable, tensors: dict[str, Tensor], *weights: Tensor) -> Tensor:
         step.forward()
         # Saved so that autograd refuses what it would refuse: a weight that changed in between, a freed graph.
-        ctx.save_for_backward(*weights)
+        frozen = [x for x in tensors.values() if isinstance(x, nn.Parameter) and not x.requires_grad]
+        ctx.save_for_backward(*weights, *frozen)
         # The recorded backward pass reads all tensors of the model where they lie now, also if one is replaced before.
         ctx.storages = [x.untyped_storage() for x in tensors.values()]
         ctx.step, ctx.anew, ctx.awaited = step, anew, _Awaited()
@@ -166,7 +167,8 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        weights, step = ctx.saved_tensors, ctx.step
+        step, saved = ctx.step, ctx.saved_tensors
+        weights = saved[: len(step.weights)]
         if ctx.awaited is None or torch.is_grad_enabled() or not is_ordinary((gradient,)):
             options = {"create_graph": torch.is_grad_enabled(), "allow_unused": True}
             return None, None, None, *torch.autograd.grad(ctx.anew(), weights, gradient, **options)
