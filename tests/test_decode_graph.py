@@ -162,7 +162,7 @@ def test_whatever_else_goes_to_the_library(recordings, change):
 
 @torch.no_grad()
 def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
-    """Host work in the step (window, dynamic RoPE, the experts' PyTorch twin), hooks, modules and forwards of others."""
+    """Host work in the step (window, dynamic RoPE, the experts' PyTorch twin), and what others wrote or hooked."""
     ids = random_ids(1, 8).to(DEVICE)
 
     def is_taken(model, cache=None):
@@ -190,7 +190,8 @@ def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
     hook.remove()
     assert is_taken(model, cache)
     plain = type(model)
-    for more, takes in (({"helper": 1}, True), ({"forward": lambda self, **inputs: plain.forward(self, **inputs)}, False)):
+    own_forward = {"forward": lambda self, **inputs: plain.forward(self, **inputs)}
+    for more, takes in (({"helper": 1}, True), (own_forward, False)):
         model.__class__ = type("Callers", (plain,), more)
         assert is_taken(model, cache) == takes
     model.__class__ = plain
@@ -387,9 +388,9 @@ def test_each_recording_that_lives_has_a_stream_of_its_own(monkeypatch):
 
     monkeypatch.setattr(torch, "cuda", cuda_that_captures_by(capture))
     monkeypatch.setattr(graphs, "_IDLE_STREAMS", {})
-    first, second = (graphs.record(lambda: None, DEVICE) for _ in range(2))
-    del first
-    third, fourth = (graphs.record(lambda: None, DEVICE) for _ in range(2))
+    held = [graphs.record(lambda: None, DEVICE) for _ in range(2)]
+    del held[0]
+    held += [graphs.record(lambda: None, DEVICE) for _ in range(2)]
     assert streams[2] is streams[0] and len({*streams}) == 3
 
 
