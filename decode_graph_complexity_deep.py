@@ -35,6 +35,7 @@ else:
 GRAPH_DEVICES = ("cuda",)
 SHORTEST_RECORDED = 8  # new tokens; recording a step takes as long as running a few as they are
 _CAPTURE = threading.Lock()  # one capture at a time in a process
+_IDLE_STREAMS: dict[torch.device, list] = {}  # where graphs were captured that are gone
 _NUMBERS = frozenset((int, float, bool, str))
 _TENSORS = frozenset(PLAIN_TENSORS)
 _LOOP = threading.local()  # of the call of `generate` in this thread: whether a function of the caller is its loop
@@ -157,13 +158,16 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
     # The tables of these two kinds of RoPE depend on the largest position so far.
     if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         return False
-    known = [type(model).__module__, type(model.base_model).__module__, "transformers.activations"]
+    known = [type(model.base_model).__module__, "transformers.activations"]
     known += [COMPILED_MODULES] if training else []
+    # The class of the whole model may be the caller's, with further methods, but not with a forward of its own.
+    origins = (type(x).forward.__module__ if x is model else type(x).__module__ for x in model.modules())
+    if not all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins):
+        return False
     modules = list(model.modules())
-    origins = (type(module).__module__ for module in modules)
-    is_known = all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins)
-    if not is_known or not is_unhooked(*modules):
-        return False  # a model with adapters or hooks is asked in every call: its weights need not be looked at
+    # With dropout, the call that records would draw random numbers twice.
+    if not is_unhooked(*modules) or any(_has_dropout(module) for module in modules):
+        return False  # such a model, or one with adapters, is asked in every call: its weights need not be looked at
     weights = list(model.parameters())
     kinds = {type(value) for module in modules for value in module.__dict__.values()}
     return (
@@ -180,6 +184,12 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
     )
 
 
+def _has_dropout(module: nn.Module) -> bool:
+    """Whether dropout is at work in this very module."""
+    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+    return module.training and (module.p if is_dropout else getattr(module, "attention_dropout", 0)) > 0
+
+
 def state_of(model: nn.Module) -> list:
     """What decides about a forward pass: the configuration, every module, its hooks, numbers, where its weights lie."""
     state: list = [dict(vars(model.config)), _has_any_global_hook()]
@@ -191,7 +201,7 @@ def _add_state(module: nn.Module, state: list) -> None:
     """This runs for every module of every call, so it walks through them only once."""
     held = module.__dict__
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    state += (id(module), "forward" in held, any([held[name] for name in hooks]))
+    state += (id(module), module.__class__, "forward" in held, any([held[name] for name in hooks]))
     # Such as the step size of the dynamics.
     state += [value for value in held.values() if value.__class__ in _NUMBERS]
     for tensors in (held["_parameters"], held["_buffers"]):
@@ -265,9 +275,14 @@ def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, A
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    # A stream of the model's device: torch's default one for captures lies on the device that was the first to record.
-    options = {"stream": torch.cuda.Stream(device), "pool": pool, "capture_error_mode": "thread_local"}
     with _CAPTURE:
+        # A stream of the model's device: torch's default one for captures lies on the device that was the first to
+        # record. PyTorch keeps a workspace of cuBLAS for every stream, 32 MiB on Hopper, so that a new stream for each
+        # recording would cost memory for good. Some releases free the workspace with the first of two graphs that were
+        # captured on one stream, though the other still uses it, so that graphs that live have streams of their own.
+        idle = _IDLE_STREAMS.setdefault(device, [])
+        own = idle.pop() if idle else torch.cuda.Stream(device)
+        options = {"stream": own, "pool": pool, "capture_error_mode": "thread_local"}
         collects = gc.isenabled()
         gc.disable()  # a graph that nobody holds any more would spoil this one if it were freed now
         try:
@@ -280,6 +295,7 @@ def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, A
             torch.cuda.set_stream(stream)  # a capture that fails leaves its own in place
             if collects:
                 gc.enable()
+        weakref.finalize(graph, idle.append, own)
     return graph.replay, outputs
 
 

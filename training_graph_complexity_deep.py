@@ -157,7 +157,8 @@ class _Replay(torch.autograd.Function):
     def forward(ctx, step: TrainingStep, anew: Callable, tensors: dict[str, Tensor], *weights: Tensor) -> Tensor:
         step.forward()
         # Saved so that autograd refuses what it would refuse: a weight that changed in between, a freed graph.
-        ctx.save_for_backward(*weights)
+        frozen = [x for x in tensors.values() if isinstance(x, nn.Parameter) and not x.requires_grad]
+        ctx.save_for_backward(*weights, *frozen)
         # The recorded backward pass reads all tensors of the model where they lie now, also if one is replaced before.
         ctx.storages = [x.untyped_storage() for x in tensors.values()]
         ctx.step, ctx.anew, ctx.awaited = step, anew, _Awaited()
@@ -166,7 +167,8 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        weights, step = ctx.saved_tensors, ctx.step
+        step, saved = ctx.step, ctx.saved_tensors
+        weights = saved[: len(step.weights)]
         if ctx.awaited is None or torch.is_grad_enabled() or not is_ordinary((gradient,)):
             options = {"create_graph": torch.is_grad_enabled(), "allow_unused": True}
             return None, None, None, *torch.autograd.grad(ctx.anew(), weights, gradient, **options)
@@ -274,7 +276,7 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
         step = Recordings.of(model, _GRAPHS, MAX_GRAPHS).find(
             (shapes, input_ids.device, autocast_of(input_ids.device), modes(), plain),
             model,
-            lambda: is_recordable(model, training=True) and _is_trained_without_dropout(model),
+            lambda: is_recordable(model, training=True) and any(x.requires_grad for x in model.parameters()),
             lambda: TrainingStep(plain, model, inputs),
         )
         if step is not None and step.is_free():
@@ -366,14 +368,6 @@ def without_cache_in_training(forward: Callable) -> Callable:
 def is_replayed(model: nn.Module) -> bool:
     """Whether training steps of this base model are being replayed."""
     return model in _GRAPHS and bool(_GRAPHS[model].recorded)
-
-
-def _is_trained_without_dropout(model: nn.Module) -> bool:
-    for module in model.modules():
-        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-        if module.training and (module.p if is_dropout else getattr(module, "attention_dropout", 0)) > 0:
-            return False
-    return any(x.requires_grad for x in model.parameters())
 
 
 if "triton" in ACCELERATED:

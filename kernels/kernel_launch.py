@@ -140,6 +140,8 @@ class Kernel:
             elif isinstance(x, Tensor):  # of a class of its own
                 pointers |= x.data_ptr()
                 parts.append(x.dtype)
+            elif isinstance(x, float):  # one kernel for all values, such as those of a scheduled step size
+                parts.append(kind)
             else:
                 parts.append((kind, x))  # with the kind, because 1, 1.0 and True are equal
         key = tuple(parts)

@@ -162,7 +162,7 @@ def test_whatever_else_goes_to_the_library(recordings, change):
 
 @torch.no_grad()
 def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
-    """Host work in the step (window, dynamic RoPE, the experts' PyTorch twin), hooks and modules of others."""
+    """Host work in the step (window, dynamic RoPE, the experts' PyTorch twin), and what others wrote or hooked."""
     ids = random_ids(1, 8).to(DEVICE)
 
     def is_taken(model, cache=None):
@@ -189,6 +189,12 @@ def test_models_that_cannot_be_recorded_go_to_the_library(recordings):
     assert not is_taken(model, cache)
     hook.remove()
     assert is_taken(model, cache)
+    plain = type(model)
+    own_forward = {"forward": lambda self, **inputs: plain.forward(self, **inputs)}
+    for more, takes in (({"helper": 1}, True), (own_forward, False)):
+        model.__class__ = type("Callers", (plain,), more)
+        assert is_taken(model, cache) == takes
+    model.__class__ = plain
     model.model.layers[0].self_attn.o_proj = type("Other", (torch.nn.Linear,), {})(WIDTH, WIDTH, bias=False).to(DEVICE)
     assert not is_taken(model, cache)
 
@@ -361,6 +367,33 @@ def test_generate_with_gradients_gets_a_cache_that_grows(recordings, generate_re
     assert model.model.norm.weight.grad is not None and not recordings
 
 
+class Graph:
+    def replay(self):
+        pass
+
+
+def cuda_that_captures_by(capture) -> SimpleNamespace:
+    cuda = SimpleNamespace(CUDAGraph=Graph, graph=capture, graph_pool_handle=object, Stream=lambda _: object())
+    cuda.current_stream = cuda.set_stream = lambda _: None
+    return cuda
+
+
+def test_each_recording_that_lives_has_a_stream_of_its_own(monkeypatch):
+    """PyTorch has memory for each stream, and a few streams only: those of recordings that are gone are taken again."""
+    streams = []
+
+    def capture(*_, stream, **__):
+        streams.append(stream)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch, "cuda", cuda_that_captures_by(capture))
+    monkeypatch.setattr(graphs, "_IDLE_STREAMS", {})
+    held = [graphs.record(lambda: None, DEVICE) for _ in range(2)]
+    del held[0]
+    held += [graphs.record(lambda: None, DEVICE) for _ in range(2)]
+    assert streams[2] is streams[0] and len({*streams}) == 3
+
+
 def test_a_capture_is_not_disturbed_by_one_that_waits(monkeypatch):
     """The one that ends must not let garbage be collected while the next one captures."""
     found, first, second = [], threading.Event(), threading.Event()
@@ -373,9 +406,7 @@ def test_a_capture_is_not_disturbed_by_one_that_waits(monkeypatch):
         yield
         found.append(gc.isenabled())
 
-    cuda = SimpleNamespace(CUDAGraph=lambda: SimpleNamespace(replay=None), graph=capture, graph_pool_handle=object)
-    cuda.current_stream = cuda.set_stream = cuda.Stream = lambda *_: None
-    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "cuda", cuda_that_captures_by(capture))
     enabled = []
     disable = gc.disable
     monkeypatch.setattr(graphs.gc, "disable", lambda: enabled.append(gc.isenabled()) or disable())

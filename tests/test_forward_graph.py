@@ -115,7 +115,7 @@ def test_a_mask_that_hides_something_is_heeded(recordings, monkeypatch):
 
 @torch.no_grad()
 def test_what_changes_the_model_is_seen(recordings, monkeypatch):
-    """Weights in place, replaced or of another dtype, a number of a module, a module, a hook."""
+    """Weights in place, replaced or of another dtype, a number of a module, a module, its class, a hook."""
     monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
     model, ids = triton_model(), random_ids(1, 3).to(DEVICE)
     before, layer = logits(model, ids), model.model.layers[0]
@@ -144,6 +144,10 @@ def test_what_changes_the_model_is_seen(recordings, monkeypatch):
     assert graphs.state_of(model.model) != state
     router.weight = weight
     assert graphs.state_of(model.model) == state
+    norm = layer.input_layernorm
+    norm.__class__ = type("Other", (type(norm),), {})
+    assert graphs.state_of(model.model) != state
+    norm.__class__ = type(norm).__base__
     seen = []
     layer.mlp.register_forward_hook(lambda *_: seen.append(1))
     logits(model, ids)
@@ -163,6 +167,20 @@ def test_a_number_of_numpy_is_followed(recordings, monkeypatch):
         model.set_kernels_implementation("eager")
         torch.testing.assert_close(found, 2 * [logits(model, ids)], rtol=1e-4, atol=1e-4)
         model.set_kernels_implementation("triton")
+
+
+@torch.no_grad()
+def test_dropout_that_one_module_has_draws_once_in_each_call(recordings, monkeypatch):
+    """As for several answers of one model. The call that records would draw twice."""
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
+    model, ids, found = triton_model(), random_ids(1, 3).to(DEVICE), []
+    attention = model.model.layers[0].self_attn.train()
+    attention.attention_dropout = 0.5
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append((logits(model, ids), torch.rand(1, device=DEVICE)))
+    torch.testing.assert_close(*found)
+    assert not recordings
 
 
 @torch.no_grad()
