@@ -217,6 +217,8 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         (["--optimizer", "muon", "--optim", "adafactor"], "optimizer muon and optim do not go together"),
         (["--optimizer", "muon", "--optim-args", "a=1"], "optimizer muon and optim_args do not go together"),
         (["--optimizer", "muon", "--expert-parallel-size", "2"], "Muon needs whole matrices on every process"),
+        (["--auto-find-batch-size", "true"], "auto_find_batch_size would change the rows of a step"),
+        (["--resume-from-checkpoint", "run/checkpoint-2"], "resume_from_checkpoint is not taken"),
         (["--output-dir", "empty.txt"], "'empty.txt' cannot be a folder, for "),
         (["--output-dir", "empty.txt/run"], "is a file: name another."),
         (["--output-dir", "/proc/run"], "--output-dir '/proc/run' cannot be written ("),
@@ -239,6 +241,24 @@ def test_bad_input_gives_one_sentence(recipe, options, sentence, monkeypatch, ca
     (line,) = (stop.value.code if isinstance(stop.value.code, str) else printed).splitlines()  # without the usage
     assert sentence in line and line.startswith("pretrain.py: error: ")
     assert not (recipe.parent / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--optim", "adamw_bnb_8bit"], "install `bitsandbytes`"),
+        (["--learning-rate", "-1"], "Invalid learning rate: -1.0"),
+        (["--lr-scheduler-type", "warmup_stable_decay"], "num_decay_steps"),
+        (["--use-liger-kernel", "true"], "install liger-kernel"),
+        (["--learning-rate", "1e30", "--logging-steps", "9"], "The held-out loss is nan by step 2: start again"),
+    ],
+)
+def test_what_shows_when_training_begins_is_one_sentence(recipe, tmp_path, options, sentence):
+    changed = ["--output-dir", tmp_path, "--max-steps", 2, "--save-strategy", "no", *options]
+    with pytest.raises(SystemExit) as stop:
+        run_command("pretrain", "--config", recipe, *changed)
+    assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
+    assert not (tmp_path / "training_summary.md").exists()
 
 
 @pytest.mark.parametrize("content, sentence", [({"learning_rat": 0.1}, "learning_rat"), ([1], "YAML mapping")])
@@ -427,6 +447,15 @@ def test_perplexity_is_that_of_the_plain_cross_entropy(recipe, tmp_path, model_t
     assert last["perplexity_stderr"] == pytest.approx(last["perplexity"] * last["loss_stderr"])
     assert abs(held_out_log(folder)[-1]["eval_loss"] - mean) > 1e-3, "the training loss is another"
     assert f"| {last['loss']:.4f} ± {last['loss_stderr']:.4f} |" in (folder / "training_summary.md").read_text()
+
+
+def test_the_best_model_is_the_one_of_the_lowest_perplexity(recipe, tmp_path):
+    options = ["--max-steps", 6, "--learning-rate", 0.3, "--metric-for-best-model", "perplexity"]
+    options += ["--load-best-model-at-end", "true", "--eval-strategy", "steps", "--eval-steps", 2]
+    run_command("pretrain", "--config", recipe, "--output-dir", tmp_path, *options, "--eval-do-concat-batches", "false")
+    entries = held_out_log(tmp_path)
+    assert entries[-1]["eval_perplexity"] == min(entry["eval_perplexity"] for entry in entries if entry["step"])
+    assert len({entry["eval_perplexity"] for entry in entries}) > 2
 
 
 def test_ctrl_c_is_one_line_and_leaves_whole_checkpoints(recipe, tmp_path):
