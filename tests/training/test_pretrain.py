@@ -16,7 +16,8 @@ import pytest
 import torch
 from accelerate.utils import is_compiled_module
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.packed_rows import PackedCollator, held_out_rows, tokenize
@@ -25,7 +26,7 @@ from complexity_deep.workflow.training.atomic_checkpoint import UNFINISHED, dama
 from complexity_deep.workflow.training.new_model import new_model
 from complexity_deep.workflow.training.pretraining import PretrainTrainer
 from pretraining import ROW, documents_in, finish, small_texts, small_tokenizer, start, write_recipe
-from support import run_command
+from support import run_command, tiny_tokenizer
 
 STEPS = 100  # of the recipe below: two passes over its text and a little more
 
@@ -282,6 +283,23 @@ def test_vocabulary_of_model_and_tokenizer(recipe, vocab_size, fits):
     model = new_model(str(path), small_tokenizer(), "sdpa")
     assert model.config.vocab_size == (vocab_size or 300)
     assert (model.config.eos_token_id, model.config.pad_token_id, model.config.bos_token_id) == (0, 1, 2)
+
+
+def test_a_tokenizer_that_leaves_numbers_out(recipe, tmp_path):
+    """Its highest id counts, and not how many tokens it has."""
+    tokenizer = tiny_tokenizer(60)
+    backend = Tokenizer(models.WordLevel({f"w{index}": 2 * index for index in range(60)}, unk_token="w3"))
+    backend.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+    named = {"unk_token": "w3", "eos_token": "w0", "pad_token": "w1"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(tmp_path / "tokenizer")
+    text = tmp_path / "text.jsonl"
+    lines = [" ".join(f"w{number % 60}" for number in range(start, start + 90)) for start in range(40)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    options = ["--tokenizer", tmp_path / "tokenizer", "--sources", text, "--routing", "balanced", "--max-steps", 2]
+    run_command("pretrain", "--config", recipe, *options, "--output-dir", tmp_path / "run")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == 119
+    options = ["--text", text, "--max-tokens", 256, "--device", "cpu", "--output-dir", tmp_path / "analysis"]
+    run_command("analyze", tmp_path / "run", *options)
 
 
 def test_changed_data_options_are_refused_on_resume(recipe, uninterrupted):
