@@ -187,6 +187,9 @@ def test_errors_of_the_command_line_come_without_the_usage(tmp_path):
     status, _, errors = outcome_of("train_tokenizer", "--vocab-size", "many")
     assert status == 2 and len(errors.splitlines()) == 1
     assert errors.startswith("train_tokenizer.py: error: argument --vocab-size")
+    for option in ("--max-characters", "--held-out-characters", "--model-max-length"):
+        status, _, errors = outcome_of("train_tokenizer", option, "0", "--output-dir", tmp_path / "x")
+        assert status == 2 and len(errors.splitlines()) == 1 and option in errors
     (tmp_path / "null.jsonl").write_text('{"text": null}\n')
     status, _, errors = outcome_of(
         "train_tokenizer", "--sources", tmp_path / "null.jsonl", "--output-dir", tmp_path / "x"
