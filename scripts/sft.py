@@ -37,6 +37,7 @@ with needs("train"):
     from complexity_deep.workflow.training.atomic_checkpoint import last_good_checkpoint
     from complexity_deep.workflow.training.fine_tuning import (
         LORA_SETTINGS,
+        MORE_LORA_SETTINGS,
         ChatTrainer,
         check_sizes,
         load_chat_tokenizer,
@@ -100,6 +101,7 @@ def main(script_args: FineTuningArguments, training_args: SFTConfig, model_args:
         settings={
             "model": model_args.model_name_or_path,
             "lora": peft_config and [getattr(model_args, name) for name in LORA_SETTINGS],
+            **{name: getattr(model_args, name) for name in MORE_LORA_SETTINGS},
             "data": records,
             "tokens": tokens,
             "max_length": training_args.max_length,

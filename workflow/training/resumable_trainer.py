@@ -78,6 +78,10 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         self.remove_callback(ProgressCallback)
         self.add_callback(progress)
 
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Matrices only. Trainer goes by names, and would decay the equilibrium of the dynamics, a vector, as well."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
     def create_optimizer(self, *args, **kwargs):
         with options_in_one_sentence():
             return super().create_optimizer(*args, **kwargs)
