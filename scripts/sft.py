@@ -25,7 +25,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from complexity_deep.workflow.command import InputError, needs, one_line, run_script, uninterrupted
+from complexity_deep.workflow.command import needs, run_script, uninterrupted
 
 with needs("train"):
     from transformers import logging, set_seed
@@ -37,6 +37,7 @@ with needs("train"):
     from complexity_deep.workflow.training.atomic_checkpoint import last_good_checkpoint
     from complexity_deep.workflow.training.fine_tuning import (
         LORA_SETTINGS,
+        MORE_LORA_SETTINGS,
         ChatTrainer,
         check_sizes,
         load_chat_tokenizer,
@@ -89,29 +90,27 @@ def main(script_args: FineTuningArguments, training_args: SFTConfig, model_args:
     if peft_config:
         flops *= 2 / 3  # frozen weights get no gradients
     progress = TrainingProgress(0, flops, training_args.world_size)
-    try:
-        trainer = ChatTrainer(
-            model=model,
-            args=training_args,
-            train_dataset=training,
-            eval_dataset=validation,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            compute_metrics=summed_metrics,
-            settings={
-                "model": model_args.model_name_or_path,
-                "lora": peft_config and [getattr(model_args, name) for name in LORA_SETTINGS],
-                "data": records,
-                "tokens": tokens,
-                "max_length": training_args.max_length,
-                "packing": training_args.packing,
-                "rows per step": rows_per_step,
-                "seed": training_args.seed,
-            },
-            progress=progress,
-        )
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
+    trainer = ChatTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=training,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        compute_metrics=summed_metrics,
+        settings={
+            "model": model_args.model_name_or_path,
+            "lora": peft_config and [getattr(model_args, name) for name in LORA_SETTINGS],
+            **{name: getattr(model_args, name) for name in MORE_LORA_SETTINGS},
+            "data": records,
+            "tokens": tokens,
+            "max_length": training_args.max_length,
+            "packing": training_args.packing,
+            "rows per step": rows_per_step,
+            "seed": training_args.seed,
+        },
+        progress=progress,
+    )
     progress.tokens_per_step = rows_per_step * tokens / len(trainer.train_dataset)  # on average
     metrics = trainer.train_and_evaluate(checkpoint)
 

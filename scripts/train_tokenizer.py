@@ -11,7 +11,7 @@ template for chat, and prints its fertility on held-out documents, which it was 
 import argparse
 from pathlib import Path
 
-from complexity_deep.workflow.command import ArgumentParser, needs, run_script
+from complexity_deep.workflow.command import ArgumentParser, at_least, needs, run_script
 
 with needs("train"):
     from complexity_deep.workflow.data.text_sources import is_held_out, load_sources, read_documents
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
         "--vocab-size", type=int, default=32000, help="tokens, special ones included (default: %(default)s)"
     )
     parser.add_argument(
-        "--model-max-length", type=int, default=2048, help="context the model will have (default: %(default)s)"
+        "--model-max-length", type=at_least(1), default=2048, help="context the model will have (default: %(default)s)"
     )
     parser.add_argument(
         "--sources", nargs="+", default=["HuggingFaceFW/fineweb-edu:sample-10BT"], help="see scripts/show_data.py"
@@ -50,6 +50,9 @@ def parse_args() -> argparse.Namespace:
         "--held-out-characters", type=float, default=1e6, help="measure fertility on this much (default: 1e6)"
     )
     args, smallest = parser.parse_args(), len(SPECIAL_TOKENS) + 256
+    for name in ("max_characters", "held_out_characters"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, but is {getattr(args, name)}")
     if args.vocab_size < smallest:
         parser.error(f"--vocab-size {args.vocab_size} is too small: special tokens and bytes alone are {smallest}.")
     return args

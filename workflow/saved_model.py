@@ -42,6 +42,11 @@ def load_model(
         raise InputError(f"The device '{device}' cannot be used: {first_line(error)}") from error
 
 
+def ids_of(tokenizer) -> int:
+    """How many rows an embedding needs for the ids of a tokenizer, which may leave numbers out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def load_tokenizer_of(model: PreTrainedModel, path: str | Path, advice: str = "", **options):
     """The tokenizer at `path`, for `model`; `advice` ends the sentences of the `InputError` about it.
 
@@ -52,9 +57,9 @@ def load_tokenizer_of(model: PreTrainedModel, path: str | Path, advice: str = ""
     except Exception as error:  # as above
         raise InputError(f"'{path}' has no tokenizer that loads ({why_not(path, error)}){advice}.") from error
     vocabulary = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
+    if ids_of(tokenizer) > vocabulary:
         raise InputError(
-            f"The tokenizer '{path}' has {len(tokenizer):,} tokens, but the model only {vocabulary:,}{advice}."
+            f"The tokenizer '{path}' has {ids_of(tokenizer):,} tokens, but the model only {vocabulary:,}{advice}."
         )
     return tokenizer
 

@@ -215,6 +215,53 @@ def test_columns_about_a_conversation_are_no_part_of_it(tokenizer, tmp_path):
     assert (encoded["input_ids"], encoded["assistant_masks"]) == expected_tokens(tokenizer, chat("Hello", "Yes?"))
 
 
+ASKED = {"instruction": "Name it.", "output": "Oak."}
+
+
+@pytest.mark.parametrize(
+    "row, turns",
+    [
+        ({**ASKED, "input": "A tree.", "system": "Be brief."}, chat("Name it.\n\nA tree.", "Oak.", system="Be brief.")),
+        ({**ASKED, "history": [["Hi", "Yes?"]]}, chat("Hi", "Yes?", "Name it.", "Oak.")),
+        ({**ASKED, "context": "A tree."}, chat("Name it.\n\nA tree.", "Oak.")),
+        (
+            {"instruction": "Name it.", "input": "A tree.", "response": "Oak."},
+            chat("Name it.\n\nA tree.", "Oak."),
+        ),
+        ({"prompt": "Hi", "completion": "Yes?", "system_prompt": "Be brief."}, chat("Hi", "Yes?", system="Be brief.")),
+        ({"messages": chat("Hi", "Yes?"), "system": "Be brief."}, chat("Hi", "Yes?", system="Be brief.")),
+        (
+            {"messages": chat("Hi", "Yes?", system="Be brief."), "system": "Be brief."},
+            chat("Hi", "Yes?", system="Be brief."),
+        ),
+        ({"messages": chat("Hi", "Yes?"), "system": None}, chat("Hi", "Yes?")),
+    ],
+)
+def test_no_column_of_a_conversation_is_left_out(tokenizer, tmp_path, row, turns):
+    (encoded,) = encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert (encoded["input_ids"], encoded["assistant_masks"]) == expected_tokens(tokenizer, turns)
+
+
+def test_a_system_message_of_a_prompt_is_not_learned(tokenizer, tmp_path):
+    turns = chat("Hi", "Yes?", "And?", "No.")
+    row = {"prompt": turns[:3], "completion": turns[3:], "system": "Be brief."}
+    (encoded,) = encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [row]))
+    whole = [{"role": "system", "content": "Be brief."}, *turns]
+    assert (encoded["input_ids"], encoded["assistant_masks"]) == expected_tokens(tokenizer, whole, learned_from=4)
+
+
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        ({"messages": chat("Hi", "Yes?", system="Be long."), "system": "Be brief."}, "other than its system message"),
+        ({"question": "?", "choices": ["a"] * 27, "answer": 26}, "it has 27 choices"),
+    ],
+)
+def test_rows_that_would_lose_something_are_refused(tokenizer, tmp_path, row, sentence):
+    with pytest.raises(InputError, match=sentence):
+        encode(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [row]))
+
+
 @pytest.mark.parametrize("name", ACADEMIC)
 def test_rows_of_the_hub_become_exchanges(tokenizer, tmp_path, name):
     row, question, answer = ACADEMIC[name]

@@ -1,11 +1,13 @@
 """Packing, the stream that stops and goes on at any row, its shares and its loader, on text of the standard library."""
 
+import copy
 import json
 from itertools import islice
 
 import datasets
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from complexity_deep.workflow.command import InputError
@@ -70,6 +72,15 @@ def test_text_that_looks_like_a_special_token_is_text(tokenizer):
     ids = tokenize(tokenizer, ["a<|endoftext|>b<|im_start|>"])[0]
     assert ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in ids
+
+
+@pytest.mark.parametrize("template", ["<|begin|> $A", "<|begin|> $A <|endoftext|>", "$A"])
+def test_documents_begin_as_prompts_do(tokenizer, template):
+    plain, other = tokenize(tokenizer, ["a text"])[0], copy.deepcopy(tokenizer)
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|begin|>", "<|endoftext|>")]
+    other.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    begin = [tokenizer.bos_token_id] if "begin" in template else []
+    assert tokenize(other, ["a text"])[0] == begin + plain
 
 
 @pytest.mark.parametrize("model_type", ["complexity-deep", "llama"])

@@ -187,6 +187,9 @@ def test_errors_of_the_command_line_come_without_the_usage(tmp_path):
     status, _, errors = outcome_of("train_tokenizer", "--vocab-size", "many")
     assert status == 2 and len(errors.splitlines()) == 1
     assert errors.startswith("train_tokenizer.py: error: argument --vocab-size")
+    for option in ("--max-characters", "--held-out-characters", "--model-max-length"):
+        status, _, errors = outcome_of("train_tokenizer", option, "0", "--output-dir", tmp_path / "x")
+        assert status == 2 and len(errors.splitlines()) == 1 and option in errors
     (tmp_path / "null.jsonl").write_text('{"text": null}\n')
     status, _, errors = outcome_of(
         "train_tokenizer", "--sources", tmp_path / "null.jsonl", "--output-dir", tmp_path / "x"
@@ -199,6 +202,42 @@ def test_file_that_turns_out_bad_later_is_reported(tmp_path):
     path.write_bytes(b'{"text": "good"}\n' * 50_000 + b'{"text": "caf\xe9"}\n' + b'{"text": "good"}\n' * 2_000_000)
     with pytest.raises(InputError, match="UTF-8"):
         list(read_documents(load_sources([str(path)])))
+
+
+@pytest.mark.parametrize(
+    "late, sentence",
+    [
+        (b'{"text": "b", "note": 1}', "some of its rows have other columns than the first"),
+        (b"{", "cannot be read to its end: ArrowInvalid"),
+    ],
+)
+def test_a_later_file_that_is_unlike_the_first_is_one_sentence(tmp_path, late, sentence):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n')
+    (tmp_path / "b.jsonl").write_bytes(late)
+    with pytest.raises(InputError, match=sentence) as error:
+        list(read_documents(load_sources([f"{tmp_path}/*.jsonl"])))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rows, sentence", [(0, "is empty."), (None, "cannot be read: ")])
+def test_a_later_parquet_file_without_rows_is_named_before_work_begins(tmp_path, rows, sentence):
+    table = pyarrow.table({"text": ["a"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "b.parquet")
+    if rows is None:
+        (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(InputError, match=f"b.parquet' {sentence}"):
+        load_sources([f"{tmp_path}/*.parquet"])
+
+
+def test_no_file_is_left_out_for_its_name(tmp_path):
+    names = ["a.jsonl", "b [1].jsonl", "c*.jsonl", ".d/__e__/f.jsonl"]
+    (tmp_path / ".d" / "__e__").mkdir(parents=True)
+    for name in names:
+        (tmp_path / name).write_text(f'{{"text": "{name}"}}\n')
+    assert list(read_documents(load_sources([f"{tmp_path}/*.jsonl"]))) == names[:3]
+    for name in names:
+        assert list(read_documents(load_sources([f"{tmp_path}/{name}"]))) == [name]
 
 
 def test_mixture_follows_the_weights_and_loses_nothing(tmp_path):

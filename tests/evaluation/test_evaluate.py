@@ -373,6 +373,17 @@ def test_perplexity_of_windows(tmp_path, llama_folder, stride):
         assert all(math.isclose(-mine, other, rel_tol=1e-5) for mine, other in zip(nll, theirs))
 
 
+def test_text_without_spaces(tmp_path, llama_folder):
+    """A text in Chinese or Thai is one word to lm-eval, and the perplexity by words more than any number."""
+    source = tmp_path / "text.jsonl"
+    source.write_text(json.dumps({"text": "w3" + "今天天气很好" * 200}, ensure_ascii=False) + "\n")
+    report = evaluate(llama_folder, tmp_path / "out", "--tasks", "--held-out-text", source)
+    (row,) = report["perplexity"]
+    assert row["word_perplexity"] is None and math.isfinite(row["bits_per_byte"])
+    assert row["nll_per_token"] * row["tokens"] > 710
+    assert f"| {row['bits_per_byte']:.4f} |  |" in (tmp_path / "out" / "evaluation.md").read_text()
+
+
 def test_uniform_model_has_the_perplexity_of_guessing(tmp_path, data, rows):
     model = llama()
     torch.nn.init.zeros_(model.lm_head.weight)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from accelerate.utils import is_compiled_module
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.packed_rows import PackedCollator, held_out_rows, tokenize
@@ -25,7 +26,7 @@ from complexity_deep.workflow.training.atomic_checkpoint import UNFINISHED, dama
 from complexity_deep.workflow.training.new_model import new_model
 from complexity_deep.workflow.training.pretraining import PretrainTrainer
 from pretraining import ROW, documents_in, finish, small_texts, small_tokenizer, start, write_recipe
-from support import run_command
+from support import run_command, tiny_tokenizer
 
 STEPS = 100  # of the recipe below: two passes over its text and a little more
 
@@ -217,6 +218,8 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         (["--optimizer", "muon", "--optim", "adafactor"], "optimizer muon and optim do not go together"),
         (["--optimizer", "muon", "--optim-args", "a=1"], "optimizer muon and optim_args do not go together"),
         (["--optimizer", "muon", "--expert-parallel-size", "2"], "Muon needs whole matrices on every process"),
+        (["--auto-find-batch-size", "true"], "auto_find_batch_size would change the rows of a step"),
+        (["--resume-from-checkpoint", "run/checkpoint-2"], "resume_from_checkpoint is not taken"),
         (["--output-dir", "empty.txt"], "'empty.txt' cannot be a folder, for "),
         (["--output-dir", "empty.txt/run"], "is a file: name another."),
         (["--output-dir", "/proc/run"], "--output-dir '/proc/run' cannot be written ("),
@@ -241,6 +244,24 @@ def test_bad_input_gives_one_sentence(recipe, options, sentence, monkeypatch, ca
     assert not (recipe.parent / "bad").exists()
 
 
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--optim", "adamw_bnb_8bit"], "install `bitsandbytes`"),
+        (["--learning-rate", "-1"], "Invalid learning rate: -1.0"),
+        (["--lr-scheduler-type", "warmup_stable_decay"], "num_decay_steps"),
+        (["--use-liger-kernel", "true"], "install liger-kernel"),
+        (["--learning-rate", "1e30", "--logging-steps", "9"], "The held-out loss is nan by step 2: start again"),
+    ],
+)
+def test_what_shows_when_training_begins_is_one_sentence(recipe, tmp_path, options, sentence):
+    changed = ["--output-dir", tmp_path, "--max-steps", 2, "--save-strategy", "no", *options]
+    with pytest.raises(SystemExit) as stop:
+        run_command("pretrain", "--config", recipe, *changed)
+    assert sentence in stop.value.code and len(stop.value.code.splitlines()) == 1
+    assert not (tmp_path / "training_summary.md").exists()
+
+
 @pytest.mark.parametrize("content, sentence", [({"learning_rat": 0.1}, "learning_rat"), ([1], "YAML mapping")])
 def test_unusable_recipe(recipe, content, sentence, capsys):
     path = recipe.with_name("typo.yaml")
@@ -262,6 +283,23 @@ def test_vocabulary_of_model_and_tokenizer(recipe, vocab_size, fits):
     model = new_model(str(path), small_tokenizer(), "sdpa")
     assert model.config.vocab_size == (vocab_size or 300)
     assert (model.config.eos_token_id, model.config.pad_token_id, model.config.bos_token_id) == (0, 1, 2)
+
+
+def test_a_tokenizer_that_leaves_numbers_out(recipe, tmp_path):
+    """Its highest id counts, and not how many tokens it has."""
+    tokenizer = tiny_tokenizer(60)
+    backend = Tokenizer(models.WordLevel({f"w{index}": 2 * index for index in range(60)}, unk_token="w3"))
+    backend.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+    named = {"unk_token": "w3", "eos_token": "w0", "pad_token": "w1"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(tmp_path / "tokenizer")
+    text = tmp_path / "text.jsonl"
+    lines = [" ".join(f"w{number % 60}" for number in range(start, start + 90)) for start in range(40)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    options = ["--tokenizer", tmp_path / "tokenizer", "--sources", text, "--routing", "balanced", "--max-steps", 2]
+    run_command("pretrain", "--config", recipe, *options, "--output-dir", tmp_path / "run")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == 119
+    options = ["--text", text, "--max-tokens", 256, "--device", "cpu", "--output-dir", tmp_path / "analysis"]
+    run_command("analyze", tmp_path / "run", *options)
 
 
 def test_changed_data_options_are_refused_on_resume(recipe, uninterrupted):
@@ -427,6 +465,15 @@ def test_perplexity_is_that_of_the_plain_cross_entropy(recipe, tmp_path, model_t
     assert last["perplexity_stderr"] == pytest.approx(last["perplexity"] * last["loss_stderr"])
     assert abs(held_out_log(folder)[-1]["eval_loss"] - mean) > 1e-3, "the training loss is another"
     assert f"| {last['loss']:.4f} ± {last['loss_stderr']:.4f} |" in (folder / "training_summary.md").read_text()
+
+
+def test_the_best_model_is_the_one_of_the_lowest_perplexity(recipe, tmp_path):
+    options = ["--max-steps", 6, "--learning-rate", 0.3, "--metric-for-best-model", "perplexity"]
+    options += ["--load-best-model-at-end", "true", "--eval-strategy", "steps", "--eval-steps", 2]
+    run_command("pretrain", "--config", recipe, "--output-dir", tmp_path, *options, "--eval-do-concat-batches", "false")
+    entries = held_out_log(tmp_path)
+    assert entries[-1]["eval_perplexity"] == min(entry["eval_perplexity"] for entry in entries if entry["step"])
+    assert len({entry["eval_perplexity"] for entry in entries}) > 2
 
 
 def test_ctrl_c_is_one_line_and_leaves_whole_checkpoints(recipe, tmp_path):

@@ -457,6 +457,21 @@ def test_another_run_is_refused_on_resume(folder, finished, tmp_path):
     assert_same_weights(tmp_path, finished("full"))
 
 
+@pytest.mark.parametrize("option", [{"use_rslora": "true"}, {"lora_modules_to_save": "embed_tokens"}])
+def test_another_adapter_is_refused_on_resume(folder, finished, tmp_path, option):
+    shutil.copytree(finished("lora") / "checkpoint-9", tmp_path / "checkpoint-9")
+    with pytest.raises(SystemExit, match=f"was written with {next(iter(option))} = "):
+        run_command("sft", *options(folder, output_dir=tmp_path, **LORA, **option))
+
+
+def test_vectors_do_not_decay(folder, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(ChatTrainer, "train", lambda trainer, **_: found.append(trainer.create_optimizer()))
+    run_command("sft", *options(folder, output_dir=tmp_path, weight_decay=0.1))
+    for group in found[0].param_groups:
+        assert {parameter.ndim > 1 for parameter in group["params"]} == {group["weight_decay"] > 0}
+
+
 def test_unknown_recipe_key(folder, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("learning_rat: 0.1\n")
     with pytest.raises(SystemExit) as stop:

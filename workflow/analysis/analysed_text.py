@@ -43,9 +43,10 @@ def load_rows(
 
 def token_class(tokenizer, token_id: int) -> str:
     """One of TOKEN_CLASSES; a word that begins a document has no space before it and counts as continuation."""
-    if token_id >= len(tokenizer) or token_id in tokenizer.all_special_ids:
+    raw = tokenizer.convert_ids_to_tokens(token_id)
+    if raw is None or token_id in tokenizer.all_special_ids:
         return "special"
-    text, raw = tokenizer.decode([token_id]), tokenizer.convert_ids_to_tokens(token_id)
+    text = tokenizer.decode([token_id])
     if not text.strip():
         return "whitespace"
     if any(character.isalpha() for character in text):

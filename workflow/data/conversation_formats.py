@@ -18,6 +18,8 @@ def exchange(question: str, answer: str) -> list[dict]:
 
 
 def multiple_choice(question: str, choices: list[str], answer: int) -> Turns:
+    if len(choices) > len(string.ascii_uppercase):
+        raise InputError(f"it has {len(choices)} choices, which is more than there are letters")
     if not 0 <= answer < len(choices):
         raise InputError(f"its answer is number {answer} of {len(choices)} choices; test splits have no answers")
     lettered = [f"{letter}. {choice.strip()}" for letter, choice in zip(string.ascii_uppercase, choices)]
@@ -29,8 +31,11 @@ def from_prompt(row: dict) -> Turns:
     return ([], exchange(prompt, completion)) if isinstance(prompt, str) else (prompt, completion)
 
 
-def from_instruction(instruction: str, context: str | None, answer: str) -> Turns:
-    return [], exchange(f"{instruction.strip()}\n\n{context or ''}".strip(), answer)
+def from_instruction(row: dict, answer: str) -> Turns:
+    """Earlier exchanges, then the instruction with what it is about, then the column `answer`."""
+    earlier = [message for pair in row.get("history") or [] for message in exchange(*pair)]
+    parts = [row["instruction"].strip(), row.get("input"), row.get("context")]
+    return [], [*earlier, *exchange("\n\n".join(str(part) for part in parts if part).strip(), row[answer])]
 
 
 def from_arc(row: dict) -> Turns:
@@ -61,26 +66,15 @@ def from_winogrande(row: dict) -> Turns:
 CHAT_FORMATS = ("chat", "prompt and completion")  # whose messages, and tools, are for the template
 # Columns that belong to a conversation, unlike ids, sources and scores of it.
 ROW_KEYS = ("tools", "documents", "functions", "chat_template_kwargs")
+SYSTEM_COLUMNS = ("system", "system_prompt")  # the system message, where it is no message
 # Name -> the columns by which a format is known, and what makes turns of a row; the first that fits is taken.
 FORMATS: dict[str, tuple[set[str], Callable[[dict], Turns]]] = {
     "chat": ({"messages"}, lambda row: ([], row["messages"])),
     "prompt and completion": ({"prompt", "completion"}, from_prompt),
-    "Dolly": (
-        {"instruction", "context", "response"},
-        lambda row: from_instruction(row["instruction"], row["context"], row["response"]),
-    ),
-    "Alpaca": (
-        {"instruction", "input", "output"},
-        lambda row: from_instruction(row["instruction"], row["input"], row["output"]),
-    ),
-    "instruction and output": (
-        {"instruction", "output"},
-        lambda row: from_instruction(row["instruction"], None, row["output"]),
-    ),
-    "instruction and response": (
-        {"instruction", "response"},
-        lambda row: from_instruction(row["instruction"], None, row["response"]),
-    ),
+    "Dolly": ({"instruction", "context", "response"}, lambda row: from_instruction(row, "response")),
+    "Alpaca": ({"instruction", "input", "output"}, lambda row: from_instruction(row, "output")),
+    "instruction and output": ({"instruction", "output"}, lambda row: from_instruction(row, "output")),
+    "instruction and response": ({"instruction", "response"}, lambda row: from_instruction(row, "response")),
     "MMLU": (
         {"question", "choices", "answer"},
         lambda row: multiple_choice(row["question"], row["choices"], row["answer"]),
@@ -102,11 +96,24 @@ def format_of(rows: datasets.Dataset, source: str) -> str:
     )
 
 
+def with_system_message(row: dict, given: list[dict], learned: list[dict]) -> Turns:
+    """The turns behind the system message that a row may have in a column of its own."""
+    column = next((name for name in SYSTEM_COLUMNS if row.get(name)), None)
+    if column is None:
+        return given, learned
+    message, first = {"role": "system", "content": row[column]}, [*given, *learned][:1]
+    if first == [message]:
+        return given, learned
+    if first and first[0]["role"] == "system":
+        raise InputError(f"its column {column} says other than its system message")
+    return ([message, *given], learned) if given else (given, [message, *learned])
+
+
 def turns_of(row: dict, format_name: str) -> tuple[list[dict], list[dict]]:
     """`FORMATS[format_name]` on a row, with ValueError for values that are missing or of another type."""
     columns, make_turns = FORMATS[format_name]
     try:
-        return make_turns(row)
+        return with_system_message(row, *make_turns(row))
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -23,7 +23,14 @@ from trl.chat_template_utils import get_training_chat_template
 
 from complexity_deep.workflow.command import InputError, first_line
 from complexity_deep.workflow.data.chat_messages import MESSAGE_KEYS, check_turns, from_json, looked_up, without_fill
-from complexity_deep.workflow.data.conversation_formats import CHAT_FORMATS, ROW_KEYS, exchange, format_of, turns_of
+from complexity_deep.workflow.data.conversation_formats import (
+    CHAT_FORMATS,
+    ROW_KEYS,
+    SYSTEM_COLUMNS,
+    exchange,
+    format_of,
+    turns_of,
+)
 from complexity_deep.workflow.data.sources import builder_of, files_of_pattern, is_hub_name, mix
 from complexity_deep.workflow.data.text_sources import is_held_out
 
@@ -99,7 +106,7 @@ class ChatEncoder:
 
     def variables_of(self, row: dict) -> dict:
         """What a row has for the template beside its messages; ValueError for what the template does not take."""
-        found = {key: row[key] for key in row if key in {*ROW_KEYS, *self.variables}}
+        found = {key: row[key] for key in row if key in {*ROW_KEYS, *self.variables} - {*SYSTEM_COLUMNS}}
         if "tools" in found:
             found["tools"] = from_json(found["tools"], "tools")
         found.update(found.pop("chat_template_kwargs", None) or {})

@@ -35,11 +35,13 @@ TOKENIZED_TOGETHER = 64
 
 
 def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text with EOS appended; text that merely looks like a special token stays text."""
-    ids = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    return [[*document, tokenizer.eos_token_id] for document in ids]
+    """Token ids of each text with EOS at its end; text that merely looks like a special token stays text.
+
+    What the tokenizer puts before a text, such as Llama's BOS, stays there: prompts begin with it as well.
+    """
+    end = tokenizer.eos_token_id
+    ids = tokenizer(texts, split_special_tokens=True, return_attention_mask=False, verbose=False)["input_ids"]
+    return [document if document[-1:] == [end] else [*document, end] for document in ids]
 
 
 def pack(documents: Iterable[tuple[dict, list[int]]], row_length: int) -> Iterator[dict]:

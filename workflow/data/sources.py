@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import datasets
+import pyarrow.parquet
 
-from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.command import InputError, first_line
 
 # File suffix -> the `datasets` builder that reads it; each may also be gzipped.
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -19,15 +20,34 @@ def builder_of(source: str) -> str | None:
     return BUILDERS.get(Path(source.removesuffix(".gz")).suffix)
 
 
+def matching_files(source: str) -> list[str]:
+    """The files that a pattern matches, sorted. The name of a file may have the signs of a pattern in it."""
+    path = os.path.expanduser(source)
+    return [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+
+
 def files_of_pattern(source: str) -> list[str]:
-    """The files that a pattern matches, sorted; `InputError` where there is none, or one of them is empty."""
-    files = sorted(glob.glob(os.path.expanduser(source), recursive=True))
+    """What `datasets` takes as `data_files`: each file that a pattern matches, sorted.
+
+    Raises `InputError` where there is none, or one of them is empty: `datasets` would fail when it comes to that one.
+    """
+    files = matching_files(source)
     if not files:
         raise InputError(f"No file matches the source '{source}'.")
     for file in files:
-        if os.path.getsize(file) == 0:
+        if is_empty(file):
             raise InputError(f"The file '{file}' is empty.")
-    return files
+    return [glob.escape(file) for file in files]  # for `datasets` takes names for patterns, and leaves out "a[1].txt"
+
+
+def is_empty(file: str) -> bool:
+    """Whether a file has no bytes or, of parquet, no rows; `InputError` for one that is no parquet file."""
+    if os.path.getsize(file) == 0 or not file.endswith(".parquet"):
+        return os.path.getsize(file) == 0
+    try:
+        return pyarrow.parquet.read_metadata(file).num_rows == 0
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"The file '{file}' cannot be read: {first_line(error)}") from error
 
 
 def is_hub_name(name: str) -> bool:

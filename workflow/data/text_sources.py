@@ -19,7 +19,7 @@ from pathlib import Path
 
 import datasets
 
-from complexity_deep.workflow.command import InputError, first_line
+from complexity_deep.workflow.command import InputError, first_line, one_line
 from complexity_deep.workflow.data.sources import BUILDERS, builder_of, files_of_pattern, is_hub_name, mix
 
 # Parts of the standard library folder that are third-party code, or tests whose docstrings are fixtures and not prose.
@@ -135,9 +135,16 @@ def read_blocks(stream: datasets.IterableDataset, documents: int) -> Iterator[li
         # `iter` and not `__iter__`: the latter would split the shards over DataLoader workers by itself.
         for block in stream.iter(batch_size=documents):
             yield [text for text in block["text"] if text and not text.isspace()]
+    except InputError:
+        raise
     except UnicodeDecodeError as error:
         raise InputError(f"A source is not UTF-8 text all through: {error.reason} in {error.object[:40]!r}.") from error
-    except datasets.exceptions.DatasetGenerationError as error:
+    except datasets.table.CastError as error:
+        raise InputError(
+            "A source cannot be read to its end, for some of its rows have other columns than the first: make them "
+            f"alike, or give files of other columns as a source of their own ({one_line(error)})."
+        ) from error
+    except Exception as error:  # the network and each file format raise classes of their own
         raise InputError(f"A source cannot be read to its end: {_kind_and_line(error.__cause__ or error)}") from error
 
 

@@ -147,10 +147,11 @@ def perplexity_row(samples: list[dict], model: HarnessModel) -> dict:
     size = sum(sample["bits_per_byte"][1] for sample in samples)
     words = sum(sample["word_perplexity"][1] for sample in samples)
     scores = perplexity_scores(nll, tokens, size)
+    nll_per_word = sum(nll) / words
     return {
         **scores,
         "perplexity_stderr": scores["stderr"] and scores["stderr"] * scores["perplexity"],
-        "word_perplexity": math.exp(sum(nll) / words),
+        "word_perplexity": math.exp(nll_per_word) if nll_per_word < 100 else None,  # of text without spaces
         "random": math.log(model.config.get_text_config().vocab_size),  # nats per token of a uniform guess
         "tokens": sum(tokens),
         "bytes": size,

@@ -48,7 +48,12 @@ HELD_OUT_TASK = {
     "test_split": "test",
     "doc_to_text": "",
     "doc_to_target": "text",
-    "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    # That of words is put together by `perplexity_row`: text without spaces is one word, and too much for `exp`.
+    "metric_list": [
+        {"metric": "word_perplexity", "aggregation": "bypass", "higher_is_better": False},
+        {"metric": "byte_perplexity"},
+        {"metric": "bits_per_byte"},
+    ],
 }
 
 

@@ -24,6 +24,7 @@ from complexity_deep.workflow.data.packed_rows import TOKENIZED_TOGETHER, tokeni
 from complexity_deep.workflow.data.sources import check_weights
 from complexity_deep.workflow.data.text_sources import load_sources, read_blocks
 from complexity_deep.workflow.data.tokenizer_training import save_whole
+from complexity_deep.workflow.saved_model import ids_of
 from complexity_deep.workflow.training.new_model import load_tokenizer
 
 SHUFFLE_SEED = 0
@@ -58,8 +59,8 @@ def prepare(
     """
     check_weights(sources, weights)
     tokenizer = load_tokenizer(tokenizer_path)
-    if len(tokenizer) > LARGEST_VOCABULARY:
-        raise InputError(f"The tokenizer has {len(tokenizer):,} tokens, and a token file holds ids below 65,536.")
+    if ids_of(tokenizer) > LARGEST_VOCABULARY:
+        raise InputError(f"The tokenizer has {ids_of(tokenizer):,} tokens, and a token file holds ids below 65,536.")
     output = Path(output_dir)
     shares = [tokens * weight / sum(weights) for weight in weights]
     parts = {name: read_tokens(source, tokenizer, float("inf")) for name, source in held_out.items()}
@@ -76,7 +77,7 @@ def prepare(
             digest = hashlib.sha256(data).hexdigest()
             facts["files"][name] = {"tokens": len(data) // 2, "documents": len(part), "sha256": digest}
         facts["eos_token_id"] = tokenizer.eos_token_id
-        facts["vocab_size"] = len(tokenizer)
+        facts["vocab_size"] = ids_of(tokenizer)
         facts["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         facts["id"] = data_id(facts)
         (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -11,12 +11,14 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from complexity_deep.workflow.command import InputError, whole_folder
 from complexity_deep.workflow.data.conversations import ChatEncoder, load_conversations, shuffled_mix, split_held_out
 from complexity_deep.workflow.data.sources import check_weights
-from complexity_deep.workflow.saved_model import why_not
+from complexity_deep.workflow.saved_model import ids_of, why_not
 from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
 from complexity_deep.workflow.training.resumable_trainer import ResumableTrainerMixin
 
 ADAPTER_CONFIG = "adapter_config.json"
 LORA_SETTINGS = ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"]
+# Under names of their own, so that a checkpoint from before they were compared can be resumed.
+MORE_LORA_SETTINGS = ["lora_modules_to_save", "use_rslora", "use_dora"]
 RECORDS = ["sft_data.json", "trainer_state.json", "training_summary.json", "training_summary.md", "loss_curve.png"]
 
 
@@ -105,8 +107,8 @@ def check_sizes(model: PreTrainedModel, tokenizer, training_args: SFTConfig) -> 
     if training_args.max_length > positions:
         raise InputError(f"max_length {training_args.max_length} is more than the model's {positions} positions.")
     vocabulary = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
-        raise InputError(f"The tokenizer has {len(tokenizer):,} tokens, but the model only {vocabulary:,}.")
+    if ids_of(tokenizer) > vocabulary:
+        raise InputError(f"The tokenizer has {ids_of(tokenizer):,} tokens, but the model only {vocabulary:,}.")
 
 
 def lora_config(model_args: ModelConfig, model: PreTrainedModel):

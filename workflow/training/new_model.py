@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.saved_model import ids_of
 
 # A vocabulary is often padded to a multiple of at most this, for the sake of the matmul; more than that is a mix-up.
 LARGEST_VOCABULARY_PADDING = 128
@@ -56,7 +57,7 @@ def model_of_shape(shape: dict, path: str, tokenizer, **implementations) -> PreT
         model_type = shape.pop("model_type")
     except KeyError as error:
         raise InputError(f"'{path}' is not a readable JSON model config with a model_type ({error!r}).") from error
-    vocabulary = len(tokenizer)
+    vocabulary = ids_of(tokenizer)
     shape["vocab_size"] = shape.get("vocab_size") or vocabulary
     if not vocabulary <= shape["vocab_size"] <= vocabulary + LARGEST_VOCABULARY_PADDING:
         raise InputError(

@@ -16,7 +16,7 @@ from complexity_deep.workflow.training.tensor_parallel import ShardedModelMixin
 
 
 class PretrainTrainer(ResumableTrainerMixin, ShardedModelMixin, Trainer):
-    """Trainer that keeps its place in the text, and decays matrices only."""
+    """Trainer that keeps its place in the text."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -43,9 +43,6 @@ class PretrainTrainer(ResumableTrainerMixin, ShardedModelMixin, Trainer):
             generator=torch.Generator(),
         )
         return self.progress.loader
-
-    def get_decay_parameter_names(self, model) -> list[str]:
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def _place_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"data_state_{self.args.process_index}.json"

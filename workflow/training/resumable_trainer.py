@@ -1,5 +1,7 @@
 """What the Trainers of pretrain.py and sft.py share: whole checkpoints, one bar, and going on where a run stopped."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback
 
+from complexity_deep.workflow.command import InputError, one_line
 from complexity_deep.workflow.training.atomic_checkpoint import AtomicCheckpointMixin
 from complexity_deep.workflow.training.run_identity import argument_settings, check_same_run, model_settings
 from complexity_deep.workflow.training.training_progress import TrainingProgress
@@ -35,6 +38,15 @@ def clip_shards(gradients: list[Tensor], max_norm: float) -> Tensor | None:
     return norm
 
 
+@contextlib.contextmanager
+def options_in_one_sentence() -> Iterator[None]:
+    """Within it, what the library says of an option that cannot be used is an `InputError`."""
+    try:
+        yield
+    except (ImportError, TypeError, ValueError) as error:  # a TypeError is of keyword arguments given as an option
+        raise InputError(one_line(error)) from error
+
+
 class ResumableTrainerMixin(AtomicCheckpointMixin):
     """Put before Trainer in the bases of a class that has `load_extra_state`, the reverse of `save_extra_state`.
 
@@ -45,7 +57,11 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
     def __init__(self, *, model, args, settings: dict, progress: TrainingProgress, **kwargs):
         # Taken before Trainer changes the model's config.
         self.settings = {**model_settings(model), **settings, **argument_settings(args)}
-        super().__init__(model=model, args=args, **kwargs)
+        args.eval_do_concat_batches = True  # the metrics are of one array
+        # Every metric here is one of loss. Trainer takes those whose name does not say so for scores.
+        args.greater_is_better = False
+        with options_in_one_sentence():
+            super().__init__(model=model, args=args, **kwargs)
         self.progress = progress
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
@@ -61,6 +77,18 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(progress)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Matrices only. Trainer goes by names, and would decay the equilibrium of the dynamics, a vector, as well."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, *args, **kwargs):
+        with options_in_one_sentence():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        with options_in_one_sentence():
+            return super().create_scheduler(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.state.global_step >= self.state.max_steps:
@@ -97,6 +125,8 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
             self.load_extra_state(checkpoint)
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except ImportError as error:  # of what an option asks for
+            raise InputError(one_line(error)) from error
         finally:
             self.progress.close()  # else the bar would be drawn once more below the sentence of an error
         return self.evaluate()

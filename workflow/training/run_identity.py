@@ -4,7 +4,6 @@ A checkpoint stores these settings beside its weights. What an older checkpoint 
 files in it, and left out of the comparison where it is in none of them.
 """
 
-import glob
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainerState, Traini
 from transformers.trainer import TRAINER_STATE_NAME
 
 from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data.sources import matching_files
 
 # Fields of a config that change nothing of what is computed, or that the tokenizer and Trainer set.
 NOT_COMPUTATION = {
@@ -58,7 +58,7 @@ def argument_settings(args: TrainingArguments) -> dict:
 
 def files_of(sources: list[str]) -> str:
     """How many local files the sources match, and how large they are together."""
-    files = {file for source in sources for file in glob.glob(os.path.expanduser(source), recursive=True)}
+    files = {file for source in sources for file in matching_files(source)}
     return f"{len(files):,} files of {sum(map(os.path.getsize, files)):,} bytes"
 
 

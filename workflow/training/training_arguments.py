@@ -100,6 +100,16 @@ def check_training(training_args: TrainingArguments) -> None:
     """Raise `InputError` for what would stop the run at its end or in its middle."""
     check_run_folder(training_args.output_dir)
     check_counts(**{name: getattr(training_args, name) for name in AT_LEAST_ONE})
+    if training_args.auto_find_batch_size:
+        raise InputError(
+            "auto_find_batch_size would change the rows of a step, for which steps and learning rate are chosen: "
+            "lower per_device_train_batch_size and raise gradient_accumulation_steps."
+        )
+    if training_args.resume_from_checkpoint:
+        raise InputError(
+            "resume_from_checkpoint is not taken: the same command goes on from the newest intact checkpoint in "
+            "output_dir by itself, and another output_dir starts anew."
+        )
     check_reports(training_args.report_to)
     check_push(training_args)
     if training_args.save_only_model and training_args.process_index == 0:

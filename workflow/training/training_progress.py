@@ -35,14 +35,18 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.close()
 
     def measure(self, logs: dict, state) -> None:
-        """Add the throughput since the last measurement, and the most GPU memory so far, to the logs."""
+        """Add the throughput since the last measurement, and the most GPU memory so far, to the logs.
+
+        Raises `InputError` where a loss is not finite; a run may be shorter than `logging_steps`, so held out ones too.
+        """
+        for name, what in (("loss", "loss"), ("eval_loss", "held-out loss")):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise InputError(
+                    f"The {what} is {logs[name]} by step {state.global_step}: start again in another output_dir, with "
+                    "a lower learning_rate or more warmup_steps."
+                )
         if "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise InputError(
-                f"The loss is {logs['loss']} by step {state.global_step}: start again in another output_dir, with a "
-                "lower learning_rate or more warmup_steps."
-            )
         now = time.perf_counter()
         tokens = (state.global_step - self.clocked_step) * self.tokens_per_step
         logs["seconds"] = now - self.clock
