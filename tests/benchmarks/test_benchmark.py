@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from complexity_deep.scripts import benchmark
+from complexity_deep.workflow.benchmarks import kernel_speed
 from complexity_deep.workflow.benchmarks.results import FIELDS
 from complexity_deep.workflow.command import InputError
 from support import REPOSITORY
@@ -46,6 +47,18 @@ def test_rows_are_added_with_the_count_of_flops(tmp_path, monkeypatch, capsys):
         run(monkeypatch, *options, "--repeats", 1, "--only", "complexity-deep", "--output-dir", tmp_path)
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines[0] == ",".join(FIELDS) and len(lines) == 1 + 2 * 2
+
+
+def test_quantiles_of_kernels_are_those_that_were_measured(monkeypatch):
+    """The timer gives them: they are not taken once more from median and quantiles."""
+    pytest.importorskip("triton")
+    for name in ("cggr", "dynamics", "dynamics_decode", "qkv", "qkv_decode", "decode_attention", "decode_layer"):
+        part = {"cggr": "experts", "decode_attention": "decode", "decode_layer": "decode"}.get(name, "dynamics")
+        module = f"complexity_deep.workflow.benchmarks.kernel_cases_{part}"
+        entry = {"op": name, "variant": "this", "tokens": 1, "pass": "forward", "ms": 2.0, "low": 1.0, "high": 9.0}
+        monkeypatch.setattr(f"{module}.{name}_rows", lambda *args, entry=entry, **options: [entry])
+    for row in kernel_speed.benchmark_kernels("cuda"):
+        assert (row["p20_ms"], row["median_ms"], row["p80_ms"]) == (1.0, 2.0, 9.0)
 
 
 def test_models_divided_among_two_processes(tmp_path):
