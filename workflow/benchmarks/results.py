@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+from datetime import datetime
 from pathlib import Path
 
 import complexity_deep  # noqa: F401 (registers the architecture)
@@ -32,7 +33,8 @@ def report(rows: list[dict], directory: Path, matmul: float, copy: float) -> Non
 
     `matmul` (TFLOP/s) and `copy` (GB/s) are the rates that the shares of the rows refer to.
     """
-    source = provenance()
+    # With the time of day, which tells the rows of two calls of one day apart.
+    source = provenance() | {"date": datetime.now().isoformat(timespec="seconds")}
     for entry in rows:
         if entry.get("tflops"):
             entry["percent_of_matmul"] = 100 * entry["tflops"] / matmul
