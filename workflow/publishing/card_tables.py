@@ -163,7 +163,7 @@ def task_rows(run: Run) -> list[dict]:
 def perplexity_rows(run: Run) -> list[dict]:
     return [
         {
-            "corpus": Path(row["corpus"]).name if not is_hub_id(row["corpus"].partition(":")[0]) else row["corpus"],
+            "corpus": shown(row["corpus"] if is_hub_id(row["corpus"].partition(":")[0]) else Path(row["corpus"]).name),
             "perplexity": number(row["perplexity"], 2, row["stderr"] and row["stderr"] * row["perplexity"]),
             "nll": number(row["nll_per_token"], 4, row["stderr"]),
             "bits_per_byte": number(row["bits_per_byte"], 4),

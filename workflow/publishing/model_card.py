@@ -136,6 +136,7 @@ def write_card(
         procedure=procedure_rows(run),
         hyperparameters=hyperparameter_rows(run),
         tokens=summary.get("tokens"),
+        row_length=summary.get("row_length"),
         held_out=loss_rows(run),
         evaluation=run.evaluation,
         tasks=task_rows(run),
