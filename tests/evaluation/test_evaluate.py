@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from complexity_deep.scripts import evaluate as script
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.tokenizer_training import train_bpe
+from complexity_deep.workflow.evaluation import task_data
 from complexity_deep.workflow.evaluation.contamination import contamination
 from complexity_deep.workflow.evaluation.harness import HarnessModel
 from complexity_deep.workflow.evaluation.perplexity import perplexity_metrics, perplexity_scores, token_nll
@@ -509,6 +510,24 @@ def test_bad_options(capsys, llama_folder, option, value):
     with pytest.raises(SystemExit) as caught:
         evaluate(llama_folder, llama_folder, option, value)
     assert caught.value.code == 2 and f"'{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fraction", [-1, 0, 2, math.nan])
+def test_a_share_that_is_none_is_refused(tmp_path, monkeypatch, llama_folder, fraction):
+    monkeypatch.setattr(script, "load_harness", lambda *arguments, **options: pytest.fail("the work began"))
+    with pytest.raises(InputError, match="above 0 and at most 1"):
+        evaluate(llama_folder, tmp_path / "out", "--held-out-text", "embedded", f"--held-out-fraction={fraction}")
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_the_report_says_where_text_was_cut(tmp_path, monkeypatch, llama_folder, most):
+    """What the card's metadata then does not take for a result of the whole dataset."""
+    monkeypatch.setattr(task_data, "HELD_OUT_DOCUMENTS", most)
+    write(tmp_path / "text.parquet", [{"text": text} for text in ("one stone", "two", "a third")])
+    report = evaluate(llama_folder, tmp_path / "out", "--tasks", "--held-out-text", tmp_path / "text.parquet")
+    (row,) = report["perplexity"]
+    assert row["documents"] == most
+    assert row["note"] == ("only the first 2 documents of the text" if most == 2 else "")
 
 
 def test_the_output_folder_is_checked_first(tmp_path, monkeypatch, llama_folder):

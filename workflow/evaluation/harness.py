@@ -207,7 +207,7 @@ def run_tasks(
     for task, source in staged.texts.items():
         row = perplexity_row(results["samples"][task], model)
         corpus = "/".join(Path(source).parts[-2:])  # not the whole path, which tells about the machine and its user
-        perplexity.append({"corpus": corpus, **row, "dataset": corpus, "note": limited})
+        perplexity.append({"corpus": corpus, **row, "dataset": corpus, "note": limited or staged.notes.get(task, "")})
     device = model.device.type
     return {
         "model": Path(path).resolve().name if Path(path).is_dir() else path,
