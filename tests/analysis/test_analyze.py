@@ -412,6 +412,8 @@ def test_bad_input_is_one_sentence(folder, trained, tmp_path):
         ({"max_tokens": 63}, "less than one row"),
         ({"max_tokens": 0}, "must be at least 1"),
         ({"batch_size": 0}, "must be at least 1"),
+        ({"seed": -1}, "--seed must be from 0"),
+        ({"seed": 2**64}, "--seed must be from 0"),
         ({"output_dir": str(tmp_path / "file")}, "is a file"),
         ({"output_dir": str(tmp_path / "file" / "out")}, "is a file"),
         ({"output_dir": "/proc/out"}, "cannot be written"),

@@ -32,12 +32,22 @@ def test_refused_before_the_work(tmp_path, monkeypatch):
         (["--output-dir", tmp_path], "is no table of this script's results"),
         (["--output-dir", tmp_path / "new", "--batch-size", 0], "--batch-size is too small: 0."),
         (["--output-dir", tmp_path / "new", "--tensor-parallel"], "start it by torchrun"),
+        (["--output-dir", tmp_path / "new", "--device", "nonsense"], "The device 'nonsense' cannot be used"),
         (["--output-dir", tmp_path / "new", "--model-config", strict], "is no config that loads: .*'vocab_size'"),
         (["--output-dir", tmp_path / "new", "--model-config", "configs/absent.json"], "loads: .*No such file"),
     ):
         with pytest.raises(InputError, match=sentence):
             run(monkeypatch, *options)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--output-dir", tmp_path / "new", "--document-length", -3)
     assert (tmp_path / "results.csv").read_text() == "name,value\n" and not (tmp_path / "new").exists()
+
+
+def test_an_attention_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "ceilings", lambda device: (1.0, 1.0))
+    with pytest.raises(InputError, match="--attn-implementation 'foo' cannot be used"):
+        run(monkeypatch, "--attn-implementation", "foo", "--output-dir", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_rows_are_added_with_the_count_of_flops(tmp_path, monkeypatch, capsys):

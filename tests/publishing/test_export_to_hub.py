@@ -482,6 +482,10 @@ def test_wrong_options(chat_run, published_folder, tmp_path, monkeypatch):
     assert "not a tag" in refusal(chat_run, revision='v1", "')
     assert "--public" in refusal(chat_run, public=True)
     assert "not an ISO code" in refusal(chat_run, language=["English"])
+    for license in ("Apache 2.0", "mit: yes", ""):
+        assert "not as the Hub spells a licence" in refusal(chat_run, license=license)
+    assert "--base-model '/runs/base' is not an id" in refusal(chat_run, base_model="/runs/base")
+    assert "--datasets 'data/*.txt' is not an id" in refusal(chat_run, datasets=["a/b", "data/*.txt"])
     (tmp_path / "file").touch()
     assert "is a file" in refusal(chat_run, output_dir=str(tmp_path / "file" / "out"))
     assert "cannot be written" in refusal(chat_run, output_dir="/proc/out")
