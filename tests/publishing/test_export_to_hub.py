@@ -22,6 +22,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, parse_eval_result_e
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.quantization_config import QuantizationMethod
 
 from complexity_deep import ComplexityDeepForCausalLM
 from complexity_deep.scripts import export_to_hub
@@ -391,6 +392,17 @@ def test_the_card_names_every_part_of_the_architecture(pretrained, tmp_path):
     ):
         assert part in card
     assert "| routing table | random, one for each layer |" in card and "INL dynamics" not in card
+
+
+def test_a_quantized_model_needs_its_quantizer(pretrained, tmp_path):
+    model, tokenizer = load_model(pretrained, dtype="auto"), AutoTokenizer.from_pretrained(pretrained)
+    model.config.save_pretrained(tmp_path)
+    model.config.quantization_config = SimpleNamespace(quant_method=QuantizationMethod.TORCHAO)
+    options = {"repo_id": "somebody/small-model", "revision": "v1", "license": "mit", "languages": ["en"]}
+    write_card(tmp_path, Run(pretrained, pretrained), model, tokenizer, is_published=False, **options)
+    card = (tmp_path / "README.md").read_text()
+    assert '"transformers>=5.17" "torchao"\n' in card
+    assert "| dtype of the weights | float32, where torchao did not quantize them |" in card
 
 
 def test_another_architecture(pretrained, tmp_path, no_checks):
