@@ -519,6 +519,18 @@ def test_a_share_that_is_none_is_refused(tmp_path, monkeypatch, llama_folder, fr
         evaluate(llama_folder, tmp_path / "out", "--held-out-text", "embedded", f"--held-out-fraction={fraction}")
 
 
+def test_text_without_spaces_has_no_perplexity_per_word(tmp_path, llama_folder):
+    """The number of one word of thousands of characters is larger than a float; every other score stands."""
+    write(tmp_path / "text.parquet", [{"text": "石头和水都是自然的东西" * 60}, {"text": "two words"}])
+    report = evaluate(llama_folder, tmp_path / "out", "--tasks", "--held-out-text", tmp_path / "text.parquet")
+    (row,) = report["perplexity"]
+    assert row["word_perplexity"] is None and row["nll_per_token"] > 1
+    write(tmp_path / "text.parquet", [{"text": "two words"}, {"text": "three  words more"}])
+    report = evaluate(llama_folder, tmp_path / "out", "--tasks", "--held-out-text", tmp_path / "text.parquet")
+    (row,) = report["perplexity"]
+    assert math.isclose(row["word_perplexity"], math.exp(row["nll_per_token"] * row["tokens"] / 5))
+
+
 @pytest.mark.parametrize("most", [2, 3])
 def test_the_report_says_where_text_was_cut(tmp_path, monkeypatch, llama_folder, most):
     """What the card's metadata then does not take for a result of the whole dataset."""

@@ -31,7 +31,8 @@ def perplexity_table(rows: list[dict]) -> list[str]:
     def cells(row):
         stderr = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
         scores = [f"{row['nll_per_token']:.4f}", stderr, f"{row['random']:.4f}", with_error(row, "perplexity", 2)]
-        scores += [f"{row['bits_per_byte']:.4f}", f"{row['word_perplexity']:,.2f}", f"{row['tokens']:,}"]
+        per_word = "" if row["word_perplexity"] is None else f"{row['word_perplexity']:,.2f}"
+        scores += [f"{row['bits_per_byte']:.4f}", per_word, f"{row['tokens']:,}"]
         return [row["corpus"], *scores, f"{row['documents']:,}", f"{row['context']} / {row['stride']}", row["note"]]
 
     header = [

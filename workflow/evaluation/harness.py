@@ -1,6 +1,7 @@
 """A model run through lm-eval's tasks; the scores, each with its standard error and the score of guessing."""
 
 import math
+import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,7 @@ import lm_eval
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
+from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -145,12 +147,12 @@ def perplexity_row(samples: list[dict], model: HarnessModel) -> dict:
     tokens = [len(model.tok_encode(sample["arguments"][0][0])) for sample in samples]
     # lm-eval counts the bytes and words of WikiText before it is detokenized, and so do we.
     size = sum(sample["bits_per_byte"][1] for sample in samples)
-    words = sum(sample["word_perplexity"][1] for sample in samples)
+    nats_per_word = sum(nll) / sum(Task.count_words(sample["target"]) for sample in samples)
     scores = perplexity_scores(nll, tokens, size)
     return {
         **scores,
         "perplexity_stderr": scores["stderr"] and scores["stderr"] * scores["perplexity"],
-        "word_perplexity": math.exp(sum(nll) / words),
+        "word_perplexity": math.exp(nats_per_word) if nats_per_word < math.log(sys.float_info.max) else None,
         "random": math.log(model.config.get_text_config().vocab_size),  # nats per token of a uniform guess
         "tokens": sum(tokens),
         "bytes": size,
