@@ -63,6 +63,14 @@ def test_calls_of_one_day_are_not_one_measurement(tmp_path, monkeypatch, capsys)
         benchmark_charts.newest(rows, [(STEP, "ours"), (STEP, "peer")])
 
 
+def test_a_row_that_cannot_be_written_leaves_the_others_out(tmp_path, capsys):
+    """A half of a measurement would be drawn as a whole one."""
+    rows = [results.measured_row("generate", STEP, name, [1.0], 1) for name in ("ours", "peer")]
+    with pytest.raises(ValueError, match="unknown"):
+        results.report([rows[0], {**rows[1], "unknown": 1}], tmp_path, 1.0, 1.0)
+    assert not (tmp_path / "results.csv").exists()
+
+
 def test_a_benchmark_writes_every_row_of_its_picture():
     """Rows named otherwise, as by an older `generate`, would keep the picture from ever being drawn anew."""
     rows = []
