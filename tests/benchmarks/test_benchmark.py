@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from complexity_deep.scripts import benchmark
-from complexity_deep.workflow.benchmarks import kernel_speed
+from complexity_deep.workflow.benchmarks import kernel_speed, user_paths
 from complexity_deep.workflow.benchmarks.results import FIELDS
 from complexity_deep.workflow.command import InputError
 from support import REPOSITORY
@@ -69,6 +71,22 @@ def test_quantiles_of_kernels_are_those_that_were_measured(monkeypatch):
         monkeypatch.setattr(f"{module}.{name}_rows", lambda *args, entry=entry, **options: [entry])
     for row in kernel_speed.benchmark_kernels("cuda"):
         assert (row["p20_ms"], row["median_ms"], row["p80_ms"]) == (1.0, 2.0, 9.0)
+
+
+def test_tokens_of_changing_lengths_are_those_that_were_timed(monkeypatch):
+    """With a model that takes one millisecond a token."""
+
+    def clock(call, repeats, device="cuda", warmup=3):
+        return [call() for _ in range(warmup + repeats)][warmup:]
+
+    model = SimpleNamespace(eval=lambda: lambda input_ids, attention_mask: float(input_ids.numel()))
+    monkeypatch.setattr(user_paths, "build", lambda *args: model)
+    monkeypatch.setattr(user_paths, "zipf_ids", lambda vocab_size, *shape, device: torch.ones(shape))
+    monkeypatch.setattr(user_paths, "timed", clock)
+    monkeypatch.setattr(user_paths, "host_times", clock)
+    config = SimpleNamespace(vocab_size=8, num_hidden_layers=1)
+    for row in user_paths.forward_rows("1.5b", "complexity-deep", config, repeats=7):
+        assert row["tokens_per_s"] == pytest.approx(1e3), row["case"]
 
 
 def test_models_divided_among_two_processes(tmp_path):
