@@ -384,6 +384,9 @@ def published_state_dict(model) -> dict[str, torch.Tensor]:
             continue
         if ".mlp.experts." in name:
             name, tensor = name.replace(".experts.", "."), tensor.transpose(1, 2)  # [E, out, in] -> [E, in, out]
+        if ".mu" in name or name.endswith("dynamics.controller_out.weight"):  # the zeros that loading replaced
+            stand_in = torch.full_like(tensor, nearly_zero(tensor.dtype))
+            tensor = tensor.masked_fill((tensor == stand_in).all(dim=-1, keepdim=True), 0)
         state[_name_in_file(config, name)] = tensor.detach().clone(memory_format=torch.contiguous_format)
     for layer in range(config.num_hidden_layers):
         state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = inv_freq.clone()

@@ -48,6 +48,8 @@ def main(args: argparse.Namespace) -> None:
     for name in ("max_tokens", "batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
+    if not 0 <= args.seed < 2**32:  # what scikit-learn takes
+        raise InputError(f"--seed must be from 0 to {2**32 - 1}, but is {args.seed}.")
     output_dir = output_folder(args.model, "analysis", args.output_dir)
     analysis, drawn = analyse(
         args.model,

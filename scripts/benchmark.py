@@ -24,7 +24,15 @@ from pathlib import Path
 
 import torch
 
-from complexity_deep.workflow.command import ArgumentParser, InputError, is_first_process, needs, run_script
+from complexity_deep.workflow.command import (
+    ArgumentParser,
+    InputError,
+    at_least,
+    first_line,
+    is_first_process,
+    needs,
+    run_script,
+)
 from complexity_deep.workflow.provenance import REPOSITORY
 
 with needs("train"):
@@ -47,7 +55,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model-config", default=str(REPOSITORY / "configs/30m.json"), help="shape of every model")
     parser.add_argument("--batch-size", type=int, default=1, help="rows per step")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row")
-    parser.add_argument("--document-length", type=int, help="tokens of a document; they do not see each other (train)")
+    parser.add_argument(
+        "--document-length", type=at_least(1), help="tokens of a document; they do not see each other (train)"
+    )
     parser.add_argument("--mixed-precision", action="store_true", help="fp32 weights with bf16 autocast (train)")
     parser.add_argument("--chunked-loss", action="store_true", help="the loss of pretrain.py (train)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations (train)")
@@ -114,6 +124,10 @@ def main(args: argparse.Namespace) -> None:
     for name in ("batch_size", "sequence_length", "new_tokens", "repeats", "draft_tokens"):
         if getattr(args, name) < 1 + (name == "new_tokens"):
             raise InputError(f"--{name.replace('_', '-')} is too small: {getattr(args, name)}.")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device '{args.device}' cannot be used: {first_line(error)}") from error
     if args.tensor_parallel and (args.benchmark != "generate" or processes() == 1):
         raise InputError("--tensor-parallel divides the models of generate among processes: start it by torchrun.")
     if args.device.startswith("cuda") and not args.skip_tests and is_first_process():

@@ -46,6 +46,8 @@ def main(args: argparse.Namespace) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # 60 bars that last no second
     output = output_folder(args.model, "evaluation", args.output_dir)
+    if not 0 < args.held_out_fraction <= 1:
+        raise InputError(f"--held-out-fraction must be above 0 and at most 1, but is {args.held_out_fraction}.")
     if args.context_factor and not args.held_out_text:
         raise InputError("--context-factor needs long documents: give --held-out-text.")
     state, device = join_processes(args.device)

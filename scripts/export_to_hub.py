@@ -57,7 +57,18 @@ def main(args: argparse.Namespace) -> None:
     run = Path(args.model)
     output = Path(args.output_dir or run.resolve().with_name(f"{run.resolve().name}-hub"))
     repo_id, api = args.push or args.repo_id, HfApi()
-    check_target(api, repo_id, args.revision, args.language, output, push=bool(args.push), public=args.public)
+    check_target(
+        api,
+        repo_id,
+        args.revision,
+        output,
+        languages=args.language,
+        license=args.license,
+        base_model=args.base_model,
+        datasets=args.datasets,
+        push=bool(args.push),
+        public=args.public,
+    )
     weights = weights_folder(run)
     facts = Run(run, weights, args.base_model, args.datasets)
     published = is_published(weights)

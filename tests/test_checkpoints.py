@@ -1,6 +1,7 @@
 """Published layouts in and out, native round trips, Trainer's resume, and files that must be refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -138,6 +139,24 @@ def test_the_published_format_writes_the_published_tensors_back(folder, tmp_path
         assert fields[key] == original[key], key
     ids = golden_logits()[0] % model.config.vocab_size
     torch.testing.assert_close(load(tmp_path)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("folder", ("v0.13-tiny", "v0.13-tiny-bf16"))
+def test_zeros_of_a_published_file_come_back_as_zeros(folder, tmp_path):
+    """A file of a new model has them, and loading puts a number that is nearly zero in their place."""
+    shutil.copytree(GOLDEN / folder, tmp_path / "published")
+    tensors = load_file(GOLDEN / folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("mu_proj.weight"):
+            tensor.zero_()
+        elif name.endswith("controller_out.weight"):
+            tensor[:8].zero_()
+    save_file(tensors, tmp_path / "published" / "model.safetensors", {"format": "pt"})
+    load(tmp_path / "published").save_pretrained(tmp_path / "native")
+    load(tmp_path / "native").save_published_format(tmp_path / "again")
+    written = load_file(tmp_path / "again" / "model.safetensors")
+    for name, tensor in tensors.items():
+        assert name.endswith("inv_freq") or torch.equal(written[name], tensor), name
 
 
 def test_the_published_format_refuses_what_the_published_package_cannot_compute(tmp_path):

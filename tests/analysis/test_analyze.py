@@ -394,6 +394,9 @@ def test_bad_input_is_one_sentence(folder, trained, tmp_path):
     broken.save_pretrained(tmp_path / "broken")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    quantized = {"model_type": "complexity-deep", "quantization_config": {"quant_method": "torchao"}}
+    (tmp_path / "quantized").mkdir()
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(quantized))
     (tmp_path / "short.txt").write_text("Too short.")
     (tmp_path / "file").write_text("")
     large = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -404,6 +407,7 @@ def test_bad_input_is_one_sentence(folder, trained, tmp_path):
         ({"model": str(tmp_path / "nowhere")}, "is no model"),
         ({"model": str(tmp_path / "broken")}, "not finite, the first in model.layers.0.self_attn.o_proj.weight"),
         ({"model": str(tmp_path / "adapter")}, "holds an adapter"),
+        ({"model": str(tmp_path / "quantized")}, "holds quantized weights"),
         ({"device": "nonsense"}, "cannot be used"),
         ({"tokenizer": None}, "has no tokenizer"),
         ({"tokenizer": str(tmp_path / "large")}, "name one with --tokenizer"),
@@ -412,6 +416,8 @@ def test_bad_input_is_one_sentence(folder, trained, tmp_path):
         ({"max_tokens": 63}, "less than one row"),
         ({"max_tokens": 0}, "must be at least 1"),
         ({"batch_size": 0}, "must be at least 1"),
+        ({"seed": -1}, "--seed must be from 0"),
+        ({"seed": 2**64}, "--seed must be from 0"),
         ({"output_dir": str(tmp_path / "file")}, "is a file"),
         ({"output_dir": str(tmp_path / "file" / "out")}, "is a file"),
         ({"output_dir": "/proc/out"}, "cannot be written"),

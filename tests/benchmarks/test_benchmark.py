@@ -5,10 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from complexity_deep.scripts import benchmark
+from complexity_deep.workflow.benchmarks import kernel_speed, user_paths
 from complexity_deep.workflow.benchmarks.results import FIELDS
 from complexity_deep.workflow.command import InputError
 from support import REPOSITORY
@@ -31,12 +34,22 @@ def test_refused_before_the_work(tmp_path, monkeypatch):
         (["--output-dir", tmp_path], "is no table of this script's results"),
         (["--output-dir", tmp_path / "new", "--batch-size", 0], "--batch-size is too small: 0."),
         (["--output-dir", tmp_path / "new", "--tensor-parallel"], "start it by torchrun"),
+        (["--output-dir", tmp_path / "new", "--device", "nonsense"], "The device 'nonsense' cannot be used"),
         (["--output-dir", tmp_path / "new", "--model-config", strict], "is no config that loads: .*'vocab_size'"),
         (["--output-dir", tmp_path / "new", "--model-config", "configs/absent.json"], "loads: .*No such file"),
     ):
         with pytest.raises(InputError, match=sentence):
             run(monkeypatch, *options)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--output-dir", tmp_path / "new", "--document-length", -3)
     assert (tmp_path / "results.csv").read_text() == "name,value\n" and not (tmp_path / "new").exists()
+
+
+def test_an_attention_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "ceilings", lambda device: (1.0, 1.0))
+    with pytest.raises(InputError, match="--attn-implementation 'foo' cannot be used"):
+        run(monkeypatch, "--attn-implementation", "foo", "--output-dir", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_rows_are_added_with_the_count_of_flops(tmp_path, monkeypatch, capsys):
@@ -46,6 +59,34 @@ def test_rows_are_added_with_the_count_of_flops(tmp_path, monkeypatch, capsys):
         run(monkeypatch, *options, "--repeats", 1, "--only", "complexity-deep", "--output-dir", tmp_path)
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines[0] == ",".join(FIELDS) and len(lines) == 1 + 2 * 2
+
+
+def test_quantiles_of_kernels_are_those_that_were_measured(monkeypatch):
+    """The timer gives them: they are not taken once more from median and quantiles."""
+    pytest.importorskip("triton")
+    for name in ("cggr", "dynamics", "dynamics_decode", "qkv", "qkv_decode", "decode_attention", "decode_layer"):
+        part = {"cggr": "experts", "decode_attention": "decode", "decode_layer": "decode"}.get(name, "dynamics")
+        module = f"complexity_deep.workflow.benchmarks.kernel_cases_{part}"
+        entry = {"op": name, "variant": "this", "tokens": 1, "pass": "forward", "ms": 2.0, "low": 1.0, "high": 9.0}
+        monkeypatch.setattr(f"{module}.{name}_rows", lambda *args, entry=entry, **options: [entry])
+    for row in kernel_speed.benchmark_kernels("cuda"):
+        assert (row["p20_ms"], row["median_ms"], row["p80_ms"]) == (1.0, 2.0, 9.0)
+
+
+def test_tokens_of_changing_lengths_are_those_that_were_timed(monkeypatch):
+    """With a model that takes one millisecond a token."""
+
+    def clock(call, repeats, device="cuda", warmup=3):
+        return [call() for _ in range(warmup + repeats)][warmup:]
+
+    model = SimpleNamespace(eval=lambda: lambda input_ids, attention_mask: float(input_ids.numel()))
+    monkeypatch.setattr(user_paths, "build", lambda *args: model)
+    monkeypatch.setattr(user_paths, "zipf_ids", lambda vocab_size, *shape, device: torch.ones(shape))
+    monkeypatch.setattr(user_paths, "timed", clock)
+    monkeypatch.setattr(user_paths, "host_times", clock)
+    config = SimpleNamespace(vocab_size=8, num_hidden_layers=1)
+    for row in user_paths.forward_rows("1.5b", "complexity-deep", config, repeats=7):
+        assert row["tokens_per_s"] == pytest.approx(1e3), row["case"]
 
 
 def test_models_divided_among_two_processes(tmp_path):

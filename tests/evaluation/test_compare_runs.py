@@ -77,6 +77,11 @@ def test_the_picture_of_a_name_with_a_space_is_linked(tmp_path, monkeypatch):
     assert "](two%20runs.png)" in (tmp_path / "two runs.md").read_text()
 
 
+def test_a_bar_in_a_name_does_not_break_the_table(tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path / "out", write_run(tmp_path / "a|b", 1.0))
+    assert "|  | a\\|b |\n" in (tmp_path / "out.md").read_text()
+
+
 def test_standard_errors_are_shown_where_the_runs_have_them(tmp_path, monkeypatch):
     runs = [write_run(tmp_path / "old", 1.25), write_run(tmp_path / "new", 1.5)]
     summary = json.loads((runs[1] / "training_summary.json").read_text())

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from complexity_deep.scripts import evaluate as script
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.tokenizer_training import train_bpe
+from complexity_deep.workflow.evaluation import task_data
 from complexity_deep.workflow.evaluation.contamination import contamination
 from complexity_deep.workflow.evaluation.harness import HarnessModel
 from complexity_deep.workflow.evaluation.perplexity import perplexity_metrics, perplexity_scores, token_nll
@@ -373,17 +374,6 @@ def test_perplexity_of_windows(tmp_path, llama_folder, stride):
         assert all(math.isclose(-mine, other, rel_tol=1e-5) for mine, other in zip(nll, theirs))
 
 
-def test_text_without_spaces(tmp_path, llama_folder):
-    """A text in Chinese or Thai is one word to lm-eval, and the perplexity by words more than any number."""
-    source = tmp_path / "text.jsonl"
-    source.write_text(json.dumps({"text": "w3" + "今天天气很好" * 200}, ensure_ascii=False) + "\n")
-    report = evaluate(llama_folder, tmp_path / "out", "--tasks", "--held-out-text", source)
-    (row,) = report["perplexity"]
-    assert row["word_perplexity"] is None and math.isfinite(row["bits_per_byte"])
-    assert row["nll_per_token"] * row["tokens"] > 710
-    assert f"| {row['bits_per_byte']:.4f} |  |" in (tmp_path / "out" / "evaluation.md").read_text()
-
-
 def test_uniform_model_has_the_perplexity_of_guessing(tmp_path, data, rows):
     model = llama()
     torch.nn.init.zeros_(model.lm_head.weight)
@@ -520,6 +510,37 @@ def test_bad_options(capsys, llama_folder, option, value):
     with pytest.raises(SystemExit) as caught:
         evaluate(llama_folder, llama_folder, option, value)
     assert caught.value.code == 2 and f"'{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fraction", [-1, 0, 2, math.nan])
+def test_a_share_that_is_none_is_refused(tmp_path, monkeypatch, llama_folder, fraction):
+    monkeypatch.setattr(script, "load_harness", lambda *arguments, **options: pytest.fail("the work began"))
+    with pytest.raises(InputError, match="above 0 and at most 1"):
+        evaluate(llama_folder, tmp_path / "out", "--held-out-text", "embedded", f"--held-out-fraction={fraction}")
+
+
+def test_text_without_spaces_has_no_perplexity_per_word(tmp_path, llama_folder):
+    """The number of one word of thousands of characters is larger than a float; every other score stands."""
+    write(tmp_path / "text.parquet", [{"text": "石头和水都是自然的东西" * 60}, {"text": "two words"}])
+    report = evaluate(llama_folder, tmp_path / "out", "--tasks", "--held-out-text", tmp_path / "text.parquet")
+    (row,) = report["perplexity"]
+    assert row["word_perplexity"] is None and row["nll_per_token"] * row["tokens"] > 710
+    assert f"| {row['bits_per_byte']:.4f} |  |" in (tmp_path / "out" / "evaluation.md").read_text()
+    write(tmp_path / "text.parquet", [{"text": "two words"}, {"text": "three  words more"}])
+    report = evaluate(llama_folder, tmp_path / "out", "--tasks", "--held-out-text", tmp_path / "text.parquet")
+    (row,) = report["perplexity"]
+    assert math.isclose(row["word_perplexity"], math.exp(row["nll_per_token"] * row["tokens"] / 5))
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_the_report_says_where_text_was_cut(tmp_path, monkeypatch, llama_folder, most):
+    """What the card's metadata then does not take for a result of the whole dataset."""
+    monkeypatch.setattr(task_data, "HELD_OUT_DOCUMENTS", most)
+    write(tmp_path / "text.parquet", [{"text": text} for text in ("one stone", "two", "a third")])
+    report = evaluate(llama_folder, tmp_path / "out", "--tasks", "--held-out-text", tmp_path / "text.parquet")
+    (row,) = report["perplexity"]
+    assert row["documents"] == most
+    assert row["note"] == ("only the first 2 documents of the text" if most == 2 else "")
 
 
 def test_the_output_folder_is_checked_first(tmp_path, monkeypatch, llama_folder):

@@ -23,6 +23,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, parse_eval_result_e
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.quantization_config import QuantizationMethod
 
 from complexity_deep import ComplexityDeepForCausalLM
 from complexity_deep.scripts import export_to_hub
@@ -262,6 +263,7 @@ def test_a_published_folder_is_converted(published_folder, tmp_path):
     assert (logits - golden["logits"]).abs().max() < 5e-5
     card = (output / "README.md").read_text()
     assert ModelCard(card).data.license == "cc-by-nc-4.0" and "does not change their licence" in card
+    assert "without a change to what it computes" in card  # rows of zeros are nearly zero in our layout
     for heading in ("## Training", "## Evaluation", "## What the experts learned"):
         assert heading not in card  # nothing is known about them
 
@@ -322,6 +324,36 @@ def test_every_fact_is_that_of_a_file(chat_run, tmp_path):
         assert shown in changed and shown not in card, shown
 
 
+def test_names_with_bars_do_not_break_tables(chat_run, tmp_path):
+    evaluation, data = copy.deepcopy((EVALUATION, SFT_DATA))
+    evaluation["perplexity"][0]["corpus"], data[1]["name"] = "data/<a>|b.txt", "/data/c|d.jsonl"
+    write_json(chat_run / "evaluation" / "evaluation.json", evaluation)
+    write_json(chat_run / "sft_data.json", data)
+    card = card_of(chat_run, tmp_path / "card")
+    assert "| &lt;a&gt;\\|b.txt | 228.62" in card and "| local files, `c\\|d.jsonl` | train |" in card
+
+
+def test_every_figure_that_is_copied_is_shown(chat_run, tmp_path):
+    shutil.copyfile(chat_run / "loss_curve.png", chat_run / "evaluation" / "long_context.png")
+    card = card_of(chat_run, tmp_path / "card")
+    for path in (tmp_path / "card" / "figures").iterdir():
+        assert f"](figures/{path.name})" in card, path.name
+
+
+def test_the_context_is_that_of_the_training(pretrained, tmp_path):
+    """Its rows were half as long as the model's positions reach."""
+    assert "is meant for a context of 64 tokens." in card_of(pretrained, tmp_path / "card")
+
+
+def test_a_dense_model_has_no_heading_of_experts(tmp_path, pretrained):
+    run = tmp_path / "run"
+    ComplexityDeepForCausalLM(tiny_config(vocab_size=280, num_experts=1)).save_pretrained(run)
+    AutoTokenizer.from_pretrained(pretrained).save_pretrained(run)
+    write_json(run / "analysis" / "analysis.json", {**ANALYSIS, "figures": {}})
+    card = card_of(run, tmp_path / "card")
+    assert "## Analysis" in card and "What the experts learned" not in card
+
+
 def test_no_number_is_typed_into_the_template():
     text = re.sub(r"{#.*?#}|{%.*?%}|{{.*?}}", "", TEMPLATE.read_text(), flags=re.DOTALL)
     text = re.sub(r"^```python\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -364,6 +396,17 @@ def test_the_card_names_every_part_of_the_architecture(pretrained, tmp_path):
     ):
         assert part in card
     assert "| routing table | random, one for each layer |" in card and "INL dynamics" not in card
+
+
+def test_a_quantized_model_needs_its_quantizer(pretrained, tmp_path):
+    model, tokenizer = load_model(pretrained, dtype="auto"), AutoTokenizer.from_pretrained(pretrained)
+    model.config.save_pretrained(tmp_path)
+    model.config.quantization_config = SimpleNamespace(quant_method=QuantizationMethod.TORCHAO)
+    options = {"repo_id": "somebody/small-model", "revision": "v1", "license": "mit", "languages": ["en"]}
+    write_card(tmp_path, Run(pretrained, pretrained), model, tokenizer, is_published=False, **options)
+    card = (tmp_path / "README.md").read_text()
+    assert '"transformers>=5.17" "torchao"\n' in card
+    assert "| dtype of the weights | float32, where torchao did not quantize them |" in card
 
 
 def test_another_architecture(pretrained, tmp_path, no_checks):
@@ -455,6 +498,10 @@ def test_wrong_options(chat_run, published_folder, tmp_path, monkeypatch):
     assert "not a tag" in refusal(chat_run, revision='v1", "')
     assert "--public" in refusal(chat_run, public=True)
     assert "not an ISO code" in refusal(chat_run, language=["English"])
+    for license in ("Apache 2.0", "mit: yes", ""):
+        assert "not as the Hub spells a licence" in refusal(chat_run, license=license)
+    assert "--base-model '/runs/base' is not an id" in refusal(chat_run, base_model="/runs/base")
+    assert "--datasets 'data/*.txt' is not an id" in refusal(chat_run, datasets=["a/b", "data/*.txt"])
     (tmp_path / "file").touch()
     assert "is a file" in refusal(chat_run, output_dir=str(tmp_path / "file" / "out"))
     assert "cannot be written" in refusal(chat_run, output_dir="/proc/out")

@@ -32,14 +32,17 @@ def load_analysed_model(path: str, device: str) -> PreTrainedModel:
     if Path(path, "adapter_config.json").is_file():
         raise InputError(f"{path} holds an adapter; merge it into its model, save that and analyse it.")
     try:
-        model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type", "complexity-deep")
+        fields = PreTrainedConfig.get_config_dict(path)[0]
     except (OSError, ValueError) as error:
         raise InputError(f"'{path}' is no model: {why_not(path, error)}") from error
+    model_type = fields.get("model_type", "complexity-deep")
     if model_type != "complexity-deep":
         raise InputError(
             f"{path} is a '{model_type}' model; this script reads the experts, mu and velocity of Complexity-Deep "
             "models only."
         )
+    if "quantization_config" in fields:
+        raise InputError(f"{path} holds quantized weights; analyse the model that they were made from.")
     model = load_model(path, device, ComplexityDeepForCausalLM, dtype=torch.float32)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():

@@ -45,7 +45,7 @@ def new_figure(title: str, rows: list[dict], height: float, columns: int) -> tup
     axes = figure.subplots(1, columns, squeeze=False)[0]
     figure.suptitle(title, fontsize=13, fontweight="bold")
     runs = dict.fromkeys(
-        "{device}, torch {torch}, triton {triton}, commit {commit}, {date}".format(**row) for row in rows
+        "{device}, torch {torch}, triton {triton}, commit {commit}, {date:.10}".format(**row) for row in rows
     )
     figure.supxlabel("\n".join(runs), fontsize=9, color="#666666")
     for axis in axes:
@@ -134,7 +134,6 @@ def tokens_per_s(results: list[dict]) -> Figure:
     cases = {
         "training, compiled": [("1.5b 8x2048 step", f"{name}, sdpa, compiled") for name in NAMES],
         "generate, static cache": [("1.5b batch 1 decode step", f"{name}, static cache") for name in NAMES],
-        "generate, growing cache": [("1.5b batch 1 decode step", f"{name}, dynamic cache") for name in NAMES],
         "forward, 128 tokens": [("1.5b 1x128 forward", name) for name in NAMES],
     }
     found = [newest(results, keys) for keys in cases.values()]

@@ -18,7 +18,7 @@ from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import record
 from complexity_deep.workflow.benchmarks.results import measured_row
 from complexity_deep.workflow.benchmarks.timing import timed
-from complexity_deep.workflow.command import InputError, is_first_process, one_line
+from complexity_deep.workflow.command import InputError, first_line, is_first_process, one_line
 from complexity_deep.workflow.flops import flops_per_token
 
 
@@ -54,10 +54,18 @@ def zipf_ids(vocab_size: int, *shape: int, device: str) -> torch.Tensor:
 
 
 def build(config, device: str, attn_implementation: str, dtype: torch.dtype | None = None):
-    """A model with random weights, in bf16 on a GPU and fp32 on the CPU unless `dtype` says otherwise."""
+    """A model with random weights, in bf16 on a GPU and fp32 on the CPU unless `dtype` says otherwise.
+
+    Raises `InputError` for an attention that is not there.
+    """
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    try:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"--attn-implementation '{attn_implementation}' cannot be used: {first_line(error)}"
+        ) from error
 
 
 def processes() -> int:

@@ -1,13 +1,15 @@
 """Measured rows: a table, benchmarks/results.csv and a line of JSON."""
 
 import csv
+import io
 import json
 import statistics
+from datetime import datetime
 from pathlib import Path
 
 import complexity_deep  # noqa: F401 (registers the architecture)
 from complexity_deep.workflow.benchmarks.charts import draw
-from complexity_deep.workflow.command import InputError, check_output_folder
+from complexity_deep.workflow.command import InputError, check_output_folder, uninterrupted
 from complexity_deep.workflow.markdown_table import table
 from complexity_deep.workflow.provenance import provenance
 
@@ -32,7 +34,8 @@ def report(rows: list[dict], directory: Path, matmul: float, copy: float) -> Non
 
     `matmul` (TFLOP/s) and `copy` (GB/s) are the rates that the shares of the rows refer to.
     """
-    source = provenance()
+    # With the time of day, which tells the rows of two calls of one day apart.
+    source = provenance() | {"date": datetime.now().isoformat(timespec="seconds")}
     for entry in rows:
         if entry.get("tflops"):
             entry["percent_of_matmul"] = 100 * entry["tflops"] / matmul
@@ -51,12 +54,13 @@ def report(rows: list[dict], directory: Path, matmul: float, copy: float) -> Non
 
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "results.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in entry.items()} for entry in rows)
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, FIELDS)
+    if not path.exists():
+        writer.writeheader()
+    writer.writerows({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in entry.items()} for entry in rows)
+    with uninterrupted(), path.open("a", newline="", encoding="utf-8") as file:
+        file.write(lines.getvalue())
     draw(directory)
     print(json.dumps({"matmul_tflops": matmul, "copy_gb_per_s": copy, "rows": rows}))
 

@@ -64,10 +64,13 @@ def forward_rows(shape: str, name: str, config, repeats: int) -> list[dict]:
         rows.append(measured_row("users", f"{shape} forward {batch}x{length}", name, times, batch * length))
     count = 5 * repeats
     new = iter([tokens(1, 100 + index) for index in range(2 * count + 6)])
+    middle = 103 + count // 2  # of the lengths that are timed, after three that warm up
     times = timed(lambda: model(**next(new)), count, "cuda", warmup=3)
-    rows.append(measured_row("users", f"{shape} forward 1x100 and on, each length once", name, times, 100 + count // 2))
+    rows.append(measured_row("users", f"{shape} forward 1x100 and on, each length once", name, times, middle))
     times = [took / config.num_hidden_layers for took in host_times(lambda: model(**next(new)), count)]
-    rows.append(measured_row("users", f"{shape} host time of a layer, each length once", name, times, 100 + count))
+    rows.append(
+        measured_row("users", f"{shape} host time of a layer, each length once", name, times, middle + count + 3)
+    )
     return rows
 
 

@@ -145,9 +145,8 @@ def perplexity_row(samples: list[dict], model: HarnessModel) -> dict:
     tokens = [len(model.tok_encode(sample["arguments"][0][0])) for sample in samples]
     # lm-eval counts the bytes and words of WikiText before it is detokenized, and so do we.
     size = sum(sample["bits_per_byte"][1] for sample in samples)
-    words = sum(sample["word_perplexity"][1] for sample in samples)
     scores = perplexity_scores(nll, tokens, size)
-    nll_per_word = sum(nll) / words
+    nll_per_word = sum(nll) / sum(sample["word_perplexity"][1] for sample in samples)
     return {
         **scores,
         "perplexity_stderr": scores["stderr"] and scores["stderr"] * scores["perplexity"],
@@ -208,7 +207,7 @@ def run_tasks(
     for task, source in staged.texts.items():
         row = perplexity_row(results["samples"][task], model)
         corpus = "/".join(Path(source).parts[-2:])  # not the whole path, which tells about the machine and its user
-        perplexity.append({"corpus": corpus, **row, "dataset": corpus, "note": limited})
+        perplexity.append({"corpus": corpus, **row, "dataset": corpus, "note": limited or staged.notes.get(task, "")})
     device = model.device.type
     return {
         "model": Path(path).resolve().name if Path(path).is_dir() else path,

@@ -200,10 +200,13 @@ def stage_benchmark(folder: Path, staged: StagedTasks, task: str, data_dir: Path
 def stage_text(folder: Path, staged: StagedTasks, source: str, fraction: float) -> dict:
     """A task for one source of held-out text."""
     texts = (text for text in read_documents(load_sources([source])) if is_held_out(text, fraction))
-    texts = list(itertools.islice(texts, HELD_OUT_DOCUMENTS))
+    texts = list(itertools.islice(texts, HELD_OUT_DOCUMENTS + 1))
     if not texts:
         raise InputError(f"The source '{source}' has no held-out document: raise --held-out-fraction (now {fraction}).")
     name = f"held_out_text_{len(staged.texts)}"
+    if len(texts) > HELD_OUT_DOCUMENTS:
+        texts.pop()
+        staged.notes[name] = f"only the first {HELD_OUT_DOCUMENTS:,} documents of the text"
     data = write_dataset(folder / name, {"default": {"test": pyarrow.table({"text": texts})}})
     (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **HELD_OUT_TASK, **data}))
     staged.texts[name] = source

@@ -207,7 +207,7 @@ def speed_lines(arms: list[Arm], steps: dict[str, dict], active: int) -> list[st
         f"{TOKENS_PER_PARAMETER} tokens for each are {tokens / 1e9:.1f}B tokens; every model gets as many. Speeds are",
         f"those of one {steps[OURS]['device']} in training steps of 8 rows of {ROW_LENGTH:,} tokens, AdamW",
         f"included and with bf16 weights, the newest of [results.csv](../../benchmarks/results.csv) (commit {commits},",
-        f"{steps[OURS]['date']}).",
+        f"{steps[OURS]['date'][:10]}).",
     )
     after = paragraph(
         f"A GPU hour is taken to cost {PRICE_PER_GPU_HOUR:.2f} US dollars, which is an assumption and not a",

@@ -3,7 +3,7 @@
 import html
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from complexity_deep.workflow.evaluation.perplexity import held_out
 from complexity_deep.workflow.flops import parameter_counts
@@ -84,7 +84,15 @@ def architecture_rows(model: PreTrainedModel) -> dict[str, str]:
     else:
         rows["MLP width"] = shown(config.intermediate_size)
     rows["dtype of the weights"] = str(model.dtype).removeprefix("torch.")
+    if method := quantizer(config):
+        rows["dtype of the weights"] += f", where {method} did not quantize them"
     return rows
+
+
+def quantizer(config: PreTrainedConfig) -> str | None:
+    """What quantized the weights, as the library calls it: torchao, bitsandbytes. None for whole ones."""
+    settings = getattr(config, "quantization_config", None)
+    return settings and str(getattr(settings.quant_method, "value", settings.quant_method))
 
 
 def source_rows(run: Run) -> list[dict]:
@@ -163,7 +171,7 @@ def task_rows(run: Run) -> list[dict]:
 def perplexity_rows(run: Run) -> list[dict]:
     return [
         {
-            "corpus": Path(row["corpus"]).name if not is_hub_id(row["corpus"].partition(":")[0]) else row["corpus"],
+            "corpus": shown(row["corpus"] if is_hub_id(row["corpus"].partition(":")[0]) else Path(row["corpus"]).name),
             "perplexity": number(row["perplexity"], 2, row["stderr"] and row["stderr"] * row["perplexity"]),
             "nll": number(row["nll_per_token"], 4, row["stderr"]),
             "bits_per_byte": number(row["bits_per_byte"], 4),

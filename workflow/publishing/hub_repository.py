@@ -11,7 +11,17 @@ from complexity_deep.workflow.command import InputError, check_output_folder, fi
 
 
 def check_target(
-    api: HfApi, repo_id: str, revision: str, languages: list[str], output_dir: Path, *, push: bool, public: bool
+    api: HfApi,
+    repo_id: str,
+    revision: str,
+    output_dir: Path,
+    *,
+    languages: list[str],
+    license: str | None,
+    base_model: str | None,
+    datasets: list[str],
+    push: bool,
+    public: bool,
 ) -> None:
     """Raise where the result could not be written or uploaded, before any work is done."""
     try:
@@ -25,6 +35,14 @@ def check_target(
     for language in languages:
         if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", language):
             raise InputError(f"--language '{language}' is not an ISO code: write it as the Hub does, e.g. en.")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise InputError(f"--license '{license}' is not as the Hub spells a licence: e.g. apache-2.0.")
+    given = [("--base-model", base_model)] if base_model is not None else []
+    for option, name in [*given, *(("--datasets", name) for name in datasets)]:
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise InputError(f"{option} '{name}' is not an id of the Hub: {first_line(error)}") from error
     if public and not push:
         raise InputError("--public is about --push, which is not given.")
     if output_dir.exists():

@@ -21,7 +21,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from complexity_deep.workflow.flops import parameter_counts
 from complexity_deep.workflow.provenance import REPOSITORY
@@ -32,6 +32,7 @@ from complexity_deep.workflow.publishing.card_tables import (
     notes,
     perplexity_rows,
     procedure_rows,
+    quantizer,
     source_rows,
     task_rows,
 )
@@ -67,11 +68,13 @@ def not_supported() -> list[str]:
     return [point["text"] for point in points if point["on_cards"]]
 
 
-def requirements() -> dict[str, str]:
-    """Versions that our package allows, of the libraries that a model with its own code needs."""
+def requirements(config: PreTrainedConfig) -> dict[str, str]:
+    """Versions that our package allows, of the libraries that a model with its own code needs; and its quantizer."""
     lines = [line.replace(" ", "") for line in importlib.metadata.requires(PACKAGE)]
     found = (re.fullmatch(r"(torch|transformers)([<>=~!].*)", line) for line in lines)
-    return {match[1]: ",".join(sorted(match[2].split(","), reverse=True)) for match in found if match}  # >= before <
+    needed = {match[1]: ",".join(sorted(match[2].split(","), reverse=True)) for match in found if match}  # >= before <
+    method = quantizer(config)
+    return needed | ({method: ""} if method in ("torchao", "bitsandbytes") else {})  # packages of the same name
 
 
 def write_card(
@@ -124,7 +127,7 @@ def write_card(
         is_fine_tuned=bool(run.sft_data),
         base_name=run.base_name,
         architecture=architecture_rows(model),
-        requirements=requirements() if is_ours else {},
+        requirements=requirements(model.config) if is_ours else {},
         tested={
             "Python": platform.python_version(),
             "torch": torch.__version__,
@@ -136,6 +139,7 @@ def write_card(
         procedure=procedure_rows(run),
         hyperparameters=hyperparameter_rows(run),
         tokens=summary.get("tokens"),
+        row_length=summary.get("row_length"),
         held_out=loss_rows(run),
         evaluation=run.evaluation,
         tasks=task_rows(run),
