@@ -330,19 +330,16 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
     """
     rows, _, hidden = hidden_states.shape
     attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
-    if any(type(part).__module__ != type(layer).__module__ for part in (attention, dynamics, mlp)):
-        return False  # a class around a part, which need not have its attributes, or a part that the model has not
+    experts = getattr(mlp, "experts", None)
+    if any(type(part).__module__ != type(layer).__module__ for part in (attention, dynamics, mlp, experts)):
+        return False  # None, or the class of an adapter or of the caller, which need not have the attributes of ours
     # A compiled program holds for what was asked while it was traced. The number of rows is asked about in steps of one
     # token only, so that a program for longer rows holds for any number of them.
     if not _is_decode_step(attention, hidden_states, mask, cache) or rows > MAX_ROWS:
         return False
-    experts = getattr(mlp, "experts", None)
-    if experts is None or not layer.config.use_dynamics:
-        return False
-    if type(experts).__module__ != type(layer).__module__:  # an adapter's class, which has other attributes
-        return False
     return (
-        mlp.shared_expert is None
+        layer.config.use_dynamics
+        and mlp.shared_expert is None
         and activation_of(experts) is not None
         and _has_own_norms(attention)
         and attention.value_embedding is None

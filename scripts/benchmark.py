@@ -24,15 +24,7 @@ from pathlib import Path
 
 import torch
 
-from complexity_deep.workflow.command import (
-    ArgumentParser,
-    InputError,
-    at_least,
-    first_line,
-    is_first_process,
-    needs,
-    run_script,
-)
+from complexity_deep.workflow.command import ArgumentParser, InputError, at_least, is_first_process, needs, run_script
 from complexity_deep.workflow.provenance import REPOSITORY
 
 with needs("train"):
@@ -42,6 +34,7 @@ with needs("train"):
     from complexity_deep.workflow.benchmarks.speculation import benchmark_speculation, check_speculation
     from complexity_deep.workflow.benchmarks.timing import ceilings
     from complexity_deep.workflow.benchmarks.user_paths import PARTS, benchmark_users
+    from complexity_deep.workflow.saved_model import usable
 
 
 def default_output() -> str:
@@ -124,10 +117,8 @@ def main(args: argparse.Namespace) -> None:
     for name in ("batch_size", "sequence_length", "new_tokens", "repeats", "draft_tokens"):
         if getattr(args, name) < 1 + (name == "new_tokens"):
             raise InputError(f"--{name.replace('_', '-')} is too small: {getattr(args, name)}.")
-    try:
+    with usable(args.device):
         torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device '{args.device}' cannot be used: {first_line(error)}") from error
     if args.tensor_parallel and (args.benchmark != "generate" or processes() == 1):
         raise InputError("--tensor-parallel divides the models of generate among processes: start it by torchrun.")
     if args.device.startswith("cuda") and not args.skip_tests and is_first_process():

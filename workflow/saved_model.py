@@ -1,5 +1,7 @@
 """A saved model and its tokenizer, and a sentence for each way in which they do not load."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -24,6 +26,15 @@ def why_not(path: str | Path, error: Exception) -> str:
     return first_line(error)
 
 
+@contextlib.contextmanager
+def usable(device: str) -> Iterator[None]:
+    """Within it, what is put on a device that is not there raises `InputError`."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device '{device}' cannot be used: {first_line(error)}") from error
+
+
 def load_model(
     path: str | Path, device: str = "cpu", model_class: type = AutoModelForCausalLM, **options
 ) -> PreTrainedModel:
@@ -36,10 +47,8 @@ def load_model(
         model = model_class.from_pretrained(path, trust_remote_code=True, **options).eval()
     except Exception as error:  # a wrong shape, a strict config and code of the folder's own raise classes of their own
         raise InputError(f"'{path}' is not a causal language model that loads: {why_not(path, error)}") from error
-    try:
+    with usable(device):
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device '{device}' cannot be used: {first_line(error)}") from error
 
 
 def ids_of(tokenizer) -> int:

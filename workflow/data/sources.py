@@ -42,8 +42,9 @@ def files_of_pattern(source: str) -> list[str]:
 
 def is_empty(file: str) -> bool:
     """Whether a file has no bytes or, of parquet, no rows; `InputError` for one that is no parquet file."""
-    if os.path.getsize(file) == 0 or not file.endswith(".parquet"):
-        return os.path.getsize(file) == 0
+    size = os.path.getsize(file)
+    if size == 0 or not file.endswith(".parquet"):
+        return size == 0
     try:
         return pyarrow.parquet.read_metadata(file).num_rows == 0
     except (OSError, pyarrow.ArrowException) as error:
