@@ -14,7 +14,7 @@ import functools
 import os
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -330,7 +330,7 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
     """
     rows, _, hidden = hidden_states.shape
     attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
-    experts = getattr(mlp, "experts", None)
+    experts: Any = getattr(mlp, "experts", None)
     if any(type(part).__module__ != type(layer).__module__ for part in (attention, dynamics, mlp, experts)):
         return False  # None, or the class of an adapter or of the caller, which need not have the attributes of ours
     # A compiled program holds for what was asked while it was traced. The number of rows is asked about in steps of one
