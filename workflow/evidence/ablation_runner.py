@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ class Runner:
         self.logs = Path(log_dir)
         self.logs.mkdir(parents=True, exist_ok=True)
         self.queue, self.failed = deque(), 0
-        self.running, self.stopped, self.interrupted, self.errors = set(), False, False, []
+        self.running, self.stopped, self.interrupted = set(), False, False
         # A start collects the children that have ended. If another thread joins one at the time, its exit code is lost.
         self.starts_and_joins = threading.Lock()
 
@@ -57,21 +58,19 @@ class Runner:
         self.queue.extend(runs)
         places = [gpu for _ in range(self.runs_per_gpu) for gpu in gpus]
         self.threads = max(1, (os.cpu_count() or 1) // len(places))
-        threads = [threading.Thread(target=self._serve, args=(gpu,)) for gpu in places]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        except KeyboardInterrupt:
-            self._interrupt()
-            for thread in threads:  # each records that its run was stopped
-                thread.join()
-            raise
-        for error in self.errors[1:]:
+        with ThreadPoolExecutor(len(places)) as pool:
+            ends = [pool.submit(self._serve, gpu) for gpu in places]
+            try:
+                wait(ends)
+            except KeyboardInterrupt:
+                self._interrupt()
+                wait(ends)  # each records that its run was stopped
+                raise
+        errors = [error for error in (end.exception() for end in ends) if error is not None]
+        for error in errors[1:]:
             print(error, file=sys.stderr)
-        if self.errors:
-            raise self.errors[0]
+        if errors:
+            raise errors[0]
 
     def _interrupt(self) -> None:
         """Begin no further run, and end those that go on."""
@@ -83,9 +82,9 @@ class Runner:
     def _serve(self, gpu: str) -> None:
         try:
             self._serve_runs(gpu)
-        except Exception as error:  # where a row cannot be written, no further run is begun
+        except Exception:  # where a row cannot be written, no further run is begun
             self.stopped = True
-            self.errors.append(error)
+            raise
 
     def _serve_runs(self, gpu: str) -> None:
         while not self.stopped and time.monotonic() - self.started < self.minutes * 60:
