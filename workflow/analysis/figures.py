@@ -4,14 +4,11 @@ import math
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-from complexity_deep.workflow.charts import draw_expert_loads, subplots, write_figure
-
-matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from complexity_deep.workflow.charts import draw_expert_loads, subplots, write_figure
 
 CHECKPOINT, UNTRAINED, NULL = "#1f6fb4", "#777777", "black"
 CLASS_COLOURS = {
