@@ -11,7 +11,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from complexity_deep.workflow.command import InputError, whole_folder
 from complexity_deep.workflow.data.conversations import ChatEncoder, load_conversations, shuffled_mix, split_held_out
 from complexity_deep.workflow.data.sources import check_weights
-from complexity_deep.workflow.saved_model import ids_of, why_not
+from complexity_deep.workflow.saved_model import check_vocabulary, why_not
 from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
 from complexity_deep.workflow.training.resumable_trainer import ResumableTrainerMixin
 
@@ -106,9 +106,7 @@ def check_sizes(model: PreTrainedModel, tokenizer, training_args: SFTConfig) -> 
     training_args.max_length = training_args.max_length or positions
     if training_args.max_length > positions:
         raise InputError(f"max_length {training_args.max_length} is more than the model's {positions} positions.")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if ids_of(tokenizer) > vocabulary:
-        raise InputError(f"The tokenizer has {ids_of(tokenizer):,} tokens, but the model only {vocabulary:,}.")
+    check_vocabulary(model, tokenizer)
 
 
 def lora_config(model_args: ModelConfig, model: PreTrainedModel):
