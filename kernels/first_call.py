@@ -72,7 +72,7 @@ class _Layer:
         for given in (highway, None):
             _inl_dynamics_block.function(h, v, given, *weights, self.config.dynamics_dt)
         if trains:
-            grads = h, v, h, highway, None  # of a layer within; the last layer has no others above
+            grads = h, v, h, highway, None  # of a layer with another one above; the last layer gets that of h alone
             saved = h, v, mu, z_pre, z, *weights[1:3], *weights[4:]
             for given, has_highway in ((grads, True), (grads, False), ((h, None, None, None, None), True)):
                 _inl_dynamics_block_backward.function(*given, *saved, self.config.dynamics_dt, has_highway)

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # 60 bars that last no second
+    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # it would draw 60 bars, each for less than a second
     output = output_folder(args.model, "evaluation", args.output_dir)
     if not 0 < args.held_out_fraction <= 1:
         raise InputError(f"--held-out-fraction must be above 0 and at most 1, but is {args.held_out_fraction}.")

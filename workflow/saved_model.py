@@ -63,7 +63,7 @@ def load_tokenizer_of(model: PreTrainedModel, path: str | Path, advice: str = ""
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, **options)
-    except Exception as error:  # as above
+    except Exception as error:  # a broken tokenizer.json raises a class of its own
         raise InputError(f"'{path}' has no tokenizer that loads ({why_not(path, error)}){advice}.") from error
     check_vocabulary(model, tokenizer, advice)
     return tokenizer

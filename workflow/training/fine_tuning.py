@@ -119,11 +119,12 @@ def lora_config(model_args: ModelConfig, model: PreTrainedModel):
             "LoRA on 3D weights (lora_target_parameters) takes --lora-dropout 0 and no DoRA: PEFT has none."
         )
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
-        config.target_modules = {config.target_modules}  # TRL makes a string of a list of one, PEFT a pattern of that
+        # TRL turns a list of one into a string, which PEFT takes for a pattern.
+        config.target_modules = {config.target_modules}
     modules = set() if config.target_modules in (None, "all-linear") else config.target_modules
     names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
     for target in [*modules, *(config.target_parameters or ())]:
-        # Of one that is missing among others, PEFT only warns.
+        # Where only some are missing, PEFT does no more than warn.
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise InputError(f"The model has no '{target}' for LoRA: correct it in the recipe ([] is none).")
     return config

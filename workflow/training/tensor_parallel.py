@@ -51,7 +51,7 @@ def requested_parallelism(world_size: int, expert_parallel_size: int) -> Distrib
         )
     try:
         return DistributedConfig(tp_size=sizes.tp_size, fsdp_size=sizes.dp_shard_size, ep_size=expert_parallel_size)
-    except ValueError as error:  # of a size for the experts that does not go into the others
+    except ValueError as error:  # the size for experts does not divide the others
         raise InputError(f"The experts cannot be divided so: {error}") from error
 
 
