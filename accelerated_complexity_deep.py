@@ -421,7 +421,7 @@ def _compile_ahead(layer: nn.Module, hidden_states: Tensor) -> None:
         trains=trains,
         experts=hasattr(layer.mlp, "experts") and layer.config._experts_implementation == "cggr",
     )
-    done += [0, *missing]  # never empty again
+    done += [0, *missing]  # with 0, so that it is not empty where nothing was missing
 
 
 def _takes_layer_tail(layer: nn.Module, hidden_states: Tensor) -> bool:

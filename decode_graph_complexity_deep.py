@@ -11,7 +11,7 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,10 +72,9 @@ class DecodeGraph:
                 have_run.append(variant)
                 return outputs
             device = inputs["input_ids"].device
-            try:
+            with warning_where_it_fails("Decode steps"):
                 self.replay, self.outputs = record(lambda: self.model(**(inputs | self.inputs)), device)
-            except RuntimeError as error:  # such as for want of memory
-                logger.warning_once(f"Decode steps are not recorded as a CUDA graph: {error}")
+            if self.replay is None:
                 self.fits, self.otherwise = False, self.model
                 return self.model(**inputs)
         for name, x in self.inputs.items():
@@ -297,6 +296,15 @@ def record(step: Callable, device: torch.device, pool=None) -> tuple[Callable, A
                 gc.enable()
         weakref.finalize(graph, idle.append, own)
     return graph.replay, outputs
+
+
+@contextlib.contextmanager
+def warning_where_it_fails(what: str) -> Iterator[None]:
+    """Within it, a recording that fails, such as for want of memory, is a warning about `what`."""
+    try:
+        yield
+    except RuntimeError as error:
+        logger.warning_once(f"{what} are not recorded as a CUDA graph: {error}")
 
 
 def leaves_cache_open(generation_config, model_kwargs: dict, length: int) -> bool:

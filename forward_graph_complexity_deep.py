@@ -29,6 +29,7 @@ from .decode_graph_complexity_deep import (
     modes,
     record,
     state_of,
+    warning_where_it_fails,
 )
 from .kernels.op_registration import is_ordinary
 from .speculation_complexity_deep import SpeculativeCache, speculative_step
@@ -95,10 +96,9 @@ class Recordings:
             del self.recorded[oldest], self.calls[oldest]
             # Many shapes take turns. Recording one each time it comes would cost more than it saves.
             self.calls_before *= 2
-        try:
+        with warning_where_it_fails(f"Calls with {key[0]}"):
             self.recorded[key] = make()
-        except RuntimeError as error:
-            logger.warning_once(f"Calls with {key[0]} are not recorded as a CUDA graph: {error}")
+        if key not in self.recorded:
             self.calls[key] = NEVER
 
 

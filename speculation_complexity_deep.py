@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
 from transformers.generation import GenerationMode
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, EarlyExitCandidateGenerator
-from transformers.utils import logging
 
 from .accelerated_complexity_deep import plain_static_layer, recordings_by_model
 from .compatibility_complexity_deep import CACHE_NAME
@@ -27,13 +26,13 @@ from .decode_graph_complexity_deep import (
     record,
     state_of,
     step_variant,
+    warning_where_it_fails,
 )
 
 # Tokens of a recorded step. With one, the kernels of a decode step run; the others have no kernels of their own.
 STEP_LENGTHS = (1, 8, 32)
 LENGTH_UNIT = 256  # positions; a cache serves all calls of up to so many more than it was made for
 _IDLE = recordings_by_model()  # number of layers -> the cache of an earlier call, which no call uses
-logger = logging.get_logger(__name__)
 
 
 class SpeculativeCache(StaticCache):
@@ -113,11 +112,9 @@ class RecordedStep:
         arguments = self.ids.shape, self.ids.dtype, self.mask.dtype, torch.is_inference_mode_enabled()
         variant, have_run = step_variant(model, arguments, held), HAVE_RUN.setdefault(model, [])
         if variant in have_run and self.is_recordable:
-            try:
+            with warning_where_it_fails("Steps of speculation"):
                 self.replay, outputs = record(step, self.ids.device)
-            except RuntimeError as error:  # such as for want of memory
-                logger.warning_once(f"Steps of speculation are not recorded as a CUDA graph: {error}")
-                self.is_recordable = False
+            self.is_recordable = self.replay is not None
         if self.replay is not None:
             self.replay()
         else:

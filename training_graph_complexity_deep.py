@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.utils import logging
 
 from .accelerated_complexity_deep import ACCELERATED, recordings_by_model
 from .decode_graph_complexity_deep import GRAPH_DEVICES, free_bytes, is_recordable, modes, record
@@ -40,7 +39,6 @@ OUTPUT_TOLERANCE = 1e-2  # relative to the norm: bf16 sums may differ in their o
 NORM_TOLERANCE = 3e-2  # of each gradient; those of embeddings are summed by atomic operations
 _GRAPHS = recordings_by_model()
 _COMPILERS: list[tuple] = []  # backends of torch.compile that were met, each with its `dynamic`
-logger = logging.get_logger(__name__)
 
 
 class _Awaited:
@@ -281,7 +279,7 @@ def graphed_model(plain: Callable, model: nn.Module, input_ids: Tensor | None = 
         )
         if step is not None and step.is_free():
             return step(plain, model, inputs)
-    # As it is recorded, so that a compiler meets one kind of call.
+    # Called as the recorded pass is called, so that a compiler meets one kind of call.
     return run_plain(plain, model, **inputs, use_cache=False)
 
 

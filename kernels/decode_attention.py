@@ -18,14 +18,13 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .kernel_launch import cdiv, kernel, next_power_of_2, on_its_device, pdl_options, strides_of, wait
+from .kernel_launch import cdiv, inner_contiguous, kernel, next_power_of_2, on_its_device, pdl_options, strides_of, wait
 from .op_registration import custom_op
 
 BLOCK_L = 64
 PROGRAMS = 528  # four for each multiprocessor of an H200; fixed, so that results do not depend on the device
 MAX_PARTS = 64  # the joining kernel holds all parts of a head in registers
-
-
+LOG2_E = tl.constexpr(1.4426950408889634)  # the kernels take powers of 2
 STRIDES = ("q_stride_b", "q_stride_a", *(f"{x}_stride_{dim}" for x in "kv" for dim in "bhl"))
 
 
@@ -66,7 +65,7 @@ def decode_attention_kernel(
             v_at = v_ptr + b * v_stride_b + h * v_stride_h + position.to(tl.int64)[:, None] * v_stride_l
             k = tl.load(k_at + o_d[None, :], mask=m_kv, other=0.0)  # [BL, BD]
             v = tl.load(v_at + o_d[None, :], mask=m_kv, other=0.0)
-            scores = tl.dot(q, k.T, input_precision="ieee") * (scale * 1.4426950408889634)  # [BR, BL]
+            scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E)  # [BR, BL]
             scores = tl.where(seen[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             weights, rescale = tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top)
@@ -121,7 +120,7 @@ def launch_decode_attention(
 ) -> Tensor:
     """`decode_attention` [B, 1, A, D]; `used`, the fill of a static cache, is counted up by one."""
     (B, A, _, D), (K, L) = query.shape, key.shape[1:3]
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (inner_contiguous(x) for x in (query, key, value))
     length, parts = _split(B * K, L)
     out = query.new_empty(B, 1, A, D)
     acc = torch.empty(B, A, parts, D, dtype=torch.float32, device=query.device) if parts > 1 else out

@@ -36,7 +36,7 @@ class _Layer:
     def projections(self) -> tuple[Tensor, ...]:
         return tuple(self.empty(rows, self.hidden) for rows in (self.hidden, self.kv, self.kv) * 2)
 
-    def norm_and_tables(self, rows: int, length: int) -> tuple:
+    def norm_and_tables(self, length: int) -> tuple:
         """Weights of the norms of queries and keys, cos, sin and eps."""
         weight = self.empty(self.head_dim, dtype=self.dtype) if self.config.use_qk_norm else None
         tables = (self.empty(1, length, self.head_dim, dtype=self.dtype) for _ in range(2))
@@ -59,7 +59,7 @@ class _Layer:
             _mu_guided_qkv.function(x, given, *weights[:3], *(weights[3:] if given is not None else (None,) * 3))
         heads = self.empty(1, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
         query, key = heads[:, :, : self.heads], heads[:, :, self.heads : self.heads + self.kv_heads]
-        arguments = self.norm_and_tables(1, tokens)
+        arguments = self.norm_and_tables(tokens)
         _qk_norm_rope.function(query, key, *arguments)
         if trains:
             grads = (self.empty(1, x.shape[1], tokens, self.head_dim).transpose(1, 2) for x in (query[0], key[0]))
@@ -72,7 +72,7 @@ class _Layer:
         for given in (highway, None):
             _inl_dynamics_block.function(h, v, given, *weights, self.config.dynamics_dt)
         if trains:
-            grads = h, v, h, highway, None  # of a layer within; the last layer has no others above
+            grads = h, v, h, highway, None  # of a layer with another one above; the last layer gets that of h alone
             saved = h, v, mu, z_pre, z, *weights[1:3], *weights[4:]
             for given, has_highway in ((grads, True), (grads, False), ((h, None, None, None, None), True)):
                 _inl_dynamics_block_backward.function(*given, *saved, self.config.dynamics_dt, has_highway)
@@ -108,7 +108,7 @@ class _Layer:
         x, weights = self.empty(rows, self.hidden), self.projections()
         norm, eps = self.empty(self.hidden), self.config.rms_norm_eps
         dynamics = *self.dynamics_weights(), self.config.dynamics_dt
-        query_norm, key_norm, cos, sin, norm_eps = self.norm_and_tables(rows, 1)
+        query_norm, key_norm, cos, sin, norm_eps = self.norm_and_tables(1)
         keys, values, mask = self.cache(rows)
         used, ids = self.empty(dtype=torch.int64), self.empty(rows, dtype=torch.int64)
         router = self.empty(self.experts, self.hidden) if self.config.use_mu_routing else None

@@ -103,7 +103,7 @@ def inl_dynamics_fwd_kernel(
     m_h = o_h < H
     at = o_t[:, None] * H + o_h[None, :]  # [BT, BH]
     mask = (o_t < T)[:, None] & m_h[None, :]
-    # every load before the first dot: no load moves up past its barriers
+    # All loads come before the first dot, because the compiler moves none up past the barriers of a dot.
     z = _load_rows(z_ptr, o_t, o_c, T, C)  # [BT, BC]
     w_alpha = _load_rows(w_ptr, o_h, o_c, H, C)  # [BH, BC]
     w_beta = _load_rows(w_ptr + H * C, o_h, o_c, H, C)

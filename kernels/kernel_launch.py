@@ -57,6 +57,11 @@ def strides_of(*tensors: Tensor) -> tuple[int, list[int]]:
     return unit, [stride // unit for stride in strides]
 
 
+def inner_contiguous(x: Tensor) -> Tensor:
+    """`x`, copied where its last dimension is not contiguous. Kernels read any other strides in place."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @functools.lru_cache
 def _cuda_properties(device: torch.device | int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)

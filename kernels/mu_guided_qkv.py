@@ -33,6 +33,7 @@ except ImportError:  # the guard lets a checkpoint that ships this file load whe
 from .kernel_launch import (
     cdiv,
     device_properties,
+    inner_contiguous,
     kernel,
     next_power_of_2,
     on_its_device,
@@ -69,7 +70,8 @@ def _dot_rows(acc, x_ptr, w_ptr, o_t, o_n, T, N, H, BK: tl.constexpr):
 
 @triton.jit
 def locate_projection(Q, KV, BN: tl.constexpr):
-    """Program -> has it rows of q, or else of k; which block of BN rows; where its projection begins in out; N."""
+    """The part of this program: whether it has rows of q, and whether of q or k, neither being v; its block of BN rows;
+    the column of out where its projection begins; the number of rows of that projection."""
     pid = tl.program_id(0)
     q_blocks, kv_blocks = tl.cdiv(Q, BN), tl.cdiv(KV, BN)
     is_q, is_k = pid < q_blocks, pid < q_blocks + kv_blocks
@@ -258,11 +260,6 @@ def _head_blocks(query: Tensor, key: Tensor) -> dict:
     return {"BA": BA, "BK": BK, "BD": BD}
 
 
-def _inner_contiguous(x: Tensor) -> Tensor:
-    """Strided views are read in place as long as one head is contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @custom_op("qk_norm_rope")
 @on_its_device
 def _qk_norm_rope(
@@ -270,7 +267,7 @@ def _qk_norm_rope(
     cos: Tensor, sin: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, S, A, D), K = query.shape, key.shape[2]
-    query, key, cos, sin = _inner_contiguous(query), _inner_contiguous(key), cos.contiguous(), sin.contiguous()
+    query, key, cos, sin = inner_contiguous(query), inner_contiguous(key), cos.contiguous(), sin.contiguous()
     q_out, k_out = query.new_empty(B, S, A, D), key.new_empty(B, S, K, D)
     blocks = _head_blocks(query, key)
     groups = 1
@@ -299,7 +296,7 @@ def _qk_norm_rope_backward(
     cos: Tensor, sin: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (B, S, A, D), K = query.shape, key.shape[2]
-    dq, dk, query, key = (_inner_contiguous(x) for x in (dq, dk, query, key))
+    dq, dk, query, key = (inner_contiguous(x) for x in (dq, dk, query, key))
     cos, sin = cos.contiguous(), sin.contiguous()
     programs = min(B * S, BACKWARD_PROGRAMS)
     dq_in, dk_in = query.new_empty(B, S, A, D), key.new_empty(B, S, K, D)
@@ -311,14 +308,14 @@ def _qk_norm_rope_backward(
         *strides, 0 if cos.shape[0] == 1 else S * D, UNIT=unit, **_head_blocks(query, key), num_warps=1,
     )  # fmt: skip
     dw = dw.sum(0)
-    # a weight that is absent has no gradient, but an op must return a tensor
+    # A weight that is absent has no gradient, but an operator must return a tensor.
     dw = (query.new_empty(0) if w is None else x.to(w.dtype, copy=True) for w, x in zip((query_weight, key_weight), dw))
     return dq_in, dk_in, *dw
 
 
 @_qk_norm_rope_backward.register_fake
 def _(dq, dk, query, key, query_weight, key_weight, cos, sin, eps):
-    # the weights' own dtype: under autocast they stay fp32 while queries and keys do not
+    # In the dtype of the weights, which under autocast stay fp32 while queries and keys do not.
     dw = (query.new_empty(0) if w is None else torch.empty_like(w) for w in (query_weight, key_weight))
     return query.new_empty(query.shape), key.new_empty(key.shape), *dw
 

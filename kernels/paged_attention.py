@@ -33,12 +33,11 @@ try:
 except ImportError:  # the guard lets a checkpoint that ships this file load where there is no Triton
     raise
 
-from .decode_attention import MAX_PARTS, PROGRAMS, join_parts_kernel
-from .kernel_launch import cdiv, kernel, next_power_of_2, on_its_device, pdl_options, wait
+from .decode_attention import LOG2_E, MAX_PARTS, PROGRAMS, join_parts_kernel
+from .kernel_launch import cdiv, inner_contiguous, kernel, next_power_of_2, on_its_device, pdl_options, wait
 
 BLOCK_L = 64  # positions that a program takes at once
 BLOCK_M = 64  # rows of a tile of `paged_attention`: new tokens times the query heads of one key/value head
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @kernel()
@@ -208,7 +207,7 @@ def paged_attention(
     Returns: [N, A, D], zeros for tokens after cu_q[-1]. Raises `ValueError` for other shapes.
     """
     _check(query, key, value, key_cache, value_cache)
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (inner_contiguous(x) for x in (query, key, value))
     (N, A, D), K, S = query.shape, key.shape[1], len(cu_q) - 1
     options = pdl_options(query.device)
     store_kv_kernel.launch(
@@ -251,7 +250,7 @@ def paged_decode_attention(
     Returns: [N, A, D], zeros for rows of padding. Raises `ValueError` for other shapes.
     """
     _check(query, key, value, key_cache, value_cache)
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (inner_contiguous(x) for x in (query, key, value))
     (N, A, D), K = query.shape, key.shape[1]
     parts = max(1, min(cdiv(block_table.shape[1] * page, BLOCK_L), PROGRAMS // (N * K), MAX_PARTS))
     out = torch.empty(N, A, D, dtype=query.dtype, device=query.device)

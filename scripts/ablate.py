@@ -38,7 +38,8 @@ TIMED_OUT = 3
 
 def run_plans(args: argparse.Namespace) -> None:
     """Train what the plans have and runs.csv has not."""
-    # Of the children: they look for GPUs without starting CUDA, which a process that is forked later must not do.
+    # The processes of the runs read this. They then look for GPUs without starting CUDA, which a process that is
+    # forked later must not do.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if args.start_method == "forkserver":  # the imports are done once for all
         multiprocessing.get_context("forkserver").set_forkserver_preload(

@@ -20,7 +20,7 @@ import json
 import torch
 from transformers import logging
 
-from complexity_deep.workflow.command import ArgumentParser, InputError, needs, run_script, whole_files
+from complexity_deep.workflow.command import ArgumentParser, InputError, at_least, needs, run_script, whole_files
 from complexity_deep.workflow.saved_model import output_folder
 
 with needs("eval"):
@@ -36,8 +36,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text-column", default="text", help="column that holds the text")
     parser.add_argument("--tokenizer", help="Hub id or folder of the tokenizer; default: the model's")
     parser.add_argument("--output-dir", help="default: MODEL/analysis, or NAME/analysis for a Hub id")
-    parser.add_argument("--max-tokens", type=int, default=16_384, help="tokens of the text to read")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows in one forward pass")
+    parser.add_argument("--max-tokens", type=at_least(1), default=16_384, help="tokens of the text to read")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="rows in one forward pass")
     parser.add_argument("--seed", type=int, default=0, help="seed of the untrained model, the random experts and t-SNE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     return parser.parse_args()
@@ -45,9 +45,6 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()
-    for name in ("max_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
     if not 0 <= args.seed < 2**32:  # what scikit-learn takes
         raise InputError(f"--seed must be from 0 to {2**32 - 1}, but is {args.seed}.")
     output_dir = output_folder(args.model, "analysis", args.output_dir)

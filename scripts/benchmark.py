@@ -46,8 +46,8 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("benchmark", choices=("kernels", "train", "generate", "users"), help="what to measure")
     parser.add_argument("--model-config", default=str(REPOSITORY / "configs/30m.json"), help="shape of every model")
-    parser.add_argument("--batch-size", type=int, default=1, help="rows per step")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row")
+    parser.add_argument("--batch-size", type=at_least(1), default=1, help="rows per step")
+    parser.add_argument("--sequence-length", type=at_least(1), default=512, help="tokens per row")
     parser.add_argument(
         "--document-length", type=at_least(1), help="tokens of a document; they do not see each other (train)"
     )
@@ -55,8 +55,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--chunked-loss", action="store_true", help="the loss of pretrain.py (train)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations (train)")
     parser.add_argument("--attn-implementation", default="sdpa", help="attention backend of every model")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to decode (generate)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed repeats, after two warm-ups")
+    parser.add_argument("--new-tokens", type=at_least(2), default=64, help="tokens to decode (generate)")
+    parser.add_argument("--repeats", type=at_least(1), default=7, help="timed repeats, after two warm-ups")
     parser.add_argument("--compile", action="store_true", help="compile the models (train), static cache (generate)")
     parser.add_argument(
         "--tensor-parallel", action="store_true", help="divide models among torchrun's processes (generate)"
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="folder or Hub id of the trained model (--speculate)")
     parser.add_argument("--assistant-model", help="folder or Hub id of a smaller model that drafts (--speculate)")
     parser.add_argument("--prompts", nargs="+", help="sources of text, as pretrain.py takes them (--speculate)")
-    parser.add_argument("--draft-tokens", type=int, default=5, help="tokens of a draft (--speculate)")
+    parser.add_argument("--draft-tokens", type=at_least(1), default=5, help="tokens of a draft (--speculate)")
     parser.add_argument("--early-exit", type=int, help="layers that draft; default: half of them (--speculate)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU (--speculate)")
     parser.add_argument("--skip-tests", action="store_true", help="do not run the kernel tests first")
@@ -114,9 +114,6 @@ def main(args: argparse.Namespace) -> None:
         check_speculation(args)
     elif args.benchmark != "kernels":
         peers(args.model_config, args.only)
-    for name in ("batch_size", "sequence_length", "new_tokens", "repeats", "draft_tokens"):
-        if getattr(args, name) < 1 + (name == "new_tokens"):
-            raise InputError(f"--{name.replace('_', '-')} is too small: {getattr(args, name)}.")
     with usable(args.device):
         torch.empty(1, device=args.device)
     if args.tensor_parallel and (args.benchmark != "generate" or processes() == 1):

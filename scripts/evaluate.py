@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # 60 bars that last no second
+    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # it would draw 60 bars, each for less than a second
     output = output_folder(args.model, "evaluation", args.output_dir)
     if not 0 < args.held_out_fraction <= 1:
         raise InputError(f"--held-out-fraction must be above 0 and at most 1, but is {args.held_out_fraction}.")
@@ -93,7 +93,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    natural, positive = at_least(0), at_least(1)
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
@@ -110,17 +109,19 @@ def parse_args() -> argparse.Namespace:
         f"{HELD_OUT_DOCUMENTS:,} of these are read (default: all)",
     )
     parser.add_argument(
-        "--num-fewshot", type=natural, default=0, help="solved examples before each question (default: 0)"
+        "--num-fewshot", type=at_least(0), default=0, help="solved examples before each question (default: 0)"
     )
-    parser.add_argument("--stride", type=positive, help="tokens that each window over long text adds (default: all)")
+    parser.add_argument("--stride", type=at_least(1), help="tokens that each window over long text adds (default: all)")
     parser.add_argument(
         "--context-factor",
         type=at_least(2),
         metavar="N",
         help="also read long documents of the held-out text, up to N times the trained length",
     )
-    parser.add_argument("--limit", type=positive, help="use the first so many documents of each task, for a quick look")
-    parser.add_argument("--batch-size", type=positive, default=16, help="prompts per forward pass (default: 16)")
+    parser.add_argument(
+        "--limit", type=at_least(1), help="use the first so many documents of each task, for a quick look"
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=16, help="prompts per forward pass (default: 16)")
     parser.add_argument("--device", help="torch device; default: cuda where there is one")
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of weights"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from transformers import TextStreamer
 
-from complexity_deep.workflow.command import ArgumentParser, InputError, run_script
+from complexity_deep.workflow.command import ArgumentParser, InputError, at_least, run_script
 from complexity_deep.workflow.flops import total_parameters
 from complexity_deep.workflow.saved_model import NAME_ONE, load_model, load_tokenizer_of
 
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="Hub id or folder of the tokenizer; default: the model's")
     # The second spelling is that of the published package's script.
     parser.add_argument(
-        "--max-new-tokens", "--max_tokens", type=int, default=128, help="longest continuation, in tokens"
+        "--max-new-tokens", "--max_tokens", type=at_least(1), default=128, help="longest continuation, in tokens"
     )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest tokens; 0 is all")
@@ -40,8 +40,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.prompt is None) != args.interactive:
         parser.error("give either a prompt or --interactive")
-    if args.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens must be at least 1, but is {args.max_new_tokens}")
     if args.temperature < 0:
         parser.error(f"--temperature must be 0 or more, but is {args.temperature}")
     return args

@@ -47,7 +47,8 @@ def main(script_args: PretrainingArguments, training_args: TrainingArguments) ->
         checkpoint = last_good_checkpoint(training_args.output_dir)
     training_args.logging_nan_inf_filter = False  # it would show a run that diverged as one at loss 0
     training_args.ignore_data_skip = True  # the stream goes to its place by itself, without reading what was used
-    training_args.remove_unused_columns = False  # there are none, and a compiled model under FSDP2 hides what it uses
+    # All columns are used, but Trainer cannot see which ones a compiled model under FSDP2 takes.
+    training_args.remove_unused_columns = False
     training_args.eval_on_start = checkpoint is None
 
     tokenizer = load_tokenizer(script_args.tokenizer)
@@ -81,8 +82,8 @@ def main(script_args: PretrainingArguments, training_args: TrainingArguments) ->
         training_args.max_steps = math.ceil(script_args.max_tokens / (rows_per_step * row_length))
     routing = model.config.routing if getattr(model.config, "is_routed", False) else None
     if routing == "balanced" and not checkpoint:  # a checkpoint holds its table
-        what = (training_rows.stream, tokenizer, model.config.vocab_size, script_args.routing_sample_tokens)
-        model.balance_routing(count_once(training_args, *what, training_rows.held_out_fraction))
+        counts = count_once(training_args, training_rows, model.config.vocab_size, script_args.routing_sample_tokens)
+        model.balance_routing(counts)
     trainer = PretrainTrainer(
         model=model,
         args=training_args,

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     key = read_key(args.api_key_file)
-    listener = listen(args.host, args.port)  # before the model, which takes its time
+    listener = listen(args.host, args.port)  # before the model is loaded, which takes long
     folder = Path(args.model)
     weights = weights_folder(folder) if folder.is_dir() else args.model
     model = load_model(weights, args.device, dtype="auto")

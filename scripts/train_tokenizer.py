@@ -11,7 +11,7 @@ template for chat, and prints its fertility on held-out documents, which it was 
 import argparse
 from pathlib import Path
 
-from complexity_deep.workflow.command import ArgumentParser, at_least, needs, run_script
+from complexity_deep.workflow.command import ArgumentParser, at_least, needs, positive, run_script
 
 with needs("train"):
     from complexity_deep.workflow.data.text_sources import is_held_out, load_sources, read_documents
@@ -41,18 +41,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--source-weights", nargs="+", type=float, help="share of documents from each source")
     parser.add_argument("--text-column", default="text", help="column that holds the text (default: %(default)s)")
     parser.add_argument(
-        "--max-characters", type=float, default=2e9, help="train on at most this much text (default: 2e9)"
+        "--max-characters", type=positive, default=2e9, help="train on at most this much text (default: 2e9)"
     )
     parser.add_argument(
         "--held-out-fraction", type=float, default=0.01, help="share of documents kept out (default: %(default)s)"
     )
     parser.add_argument(
-        "--held-out-characters", type=float, default=1e6, help="measure fertility on this much (default: 1e6)"
+        "--held-out-characters", type=positive, default=1e6, help="measure fertility on this much (default: 1e6)"
     )
     args, smallest = parser.parse_args(), len(SPECIAL_TOKENS) + 256
-    for name in ("max_characters", "held_out_characters"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0, but is {getattr(args, name)}")
     if args.vocab_size < smallest:
         parser.error(f"--vocab-size {args.vocab_size} is too small: special tokens and bytes alone are {smallest}.")
     return args

@@ -20,14 +20,15 @@ def list_of_commands() -> str:
 
 
 def main() -> None:
-    name = sys.argv[1].replace("-", "_") if len(sys.argv) > 1 else ""
-    if name in ("", "_h", "__help"):
+    given = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = given.replace("-", "_")
+    if given in ("-h", "--help"):
         print(list_of_commands())
     elif (COMMANDS / f"{name}.py").is_file():
         sys.argv[:2] = [f"complexity-deep {name}"]
         runpy.run_module(f"complexity_deep.scripts.{name}", run_name="__main__")
     else:
-        print(f"complexity-deep: error: there is no command '{sys.argv[1]}'.\n\n{list_of_commands()}", file=sys.stderr)
+        print(f"complexity-deep: error: there is no command '{given}'.\n\n{list_of_commands()}", file=sys.stderr)
         sys.exit(2)
 
 

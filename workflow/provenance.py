@@ -24,13 +24,13 @@ def commit() -> str:
 
 
 def provenance() -> dict:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
+    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     try:
         import triton
     except ImportError:
         triton = None
     return {
-        "device": f"{device}" if torch.cuda.is_available() else f"{device}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "triton": triton.__version__ if triton else "",

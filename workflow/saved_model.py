@@ -63,14 +63,20 @@ def load_tokenizer_of(model: PreTrainedModel, path: str | Path, advice: str = ""
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, **options)
-    except Exception as error:  # as above
+    except Exception as error:  # a broken tokenizer.json raises a class of its own
         raise InputError(f"'{path}' has no tokenizer that loads ({why_not(path, error)}){advice}.") from error
+    check_vocabulary(model, tokenizer, advice)
+    return tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer, advice: str = "") -> None:
+    """Raise `InputError` where a tokenizer has more tokens than the model embeds; `advice` ends its sentence."""
     vocabulary = model.get_input_embeddings().num_embeddings
     if ids_of(tokenizer) > vocabulary:
         raise InputError(
-            f"The tokenizer '{path}' has {ids_of(tokenizer):,} tokens, but the model only {vocabulary:,}{advice}."
+            f"The tokenizer '{tokenizer.name_or_path}' has {ids_of(tokenizer):,} tokens, but the model only "
+            f"{vocabulary:,}{advice}."
         )
-    return tokenizer
 
 
 def output_folder(model: str, name: str, given: str | Path | None = None) -> Path:

@@ -22,7 +22,7 @@ def run(monkeypatch, *options: object) -> None:
     benchmark.main(benchmark.parse_args())
 
 
-def test_refused_before_the_work(tmp_path, monkeypatch):
+def test_refused_before_the_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "ceilings", lambda device: pytest.fail("the work began"))
     (tmp_path / "file").touch()
     (tmp_path / "results.csv").write_text("name,value\n")
@@ -32,7 +32,6 @@ def test_refused_before_the_work(tmp_path, monkeypatch):
         (["--output-dir", tmp_path / "file"], "is a file"),
         (["--output-dir", "/proc/out"], "cannot be written"),
         (["--output-dir", tmp_path], "is no table of this script's results"),
-        (["--output-dir", tmp_path / "new", "--batch-size", 0], "--batch-size is too small: 0."),
         (["--output-dir", tmp_path / "new", "--tensor-parallel"], "start it by torchrun"),
         (["--output-dir", tmp_path / "new", "--device", "nonsense"], "The device 'nonsense' cannot be used"),
         (["--output-dir", tmp_path / "new", "--model-config", strict], "is no config that loads: .*'vocab_size'"),
@@ -40,8 +39,11 @@ def test_refused_before_the_work(tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=sentence):
             run(monkeypatch, *options)
-    with pytest.raises(SystemExit):
-        run(monkeypatch, "--output-dir", tmp_path / "new", "--document-length", -3)
+    for option, number, minimum in (("--document-length", -3, 1), ("--batch-size", 0, 1), ("--new-tokens", 1, 2)):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "--output-dir", tmp_path / "new", option, number)
+        sentence = f"argument {option}: '{number}' is not a whole number of at least {minimum}"
+        assert sentence in capsys.readouterr().err
     assert (tmp_path / "results.csv").read_text() == "name,value\n" and not (tmp_path / "new").exists()
 
 

@@ -116,7 +116,6 @@ def test_refused_before_the_work(monkeypatch, folder, tmp_path):
         (["--early-exit", 3], "must be from 1 to 2"),
         (["--sequence-length", 100_000], "more than the model's .* positions"),
         (["--prompts", short], "No document of --prompts is longer than 8 tokens"),
-        (["--draft-tokens", 0], "--draft-tokens is too small: 0"),
     ):
         with pytest.raises(InputError, match=sentence):
             run(monkeypatch, folder, tmp_path / "out", *options)

@@ -26,7 +26,6 @@ from complexity_deep.workflow.evaluation.processes import join_processes
 from support import REPOSITORY, run_command, tiny_model
 
 TRAINED, VOCABULARY, FACTOR = 32, 300, 4
-TASKS = ("arc_easy", "hellaswag", "wikitext")
 
 
 @pytest.fixture(scope="module")

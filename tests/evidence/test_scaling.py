@@ -15,7 +15,6 @@ from support import REPOSITORY, run_command
 
 PLANS = REPOSITORY / "recipes" / "evidence"
 ACTIVE = {"10m": 8e6, "30m": 28e6, "150m": 80e6}
-VARIANTS = ("dense_active", "shared_64_layers_values", "shared_64_layers_values_plain", "dense_total")
 
 
 def at_sizes(variant, gain=0.0, gain_per_decade=0.0, seeds=2, active=1.0, slope=-0.5, noise=0.01, **changes):

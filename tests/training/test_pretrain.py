@@ -197,6 +197,8 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         (["--text-column", "body"], "has no column 'body'; its columns are: text."),
         (["--tokenizer", "nothing"], "There is no tokenizer at 'nothing'"),
         (["--model-config", "nothing.json"], "'nothing.json' is not a readable JSON model config"),
+        (["--model-config", "list.json"], "'list.json' is not a readable JSON model config"),
+        (["--model-config", "untyped.json"], "'untyped.json' is no model config, for it has no model_type."),
         (["--tokenizer", "broken"], "There is no tokenizer at 'broken'"),
         (["--model-config", "strict.json"], "'strict.json' is not a model that can be built: Validation error"),
         (["--row-length", "4096"], "row_length 4096 is more than the model's 128 positions."),
@@ -232,6 +234,8 @@ def test_bad_input_gives_one_sentence(recipe, options, sentence, monkeypatch, ca
     Path("broken").mkdir(exist_ok=True)
     Path("broken/tokenizer.json").write_text("{}")
     Path("strict.json").write_text('{"model_type": "complexity-deep", "hidden_size": "64"}')
+    Path("list.json").write_text("[1]")
+    Path("untyped.json").write_text("{}")
     Path("latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     Path("null.jsonl").write_text('{"text": null}\n' * 3)
     Path("number.jsonl").write_text('{"text": "one"}\n{"text": 3}\n')

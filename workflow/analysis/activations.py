@@ -17,7 +17,7 @@ class Measurement:
     def __init__(self, model: PreTrainedModel, sampled: Tensor):
         """`sampled` [n]: places in the text, counted over all batches, whose expert outputs are kept for t-SNE."""
         self.model, self.sampled, self.seen = model, sampled, 0
-        self.squares = {}  # (layer, projection) -> sum of squares; the numbers of terms are equal where it matters
+        self.squares = {}  # (layer, projection) -> sum of squares; those that are divided have as many terms
         layers = model.config.num_hidden_layers
         self.activations = {layer: [] for layer in sorted({0, layers // 2, layers - 1})}
         self.handles = []

@@ -4,16 +4,14 @@ import math
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-from complexity_deep.workflow.charts import draw_expert_loads, subplots, write_figure
-
-matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from complexity_deep.workflow.charts import draw_expert_loads, subplots, write_figure
+
 CHECKPOINT, UNTRAINED, NULL = "#1f6fb4", "#777777", "black"
+MODELS = (("untrained", UNTRAINED, "untrained"), ("checkpoint", CHECKPOINT, "this checkpoint"))  # key, colour, label
 CLASS_COLOURS = {
     "word start": "#2166ac",
     "continuation": "#7fbfe0",
@@ -64,11 +62,11 @@ def from_zero(axes, values: list[list[float]], least: float) -> None:
     axes.set_ylim(-0.04 * top, top)
 
 
-def plot_band(axes, rows: list[list[float]], colour: str, label: str, **style) -> None:
+def plot_band(axes, rows: list[list[float]], colour: str, label: str) -> None:
     """Mean of each layer's list as a line, least to most as a band."""
     kept = [(layer, row) for layer, row in enumerate(rows) if row]
     layers, rows = [layer for layer, _ in kept], [row for _, row in kept]
-    axes.plot(layers, [statistics.mean(row) for row in rows], color=colour, label=label, marker="o", ms=3.5, **style)
+    axes.plot(layers, [statistics.mean(row) for row in rows], color=colour, label=label, marker="o", ms=3.5)
     axes.fill_between(layers, list(map(min, rows)), list(map(max, rows)), color=colour, alpha=0.18, linewidth=0)
 
 
@@ -94,8 +92,8 @@ def expert_use(analysis, drawn):
     caption = """Loss on the text with the experts left alone, with every token sent to the expert after its own,
         with random experts of the same size in their place (mean and range of several sets) and with their output
         removed. A model that learned to use its experts gets much worse in all three; an untrained one does not
-        notice. A small rise in a model whose experts are noise means that the rest of the model grew around that
-        noise. It does not show that routing by token was worth it: for that, a dense model of the same size has to
+        notice. A small rise in a model whose experts are noise means that its other parts were trained together with
+        that noise. It does not show that routing by token was worth it: for that, a dense model of the same size has to
         be trained."""
     return figure, "Does the model need its own experts?", caption
 
@@ -109,10 +107,7 @@ def noise_excess(analysis, drawn):
     found = [value for key in parts for which in ("checkpoint", "untrained") for value in analysis[which][key]]
     for axes, (key, title) in zip(panels, parts.items()):
         axes.axhspan(-limit, limit, color=UNTRAINED, alpha=0.15, linewidth=0, label="where noise lies")
-        for name, colour, label in (
-            ("untrained", UNTRAINED, "untrained"),
-            ("checkpoint", CHECKPOINT, "this checkpoint"),
-        ):
+        for name, colour, label in MODELS:
             axes.plot(analysis[name][key], color=colour, marker="o", ms=4, label=label)
         axes.set_yscale("symlog", linthresh=10)
         axes.set_ylim(min(-10, 1.5 * min(found)), max(100, 2 * max(found)))
@@ -135,8 +130,8 @@ def expert_norms(analysis, drawn):
         return None
     figure, panels = two_panels()
     for axes, (key, title) in zip(panels, MATRICES.items()):
-        plot_band(axes, analysis["untrained"][f"{key}_norm"], UNTRAINED, "untrained")
-        plot_band(axes, analysis["checkpoint"][f"{key}_norm"], CHECKPOINT, "this checkpoint")
+        for which, colour, label in MODELS:
+            plot_band(axes, analysis[which][f"{key}_norm"], colour, label)
         start = analysis["initial_norms"][key]
         axes.axhline(start["norm"], color=NULL, linestyle="--", linewidth=1, label=f"initial: {start['norm']:.4g}")
         axes.set_title(title, fontsize=11)
@@ -157,8 +152,8 @@ def draw_similarity(analysis, key: str):
     figure, panels = two_panels()
     for axes, (matrix, title) in zip(panels, MATRICES.items()):
         name = f"{matrix}_{key}"
-        plot_band(axes, analysis["untrained"][name], UNTRAINED, "untrained")
-        plot_band(axes, analysis["checkpoint"][name], CHECKPOINT, "this checkpoint")
+        for which, colour, label in MODELS:
+            plot_band(axes, analysis[which][name], colour, label)
         axes.set_title(title, fontsize=11)
         layer_axis(axes, len(analysis["checkpoint"][name]))
     panels[0].set_ylabel("cosine between two experts")
@@ -219,7 +214,7 @@ def rerouted_tokens(analysis, drawn):
     figure, axes = subplots(figsize=(WIDE[0], 3.0))
     tidy(axes)
     shares = {name: analysis[name]["rerouted_share"] for name in ("untrained", "checkpoint")}
-    for name, colour, label in (("untrained", UNTRAINED, "untrained"), ("checkpoint", CHECKPOINT, "this checkpoint")):
+    for name, colour, label in MODELS:
         axes.plot([100 * share for share in shares[name]], color=colour, marker="o", ms=4, label=label)
     axes.set_ylabel("tokens re-routed (%)")
     from_zero(axes, [[100 * share for share in row] for row in shares.values()], least=1.0)
@@ -238,10 +233,7 @@ def mu_contribution(analysis, drawn):
     figure, panels = subplots(1, 3, figsize=(WIDE[0], 3.2), sharey=True)
     for axes, (letter, title) in zip(panels, (("q", "queries"), ("k", "keys"), ("v", "values"))):
         tidy(axes)
-        for name, colour, label in (
-            ("untrained", UNTRAINED, "untrained"),
-            ("checkpoint", CHECKPOINT, "this checkpoint"),
-        ):
+        for name, colour, label in MODELS:
             values = [math.nan if value is None else value for value in analysis[name]["mu_contribution"][letter]]
             axes.plot(values, color=colour, marker="o", ms=4, label=label)
         axes.set_title(title, fontsize=11)
@@ -283,7 +275,7 @@ def velocity(analysis, drawn):
     )
     axes.set(ylabel="rms velocity of a token", yscale="log")
     axes.legend(fontsize=8)
-    for name, colour, label in (("untrained", UNTRAINED, "untrained"), ("checkpoint", CHECKPOINT, "this checkpoint")):
+    for name, colour, label in MODELS:
         panels[1].plot(
             [100 * share for share in analysis[name]["velocity_clamped_share"]],
             color=colour,

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 RANDOM_EXPERTS = 8  # sets of random experts that the checkpoint's own are compared with
-USE_LEVEL = 1e-3  # chance that experts the model does not rely on are said to be used
+USE_LEVEL = 1e-3  # probability that a model which does not rely on its experts is said to
 
 
 @contextmanager

@@ -43,5 +43,5 @@ def give_verdict(analysis: dict) -> dict[str, str]:
     if max(checkpoint["attention_noise_excess"]) <= NOISE_LIMIT:
         text = f"{noise}, and so is the attention: nothing in this model was ever trained ({numbers})."
         return {"label": "FRESHLY INITIALISED", "text": text}
-    use = "leans on the particular noise it grew around" if relies else "does not notice which noise it is"
+    use = "relies on this very noise" if relies else "does as well with other noise"
     return {"label": "NOT TRAINED", "text": f"{noise}. The rest of the model was trained, and {use} ({numbers})."}

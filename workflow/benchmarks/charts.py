@@ -10,6 +10,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from complexity_deep.workflow.charts import subplots, write_figure
+
 OURS, LIBRARY, DENSE = "#d9480f", "#1c7ed6", "#868e96"
 NAMES = {"complexity-deep": "Complexity-Deep", "qwen3-moe": "Qwen3-MoE", "llama": "Llama"}
 PASSES = ("forward", "forward+backward")
@@ -41,8 +43,8 @@ def newest(results: list[dict], needed: list[tuple[str, str]]) -> dict[tuple[str
 
 def new_figure(title: str, rows: list[dict], height: float, columns: int) -> tuple[Figure, list[Axes]]:
     """A figure of page width: its question above, where the numbers of `rows` come from below."""
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    figure, grid = subplots(1, columns, figsize=(8, height), squeeze=False)
+    axes = list(grid[0])
     figure.suptitle(title, fontsize=13, fontweight="bold")
     runs = dict.fromkeys(
         "{device}, torch {torch}, triton {triton}, commit {commit}, {date:.10}".format(**row) for row in rows
@@ -50,7 +52,7 @@ def new_figure(title: str, rows: list[dict], height: float, columns: int) -> tup
     figure.supxlabel("\n".join(runs), fontsize=9, color="#666666")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
+    return figure, axes
 
 
 def bars(
@@ -202,5 +204,5 @@ def draw(directory: Path) -> list[Path]:
         except NotMeasuredError:
             continue
         written.append(directory / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
+        write_figure(figure, written[-1])
     return written

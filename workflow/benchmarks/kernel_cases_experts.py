@@ -18,15 +18,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from complexity_deep.kernels.routing_plan import routing_plan
 from complexity_deep.kernels.token_routed_gemm import token_routed_mlp
 from complexity_deep.workflow.benchmarks.kernel_timing import normal, time_call, time_graph
+from complexity_deep.workflow.benchmarks.model_speed import zipf_ids
 
 GRAPH_TOKENS = 16384
 BATCHED_TOKENS = 64  # batched_mm gathers one expert's weights per token: 1.1 GB at 64
-
-
-def zipf_expert_ids(tokens, experts, seed=0):
-    weights = 1.0 / torch.arange(1, 32001, dtype=torch.float64)
-    ids = torch.multinomial(weights, tokens, replacement=True, generator=torch.Generator().manual_seed(seed))
-    return (ids % experts).cuda()
 
 
 def experts_module(implementation, gate_up_proj, down_proj):
@@ -78,7 +73,8 @@ def cggr_rows(tokens, experts=4, hidden=2048, inter=1408, only=None, passes=("fo
     shapes = [(tokens, hidden), (experts, 2 * inter, hidden), (experts, hidden, inter)]
     sets = [[normal(*shape, scale=scale) for shape, scale in zip(shapes, (1.0, 0.02, 0.02))] for _ in range(count)]
     upstream, rows = normal(tokens, hidden), []
-    for name, function in variants(tokens, zipf_expert_ids(tokens, experts), experts).items():
+    expert_ids = zipf_ids(32000, tokens, device="cuda") % experts
+    for name, function in variants(tokens, expert_ids, experts).items():
         if only and name not in only:
             continue
 

@@ -20,6 +20,7 @@ from complexity_deep.workflow.benchmarks.results import measured_row
 from complexity_deep.workflow.benchmarks.timing import timed
 from complexity_deep.workflow.command import InputError, first_line, is_first_process, one_line
 from complexity_deep.workflow.flops import flops_per_token
+from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
 
 
 def peers(model_config: str, only: str | None) -> dict[str, transformers.PreTrainedConfig]:
@@ -195,8 +196,6 @@ def benchmark_train(
         dtype = torch.float32 if mixed_precision else None
         model = build(config, device, attn_implementation, dtype).train()
         if chunked_loss:
-            from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
-
             use_chunked_loss(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()

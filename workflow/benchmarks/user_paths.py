@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from complexity_deep.workflow.benchmarks.model_speed import (
     COMPILERS,
@@ -153,8 +154,6 @@ def first_rows(shape: str, name: str, config, repeats: int) -> list[dict]:
 
 def batching_rows(shape: str, name: str, config, repeats: int) -> list[dict]:
     """Continuous batching of requests of mixed lengths, as `generate_batch` does it by itself."""
-    from transformers import GenerationConfig
-
     model, draw = build(config, "cuda", "sdpa").eval(), random.Random(0)
     ids = zipf_ids(config.vocab_size, REQUESTS, LONGEST_PROMPT, device="cpu").tolist()
     prompts = [row[: draw.randint(16, LONGEST_PROMPT)] for row in ids]

@@ -124,13 +124,13 @@ def accuracy_rows(results: dict, task: str) -> list[dict]:
     rows = []
     for metric in ("acc", "acc_norm"):
         if f"{metric},none" in scores:
-            stderr = scores[f"{metric}_stderr,none"]
+            stderr = scores[f"{metric}_stderr,none"]  # a single question has none
             rows.append(
                 {
                     "task": task,
                     "metric": metric,
                     "value": scores[f"{metric},none"],
-                    "stderr": None if isinstance(stderr, str) or math.isnan(stderr) else stderr,  # of a single question
+                    "stderr": None if isinstance(stderr, str) or math.isnan(stderr) else stderr,
                     # Guessing, with as many choices as each question has.
                     "random": sum(1 / len(sample["arguments"]) for sample in samples) / len(samples),
                     "n": len(samples),
@@ -150,7 +150,7 @@ def perplexity_row(samples: list[dict], model: HarnessModel) -> dict:
     return {
         **scores,
         "perplexity_stderr": scores["stderr"] and scores["stderr"] * scores["perplexity"],
-        "word_perplexity": math.exp(nll_per_word) if nll_per_word < 100 else None,  # of text without spaces
+        "word_perplexity": math.exp(nll_per_word) if nll_per_word < 100 else None,  # text without spaces is one word
         "random": math.log(model.config.get_text_config().vocab_size),  # nats per token of a uniform guess
         "tokens": sum(tokens),
         "bytes": size,

@@ -142,7 +142,7 @@ def measure_long_context(
         progress = tqdm(total=total, desc=f"long documents, {name}", disable=not state.is_main_process)
         for entry, documents in zip(entries, rows.values()):
             own = documents[state.process_index :: state.num_processes]
-            # A sum of floats depends on its order: documents stand as they do for one process.
+            # Documents are put into the order that one process has, because a sum of floats depends on it.
             numbers = range(state.process_index, len(documents), state.num_processes)
             numbered = list(zip(numbers, losses_by_position(scaled, own, at_once, progress)))
             numbered = sorted(gather_object(numbered), key=lambda pair: pair[0])

@@ -5,15 +5,11 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import str_to_bool
+from accelerate.utils import parse_flag_from_env
 
 from complexity_deep.workflow.command import InputError
 
 LONGEST_WAIT = timedelta(days=1)  # of one process for another, whose documents may be longer
-
-
-def is_set(name: str) -> bool:
-    return str_to_bool(os.environ.get(name, "false")) == 1
 
 
 def join_processes(device: str | None) -> tuple[PartialState, str]:
@@ -22,12 +18,12 @@ def join_processes(device: str | None) -> tuple[PartialState, str]:
     `device` is a torch device, or None for a GPU where there is one. Raises `InputError` where the processes cannot
     hold a whole model each.
     """
-    with_gpus = torch.cuda.is_available() and not is_set("ACCELERATE_USE_CPU")
+    with_gpus = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     given, device = device, device or ("cuda" if with_gpus else "cpu")
     processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes == 1:
         return PartialState(cpu=device == "cpu"), device
-    if any(is_set(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")):
+    if any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")):
         raise InputError(
             "Every process of an evaluation holds the whole model, and this configuration of accelerate divides it: "
             "launch with recipes/accelerate/ddp.yaml."

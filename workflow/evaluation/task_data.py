@@ -48,7 +48,7 @@ HELD_OUT_TASK = {
     "test_split": "test",
     "doc_to_text": "",
     "doc_to_target": "text",
-    # That of words is put together by `perplexity_row`: text without spaces is one word, and too much for `exp`.
+    # `perplexity_row` computes that of words. Text without spaces is one word, whose loss is too large for `exp`.
     "metric_list": [
         {"metric": "word_perplexity", "aggregation": "bypass", "higher_is_better": False},
         {"metric": "byte_perplexity"},

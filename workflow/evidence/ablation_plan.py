@@ -19,27 +19,23 @@ FEWEST_RATES = 3  # tried, diverged ones too, before a sweep says which is best
 MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW
 
 
-class PlanError(InputError):
-    """A plan that cannot be run; the message is one sentence for the person who gave it."""
-
-
 def read_yaml(path: Path) -> dict:
     try:
         return yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise PlanError(f"'{path}' is not a readable YAML file ({error}).") from None
+        raise InputError(f"'{path}' is not a readable YAML file ({error}).") from None
 
 
 def read_plan(path: Path) -> dict:
-    """The fields of a plan. Raises `PlanError` for one that is missing, unknown or of another kind."""
+    """The fields of a plan. Raises `InputError` for one that is missing, unknown or of another kind."""
     plan = read_yaml(path)
     if not isinstance(plan, dict):
-        raise PlanError(f"{path} is no plan, for it has no fields.")
+        raise InputError(f"{path} is no plan, for it has no fields.")
     missing, unknown = [n for n in FIELDS if n not in plan], [n for n in plan if n not in FIELDS + OPTIONS]
     wrong = [f"lacks {', '.join(missing)}"] if missing else []
     wrong += [f"has {', '.join(map(str, unknown))}, which no plan has"] if unknown else []
     if wrong:
-        raise PlanError(
+        raise InputError(
             f"{path} {' and '.join(wrong)}: its fields are {', '.join(FIELDS)}, and if needed {', '.join(OPTIONS)}."
         )
     if plan["learning_rates"] != SWEPT:
@@ -48,7 +44,7 @@ def read_plan(path: Path) -> dict:
     check_numbers(path, "learning_rate_factors", plan.get("learning_rate_factors", [1]))
     for name, kind in (("variants", str), ("seeds", int)):
         if not isinstance(plan[name], list) or not all(type(value) is kind for value in plan[name]):
-            raise PlanError(f"{path} needs a list for {name}, of {'names' if kind is str else 'whole numbers'}.")
+            raise InputError(f"{path} needs a list for {name}, of {'names' if kind is str else 'whole numbers'}.")
     return plan
 
 
@@ -58,7 +54,7 @@ def check_numbers(path: Path, name: str, values) -> None:
     except (TypeError, ValueError):
         is_right = False
     if not is_right:
-        raise PlanError(f"{path} has {name} that are no numbers above 0.")
+        raise InputError(f"{path} has {name} that are no numbers above 0.")
 
 
 def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None = None) -> list[dict]:
@@ -66,7 +62,7 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
 
     `only` names the variants that are asked for, None for all.
 
-    Raises `PlanError` for a plan that cannot be read, and for one that needs runs which runs.csv does not have yet.
+    Raises `InputError` for a plan that cannot be read, and for one that needs runs which runs.csv does not have yet.
     """
     plan = read_plan(plan_path)
     base = read_yaml(plan_path.parent / plan["base"])
@@ -74,7 +70,7 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
     known = [row for row in rows if row["size"] == base["size"] and row["status"] in DONE]
     unknown = [name for name in plan["variants"] if name not in base["variants"]]
     if unknown:
-        raise PlanError(f"{plan_path} names {', '.join(unknown)}, which {plan['base']} does not have.")
+        raise InputError(f"{plan_path} names {', '.join(unknown)}, which {plan['base']} does not have.")
     runs = []
     for seed in plan["seeds"]:
         for name in plan["variants"]:
@@ -123,11 +119,11 @@ def runs_of(
     """The finished descriptions of the runs of several plans, those of some variants and seeds alone if they are named.
 
     Runs of another length, `tokens`, get a plan of their own, for they belong in no table of the plan's.
-    Raises `PlanError` for names and seeds that the plans do not have.
+    Raises `InputError` for names and seeds that the plans do not have.
     """
     planned = {name for plan in plans for name in read_plan(Path(plan))["variants"]}
     if unknown := [name for name in only or () if name not in planned]:
-        raise PlanError(f"--only names {', '.join(unknown)}, which no plan of {', '.join(plans)} has.")
+        raise InputError(f"--only names {', '.join(unknown)}, which no plan of {', '.join(plans)} has.")
     runs = []
     for plan in plans:
         for run in expand(Path(plan), rows, data, only):
@@ -136,18 +132,18 @@ def runs_of(
             runs.append(finish(run, smoke))
     runs = [run for run in runs if seeds is None or run["seed"] in seeds]
     if not runs:
-        raise PlanError("The plans have no run of the seeds that --seeds names.")
+        raise InputError("The plans have no run of the seeds that --seeds names.")
     return runs
 
 
 def check_optimizer(name: str, variant: dict) -> None:
-    """Raise `PlanError` for an unknown optimizer, and where the name of a variant, by which rows are told apart and
+    """Raise `InputError` for an unknown optimizer, and where the name of a variant, by which rows are told apart and
     put together, does not say it."""
     optimizer = variant.get("optimizer")
     if optimizer not in (None, MUON):
-        raise PlanError(f"The variant '{name}' has the optimizer '{optimizer}', but only {MUON} can be named.")
+        raise InputError(f"The variant '{name}' has the optimizer '{optimizer}', but only {MUON} can be named.")
     if (optimizer == MUON) != name.endswith(f"_{MUON}"):
-        raise PlanError(f"'{name}' must have optimizer: {MUON} if its name ends with _{MUON}, and only then.")
+        raise InputError(f"'{name}' must have optimizer: {MUON} if its name ends with _{MUON}, and only then.")
 
 
 def sweep_of(rows: list[dict], variants: list[str]) -> dict[float, list[dict]]:
@@ -170,7 +166,7 @@ def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
     sweep = sweep_of(rows, [name for name, variant in base["variants"].items() if variant["family"] == family])
     ended = {rate: tried for rate, tried in sweep.items() if all(row["status"] == "ok" for row in tried)}
     if not ended or len(sweep) < FEWEST_RATES:
-        raise PlanError(
+        raise InputError(
             f"The family '{family}' has no swept learning rate yet, for {len(sweep)} rates were tried on one set of "
             f"token files and {len(ended)} of them ended: run {SWEEP}.yaml first."
         )
@@ -181,7 +177,7 @@ def speed(variant: str, rows: list[dict], reference: str) -> float:
     """Tokens a second of a variant that had its GPU to itself."""
     measured = newest_speeds(rows, reference)
     if variant not in measured:
-        raise PlanError(
+        raise InputError(
             f"The speed of '{variant}' is not measured by the commit and on the GPU that '{reference}' was last "
             "measured with: run speed.yaml first, with --runs-per-gpu 1."
         )
@@ -221,13 +217,13 @@ def identity(run: dict) -> tuple:
 
 
 def check_length(run: dict, data: dict) -> None:
-    """Raise `PlanError` for a finished description of a run whose tokens are too few to train on, or not there."""
+    """Raise `InputError` for a finished description of a run whose tokens are too few to train on, or not there."""
     step = run["row_length"] * run["rows_per_step"]
     rows = data["files"]["train"]["tokens"] // run["row_length"]
     if run["tokens"] < 2 * step:
-        raise PlanError(f"'{run['variant']}' needs 2 steps of {step:,} tokens or more, and gets {run['tokens']:,}.")
+        raise InputError(f"'{run['variant']}' needs 2 steps of {step:,} tokens or more, and gets {run['tokens']:,}.")
     if run["tokens"] // run["row_length"] > rows and not run.get("repeat_data"):
-        raise PlanError(
+        raise InputError(
             f"'{run['variant']}' takes {run['tokens']:,} tokens, but the token files have {rows:,} rows of "
             f"{run['row_length']:,}: prepare more, or set repeat_data in the plan."
         )

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 from complexity_deep.workflow.command import InputError
-from complexity_deep.workflow.evidence.ablation_plan import PlanError
 
 FIELDS = (
     "variant", "seed", "size", "tokens", "seconds", "held_out_edu", "held_out_books", "curve", "device", "versions",
@@ -29,7 +28,7 @@ ADAMW = "adamw"  # the optimizer of rows without one, which were written before 
 def read_rows(results: Path) -> list[dict]:
     """The rows of runs.csv, numbers as numbers and an empty cell as None; a row without an optimizer has AdamW.
 
-    Raises `PlanError` for a file with other columns, and for a line that is no whole row.
+    Raises `InputError` for a file with other columns, and for a line that is no whole row.
     """
     if not results.exists():
         return []
@@ -37,14 +36,14 @@ def read_rows(results: Path) -> list[dict]:
     with results.open(newline="") as file:
         reader = csv.DictReader(file)
         if set(FIELDS) - {"optimizer"} - set(reader.fieldnames or FIELDS):
-            raise PlanError(f"The first line of '{results}' must be {','.join(FIELDS)}.")
+            raise InputError(f"The first line of '{results}' must be {','.join(FIELDS)}.")
         for cells in reader:
             try:
                 row = {name: _value(name, cell) for name, cell in cells.items()}
             except (TypeError, ValueError):
                 row = {"status": None}
             if row["status"] not in STATUSES or not row["settings"] or not row["learning_rate"]:
-                raise PlanError(
+                raise InputError(
                     f"'{results}' has no whole row on line {reader.line_num}, as after a crash: mend it or take it out."
                 )
             rows.append({**row, "optimizer": row.get("optimizer") or ADAMW})
@@ -68,20 +67,20 @@ def read_data(folder: str) -> dict:
     try:
         return json.loads(Path(folder, "data.json").read_text())
     except (OSError, ValueError) as error:
-        raise PlanError(f"'{folder}' holds no token files ({error}): write them with `ablate.py prepare`.") from None
+        raise InputError(f"'{folder}' holds no token files ({error}): write them with `ablate.py prepare`.") from None
 
 
 class Results:
     """runs.csv, to which a finished run is appended at once; of several threads one writes at a time."""
 
     def __init__(self, path: Path):
-        """Raises `PlanError` for a file with other columns than those that a row would be written in."""
+        """Raises `InputError` for a file with other columns than those that a row would be written in."""
         self.path, self.lock = path, threading.Lock()
         if path.exists():
             with path.open(newline="") as file:
                 columns = next(csv.reader(file), [])
             if columns != list(FIELDS):
-                raise PlanError(
+                raise InputError(
                     f"The first line of '{path}' must be {','.join(FIELDS)}; a row may lack the last cells."
                 )
 

@@ -26,6 +26,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     by_data,
     column,
     difference,
+    signed,
     variant_table,
 )
 from complexity_deep.workflow.flops import FLOPS_PER_PARAMETER
@@ -142,10 +143,6 @@ def measured_points(rows: list[dict], variants: list[str]) -> tuple[str, Points]
     return best, found.get(best, {})
 
 
-def bracketed(value: float, bounds: tuple | None) -> str:
-    return f"{value:+.3f}" + (f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else "")
-
-
 def size_table(points: Points, variants: list[str], reference: str) -> list[str]:
     """One line for each size and variant, with the difference to the reference of the same size."""
     header = ["size", "variant", "parameters, M (total / active)", f"compute, {UNIT_NAME}", "seeds"]
@@ -177,11 +174,11 @@ def fit_table(points: Points, variants: list[str], reference: str) -> list[str]:
     for variant in variants:
         for text, title in TEXTS.items():
             line = fit_of(points, variant, text)
-            cells = [variant, title, bracketed(line.slope, line.bounds), str(line.freedom), "", ""]
+            cells = [variant, title, signed(line.slope, line.bounds), str(line.freedom), "", ""]
             if variant != reference:
                 ours, dense = ([column(points[size][name], text) for size in SIZES] for name in (variant, reference))
                 slope, bounds, freedom = trend(x, ours, dense)
-                cells[-2:] = [bracketed(slope, bounds), str(freedom)]
+                cells[-2:] = [signed(slope, bounds), str(freedom)]
             lines.append(cells)
     return table(header, lines, text_columns=2)
 

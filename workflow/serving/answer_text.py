@@ -9,7 +9,9 @@ LONGEST_WAIT = 8  # tokens; a character has at most 4 bytes, so more than that w
 class TokenTexts:
     """Decodes tokens one by one, so that their texts together are the text of all.
 
-    A token that ends within a character has the text "", and the token that completes it has the whole character.
+    A token that ends within a character has the text "", and the token that completes it has the whole character. The
+    `DecodeStream` of tokenizers holds back bytes that never become a character for ever, and loses one that is
+    unfinished at the end.
     """
 
     def __init__(self, tokenizer):

@@ -68,7 +68,7 @@ class Engine:
         self.answers: dict[str, Answer] = {}
         self.closed: str | None = None
         self.tokens_generated = 0
-        # The same weights without the attention and the hooks of the other: what looks inside leaves serving alone.
+        # A second model on the same weights. Looking into it changes neither attention nor hooks of the first.
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.observer = copy.deepcopy(model, shared).eval()
         end = model.generation_config.eos_token_id

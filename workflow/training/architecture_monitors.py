@@ -135,4 +135,4 @@ class ArchitectureMonitors(TrainerCallback):
         batch = {name: tensor.to(args.device) for name, tensor in self.batch.items()}
         should_log = control.should_log
         self.trainer.log({**read_monitors(model, batch), **self.gradient_norms})
-        control.should_log = should_log  # any log takes it back, and the loss of this step may be yet to come
+        control.should_log = should_log  # every log resets it, and Trainer may still have the loss of this step to log

@@ -11,7 +11,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from complexity_deep.workflow.command import InputError, whole_folder
 from complexity_deep.workflow.data.conversations import ChatEncoder, load_conversations, shuffled_mix, split_held_out
 from complexity_deep.workflow.data.sources import check_weights
-from complexity_deep.workflow.saved_model import ids_of, why_not
+from complexity_deep.workflow.saved_model import check_vocabulary, why_not
 from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
 from complexity_deep.workflow.training.resumable_trainer import ResumableTrainerMixin
 
@@ -106,9 +106,7 @@ def check_sizes(model: PreTrainedModel, tokenizer, training_args: SFTConfig) -> 
     training_args.max_length = training_args.max_length or positions
     if training_args.max_length > positions:
         raise InputError(f"max_length {training_args.max_length} is more than the model's {positions} positions.")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if ids_of(tokenizer) > vocabulary:
-        raise InputError(f"The tokenizer has {ids_of(tokenizer):,} tokens, but the model only {vocabulary:,}.")
+    check_vocabulary(model, tokenizer)
 
 
 def lora_config(model_args: ModelConfig, model: PreTrainedModel):
@@ -121,11 +119,12 @@ def lora_config(model_args: ModelConfig, model: PreTrainedModel):
             "LoRA on 3D weights (lora_target_parameters) takes --lora-dropout 0 and no DoRA: PEFT has none."
         )
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
-        config.target_modules = {config.target_modules}  # TRL makes a string of a list of one, PEFT a pattern of that
+        # TRL turns a list of one into a string, which PEFT takes for a pattern.
+        config.target_modules = {config.target_modules}
     modules = set() if config.target_modules in (None, "all-linear") else config.target_modules
     names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
     for target in [*modules, *(config.target_parameters or ())]:
-        # Of one that is missing among others, PEFT only warns.
+        # Where only some are missing, PEFT does no more than warn.
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise InputError(f"The model has no '{target}' for LoRA: correct it in the recipe ([] is none).")
     return config

@@ -42,9 +42,9 @@ def new_model(
     counted.
     """
     try:
-        shape = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"'{path}' is not a readable JSON model config with a model_type ({error!r}).") from error
+        shape = dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:  # the last of JSON that is no object
+        raise InputError(f"'{path}' is not a readable JSON model config ({error!r}).") from error
     options = {"routing": routing, "scaled_residual_init": scaled_residual_init}
     shape.update({name: value for name, value in options.items() if value is not None})
     return model_of_shape(shape, path, tokenizer, attn_implementation=attn_implementation)
@@ -53,10 +53,9 @@ def new_model(
 def model_of_shape(shape: dict, path: str, tokenizer, **implementations) -> PreTrainedModel:
     """`new_model` from the fields of a config; `path` is where they come from, for messages."""
     shape = dict(shape)
-    try:
-        model_type = shape.pop("model_type")
-    except KeyError as error:
-        raise InputError(f"'{path}' is not a readable JSON model config with a model_type ({error!r}).") from error
+    model_type = shape.pop("model_type", None)
+    if model_type is None:
+        raise InputError(f"'{path}' is no model config, for it has no model_type.")
     vocabulary = ids_of(tokenizer)
     shape["vocab_size"] = shape.get("vocab_size") or vocabulary
     if not vocabulary <= shape["vocab_size"] <= vocabulary + LARGEST_VOCABULARY_PADDING:

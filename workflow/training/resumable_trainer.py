@@ -57,7 +57,7 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
     def __init__(self, *, model, args, settings: dict, progress: TrainingProgress, **kwargs):
         # Taken before Trainer changes the model's config.
         self.settings = {**model_settings(model), **settings, **argument_settings(args)}
-        args.eval_do_concat_batches = True  # the metrics are of one array
+        args.eval_do_concat_batches = True  # the metrics are computed from one array
         # Every metric here is one of loss. Trainer takes those whose name does not say so for scores.
         args.greater_is_better = False
         with options_in_one_sentence():
@@ -73,7 +73,7 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         # Layer by layer: that compiles in a fraction of the time.
         self.accelerator.state.dynamo_plugin.use_regional_compilation = True
-        torch._dynamo.config.optimize_ddp = False  # it cuts a model at its buckets: here, each layer in two
+        torch._dynamo.config.optimize_ddp = False  # it cuts what is compiled at the buckets, here each layer in two
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(progress)
@@ -105,7 +105,7 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
 
     def _clip_grad_norm(self, model):
         norm = None
-        if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision != "fp16":  # those are scaled
+        if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision != "fp16":  # fp16 gradients are scaled
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             norm = clip_shards(gradients, self.args.max_grad_norm)
         return super()._clip_grad_norm(model) if norm is None else norm
@@ -125,7 +125,7 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
             self.load_extra_state(checkpoint)
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except ImportError as error:  # of what an option asks for
+        except ImportError as error:  # a package that an option asks for
             raise InputError(one_line(error)) from error
         finally:
             self.progress.close()  # else the bar would be drawn once more below the sentence of an error

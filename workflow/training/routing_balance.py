@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from complexity_deep.workflow.command import InputError
-from complexity_deep.workflow.data.packed_rows import TOKENIZED_TOGETHER, tokenize
+from complexity_deep.workflow.data.packed_rows import TOKENIZED_TOGETHER, PackedDocuments, tokenize
 from complexity_deep.workflow.data.text_sources import is_held_out, read_blocks
 
 
@@ -31,13 +31,15 @@ def count_tokens(
     return counts
 
 
-def count_once(training_args: TrainingArguments, *what) -> Tensor:
-    """`count_tokens` on the main process, for all of them: reading the text on each would only load the Hub."""
-    counts = None
+def count_once(
+    training_args: TrainingArguments, rows: PackedDocuments, vocab_size: int, sample_tokens: float
+) -> Tensor:
+    """`count_tokens` of the training rows on the main process, for all: reading on each would only load the Hub."""
     if training_args.process_index == 0:
-        counts = count_tokens(*what)
+        counts = count_tokens(rows.stream, rows.tokenizer, vocab_size, sample_tokens, rows.held_out_fraction)
+    else:
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
     if training_args.world_size > 1:
-        counts = torch.zeros(what[2], dtype=torch.int64) if counts is None else counts
         counts = broadcast(counts.to(training_args.device)).cpu()
     return counts
 

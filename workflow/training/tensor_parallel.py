@@ -5,14 +5,13 @@ share weights and optimizer by FSDP2, and read different rows. accelerate's conf
 (recipes/accelerate/tp.yaml); this checks them, and closes the gaps that Trainer leaves for such models.
 """
 
-import os
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import ParallelismConfig
-from accelerate.utils import str_to_bool
+from accelerate.utils import parse_flag_from_env
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,7 +25,7 @@ OPTIMIZER_FOLDER = "optimizer"
 
 def sharded_by_accelerate() -> bool:
     """Whether accelerate is to shard the model by FSDP or DeepSpeed, from what `accelerate launch` or Trainer set."""
-    return any(str_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")) for name in ("FSDP", "DEEPSPEED"))
+    return any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
 
 
 def requested_parallelism(world_size: int, expert_parallel_size: int) -> DistributedConfig | None:
@@ -52,7 +51,7 @@ def requested_parallelism(world_size: int, expert_parallel_size: int) -> Distrib
         )
     try:
         return DistributedConfig(tp_size=sizes.tp_size, fsdp_size=sizes.dp_shard_size, ep_size=expert_parallel_size)
-    except ValueError as error:  # of a size for the experts that does not go into the others
+    except ValueError as error:  # the size for experts does not divide the others
         raise InputError(f"The experts cannot be divided so: {error}") from error
 
 

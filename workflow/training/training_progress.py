@@ -37,7 +37,8 @@ class TrainingProgress(ProgressCallback):
     def measure(self, logs: dict, state) -> None:
         """Add the throughput since the last measurement, and the most GPU memory so far, to the logs.
 
-        Raises `InputError` where a loss is not finite; a run may be shorter than `logging_steps`, so held out ones too.
+        Raises `InputError` where a loss is not finite. The held-out one is looked at too, because a run that is shorter
+        than `logging_steps` logs no other.
         """
         for name, what in (("loss", "loss"), ("eval_loss", "held-out loss")):
             if not math.isfinite(logs.get(name, 0.0)):

@@ -5,7 +5,6 @@ import re
 import statistics
 from pathlib import Path
 
-import matplotlib
 from transformers import PreTrainedModel
 
 from complexity_deep.workflow.charts import draw_expert_loads, subplots, write_figure
@@ -14,8 +13,6 @@ from complexity_deep.workflow.evaluation.perplexity import with_error
 from complexity_deep.workflow.flops import active_parameters, total_parameters
 from complexity_deep.workflow.markdown_table import table
 from complexity_deep.workflow.provenance import provenance
-
-matplotlib.use("Agg")  # no display is needed to write a file
 
 
 def write_expert_loads(output_dir: str, entry: dict) -> None:
