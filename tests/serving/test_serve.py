@@ -92,7 +92,7 @@ def health(server: Served) -> dict:
     return content
 
 
-def becomes_idle(server: Served, seconds: float = 10) -> bool:
+def becomes_idle(server: Served, seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while health(server) != {"status": "ok", "running": 0, "waiting": 0}:
         if time.monotonic() > deadline:
@@ -345,7 +345,7 @@ def test_clients_that_leave_free_their_place(server, offline):
     prompt = prompt_ids(3, 6)
     answer = api.completions.create(model="words", prompt=prompt, max_tokens=12, temperature=0)
     assert answer.choices[0].text == offline.text(offline.greedy(prompt, 12))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while " 20 cancelled" not in server.log and time.monotonic() < deadline:
         time.sleep(0.1)
     assert " 20 cancelled" in server.log
