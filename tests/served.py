@@ -45,7 +45,7 @@ class Served:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the imports of the first start
             self.process.start()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (found := re.search(r"at (http://\S+:\d+)", self.log)):
             assert self.process.is_alive() and time.monotonic() < deadline, self.log
             time.sleep(0.05)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,16 @@ def outcome_of(name: str, *options: object) -> tuple[int, str, str]:
             status = stop.code if isinstance(stop.code, int) else 1
             errors.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
     return status, output.getvalue(), errors.getvalue()
+
+
+@contextlib.contextmanager
+def meeting_place() -> Iterator[dict[str, str]]:
+    """The environment by which processes meet at a store of this process, as those of torchrun do.
+
+    A free port that is only named to them may be taken by somebody else before the first of them listens there.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 def relative_rms(found: torch.Tensor, truth: torch.Tensor) -> float:

@@ -1,7 +1,6 @@
 """Two gloo processes on the CPU compute what one process computes: DDP, FSDP2, tensor and expert parallelism."""
 
 import os
-import socket
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from multiprocessing import get_context
@@ -17,7 +16,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from complexity_deep import ComplexityDeepForCausalLM
-from support import random_ids, tiny_model
+from support import meeting_place, random_ids, tiny_model
 
 WORLD_SIZE = 2
 VARIANTS = {
@@ -36,30 +35,26 @@ VARIANTS = {
 CHECKPOINTING = {"off": None, "non-reentrant": False, "reentrant": True}  # use_reentrant
 
 
-def join(rank: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD_SIZE)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+def join(rank: int, meeting: dict[str, str]) -> None:
+    os.environ |= {**meeting, "WORLD_SIZE": str(WORLD_SIZE), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # a rank left alone fails, and does not hang
+    dist.init_process_group("gloo", timeout=timedelta(seconds=240))  # a rank left alone fails, and does not hang
 
 
 @pytest.fixture(scope="module")
 def ranks():
     """`ranks(job, *args)` runs the module-level function `job` in both processes and returns [result of rank 0, 1]."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn = get_context("spawn")
-    pools = [ProcessPoolExecutor(1, spawn, join, (rank, port)) for rank in range(WORLD_SIZE)]
+    with meeting_place() as meeting:
+        pools = [ProcessPoolExecutor(1, get_context("spawn"), join, (rank, meeting)) for rank in range(WORLD_SIZE)]
 
-    def run(job, *args):
-        futures = [pool.submit(job, *args) for pool in pools]
-        return [future.result() for future in futures]
+        def run(job, *args):
+            futures = [pool.submit(job, *args) for pool in pools]
+            return [future.result() for future in futures]
 
-    yield run
-    for pool in pools:
-        pool.submit(dist.destroy_process_group)
-        pool.shutdown()
+        yield run
+        for pool in pools:
+            pool.submit(dist.destroy_process_group)
+            pool.shutdown()
 
 
 @pytest.fixture(scope="module")

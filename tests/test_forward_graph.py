@@ -252,6 +252,7 @@ def test_a_model_that_nobody_holds_is_freed_with_its_graphs(monkeypatch):
     monkeypatch.setattr(graphs, "GRAPH_DEVICES", (DEVICE,))
     monkeypatch.setattr(graphs, "CALLS_BEFORE", 0)
     monkeypatch.setattr(graphs, "record", lambda step, device: (lambda: None, outputs))
+    gc.collect()  # models of other tests, which would leave in between
     model, held = triton_model(), len(graphs._GRAPHS)
     base = weakref.ref(model.model)
     model.model(random_ids(1, 3).to(DEVICE), use_cache=False)

@@ -202,6 +202,7 @@ def test_figure_of_noise_shows_every_point(of_experts, of_attention):
 def test_initial_norms_are_those_of_a_new_model(scaled):
     config = tiny_config(scaled_residual_init=scaled)
     starts = initial_norms(config)
+    torch.manual_seed(0)
     weights = read_weights(ComplexityDeepForCausalLM(config))
     for name, start in starts.items():
         scores = (torch.tensor(weights[f"{name}_norm"]) - start["norm"]) / start["sd"]

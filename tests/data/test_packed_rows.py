@@ -157,7 +157,7 @@ def test_workers_do_not_wait_for_tokenizer_threads_of_the_process_they_were_fork
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as people do who were warned about it
     tokenize(tokenizer, texts)  # starts the threads
     dataset = packed(load_sources([f"{corpus}/*.jsonl"]), tokenizer)
-    loader = ResumableLoader(dataset, batch_size=2, collate_fn=PackedCollator(True), num_workers=1, timeout=30)
+    loader = ResumableLoader(dataset, batch_size=2, collate_fn=PackedCollator(True), num_workers=1, timeout=120)
     assert next(iter(loader))["input_ids"].shape == (2, ROW)
 
 

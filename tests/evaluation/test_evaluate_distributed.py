@@ -5,7 +5,6 @@ import functools
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,7 @@ from complexity_deep.workflow.data.text_sources import embedded_documents
 from complexity_deep.workflow.data.tokenizer_training import train_bpe
 from complexity_deep.workflow.evaluation import harness, long_context
 from complexity_deep.workflow.evaluation.processes import join_processes
-from support import REPOSITORY, run_command, tiny_model
+from support import REPOSITORY, meeting_place, run_command, tiny_model
 
 TRAINED, VOCABULARY, FACTOR = 32, 300, 4
 
@@ -104,19 +103,16 @@ def run_on_two(environment: dict[str, str], log: Path, *arguments: object, exitc
     """What each of two processes printed, forked from one that has done the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["evaluation.test_evaluate_distributed", "complexity_deep.scripts.evaluate"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     logs, processes = [log.with_suffix(f".{rank}") for rank in range(2)], []
-    for rank, own in enumerate(logs):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-        processes.append(context.Process(target=_in_process, args=(shared | place, own, arguments)))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-            processes[-1].start()
-    for process in processes:
-        process.join(300)
+    with meeting_place() as meeting:
+        for rank, own in enumerate(logs):
+            place = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+            processes.append(context.Process(target=_in_process, args=(environment | meeting | place, own, arguments)))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+                processes[-1].start()
+        for process in processes:
+            process.join(300)
     assert [process.exitcode for process in processes] == [exitcode] * 2, [own.read_text()[-2000:] for own in logs]
     return [own.read_text() for own in logs]
 

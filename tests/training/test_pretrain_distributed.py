@@ -6,7 +6,6 @@ One process with two DataLoader workers and twice the accumulation reads the sha
 import json
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from transformers.distributed import DistributedConfig
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.training.tensor_parallel import requested_parallelism, shard
 from pretraining import finish, start, write_recipe
-from support import REPOSITORY, tiny_model
+from support import REPOSITORY, meeting_place, tiny_model
 
 STEPS = 6
 ONE_PROCESS = ["--dataloader-num-workers", 2, "--gradient-accumulation-steps", 4]
@@ -52,25 +51,19 @@ def one_process(recipe):
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_on_several(
     recipe: Path, folder: Path, *options: object, processes: int = 2, as_on_gpus: bool = False, **environment: str
 ) -> list[str]:
     """What each of the processes printed."""
-    shared = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     logs = [folder.with_suffix(f".rank{rank}.log") for rank in range(processes)]
     options = ["--config", recipe, "--output-dir", folder, *options]
-    started = [
-        start(log, *options, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}, as_on_gpus=as_on_gpus)
-        for log, rank in zip(logs, map(str, range(processes)))
-    ]
-    return [finish(process, log) for process, log in zip(started, logs)]
+    with meeting_place() as meeting:
+        shared = environment | meeting | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        started = [
+            start(log, *options, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}, as_on_gpus=as_on_gpus)
+            for log, rank in zip(logs, map(str, range(processes)))
+        ]
+        return [finish(process, log) for process, log in zip(started, logs)]
 
 
 def assert_same_training(folder: Path, reference: Path) -> None:
@@ -116,14 +109,7 @@ def test_other_number_of_processes_is_refused_on_resume(recipe, one_process, tmp
 def environment_of(config: str, processes: int, precision: str, sizes: dict[str, int]) -> dict[str, str]:
     """What `accelerate launch` with a shipped config sets for the processes that it would start now by torchrun."""
     words = ["--config_file", str(REPOSITORY / "recipes" / "accelerate" / f"{config}.yaml")]
-    words += [
-        "--num_processes",
-        str(processes),
-        "--mixed_precision",
-        precision,
-        "--main_process_port",
-        str(free_port()),
-    ]
+    words += ["--num_processes", str(processes), "--mixed_precision", precision]
     words += [f"--parallelism_config_{name}_size={size}" for name, size in sizes.items()]
     environment = {}
     with pytest.MonkeyPatch.context() as patch:

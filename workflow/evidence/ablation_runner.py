@@ -59,8 +59,10 @@ class Runner:
         places = [gpu for _ in range(self.runs_per_gpu) for gpu in gpus]
         self.threads = max(1, (os.cpu_count() or 1) // len(places))
         with ThreadPoolExecutor(len(places)) as pool:
-            ends = [pool.submit(self._serve, gpu) for gpu in places]
+            ends = []
             try:
+                for gpu in places:
+                    ends.append(pool.submit(self._serve, gpu))
                 wait(ends)
             except KeyboardInterrupt:
                 self._interrupt()
