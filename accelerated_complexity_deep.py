@@ -191,14 +191,17 @@ def is_unhooked(*modules: nn.Module) -> bool:
     return not _has_any_global_hook()
 
 
-def _plain_weights(*modules: nn.Module) -> list[Tensor] | None:
+def _plain_weights(*modules: nn.Module | None, biased: bool = False) -> list[Tensor] | None:
     """The weights of linear modules, or None if they may not be used directly.
 
-    They may be used where no module has an adapter, quantized weights, or a hook of offloading or parallelism.
+    They may be used where no module has an adapter, quantized weights, or a hook of offloading or parallelism, and all
+    have a bias as `biased` says: a caller may have given a module one, or taken it away.
     """
     weights = []
     for module in modules:
         if type(module) is not nn.Linear or not is_unhooked(module):
+            return None
+        if (module._parameters["bias"] is not None) != biased:
             return None
         weight = module.weight
         if type(weight) not in PLAIN_TENSORS:
@@ -230,11 +233,12 @@ def _split_heads(attention: nn.Module, qkv: Tensor, cos: Tensor, sin: Tensor) ->
 
 
 def _has_own_norms(attention: nn.Module) -> bool:
-    """Whether the norms of queries and keys are those that the model was made with, unhooked, or neither exists."""
+    """Whether the norms of queries and keys are as the model was made with, of one epsilon, or neither exists."""
     norms, origin = (attention.q_norm, attention.k_norm), type(attention).__module__
     if None in norms:
         return norms == (None, None)
-    return all(type(norm).__module__ == origin for norm in norms) and is_unhooked(*norms)
+    is_own = all(type(norm).__module__ == origin for norm in norms) and is_unhooked(*norms)
+    return is_own and norms[0].eps == norms[1].eps
 
 
 def _norm_weights(attention: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
@@ -248,14 +252,19 @@ def triton_dynamics(
     plain: Callable, dynamics: nn.Module, hidden_states: Tensor, velocity: Tensor, highway: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward of the dynamics as one fused kernel and its matrix products."""
-    modules = [dynamics._modules.get(name) for name in ("mu_proj", "controller_in", "controller_out")]
-    is_fused = setting(dynamics.config, "use_dynamics") and None not in modules and _runs_on_triton(hidden_states)
-    if not is_fused or _plain_weights(*modules) is None:
+    if not (setting(dynamics.config, "use_dynamics") and _runs_on_triton(hidden_states) and _is_plain(dynamics)):
         return plain(dynamics, hidden_states, velocity, highway)
     hidden_states, velocity, guidance, highway, mu = inl_dynamics_block(
         hidden_states, velocity, highway, *_dynamics_weights(dynamics)
     )
     return hidden_states, velocity, mu, guidance, highway
+
+
+def _is_plain(dynamics: nn.Module) -> bool:
+    """Whether the linear modules are there and plain: that of mu without a bias, those of the controller with one."""
+    linear = dynamics._modules
+    controller = linear.get("controller_in"), linear.get("controller_out")
+    return _plain_weights(linear.get("mu_proj")) is not None and _plain_weights(*controller, biased=True) is not None
 
 
 def _dynamics_weights(dynamics: nn.Module) -> tuple:
@@ -347,6 +356,8 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
         and not getattr(experts, "_is_expert_parallel", False)
         and not torch.is_autocast_enabled(hidden_states.device.type)
         and experts.num_experts <= MAX_EXPERTS
+        and _is_plain(dynamics)
+        and _plain_weights(*(x for x in attention._modules.values() if type(x) is nn.Linear)) is not None
         and dynamics.controller_in.out_features <= MAX_CONTROLLER
         and max(hidden, attention.q_proj.out_features, experts.down_proj.shape[2]) <= MAX_WIDTH
         and all(_is_plain_tree(x, type(layer).__module__, hidden_states.dtype) for x in layer._modules.values())
@@ -438,16 +449,15 @@ def _takes_layer_tail(layer: nn.Module, hidden_states: Tensor) -> bool:
         or mlp._modules.get("shared_expert") is not None
     ):
         return False
-    linear, origin = dynamics._modules, type(layer).__module__
+    origin = type(layer).__module__
     return (
         all(type(module).__module__ == origin for module in (dynamics, mlp, norm))
         and is_unhooked(dynamics, mlp, norm)
         and _runs_expert_kernels(mlp, hidden_states)
         and is_ordinary((hidden_states, mlp.experts.gate_up_proj))
-        and "controller_out" in linear
-        and _plain_weights(linear["mu_proj"], linear["controller_in"], linear["controller_out"]) is not None
+        and _is_plain(dynamics)
         and hidden_states.shape[-1] <= MAX_HIDDEN
-        and linear["controller_in"].out_features <= MAX_CONTROLLER
+        and dynamics.controller_in.out_features <= MAX_CONTROLLER
     )
 
 

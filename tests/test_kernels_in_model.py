@@ -265,11 +265,21 @@ class Doubled(torch.nn.Module):
         return 2 * first, *others
 
 
+def give_bias(linear):
+    """Where the model has none: a repair of a pruned or quantized layer leaves one."""
+    linear.bias = torch.nn.Parameter(torch.linspace(-1, 1, linear.out_features, device=DEVICE))
+
+
 @pytest.mark.parametrize("grad", (False, True))
 @pytest.mark.parametrize("tokens", (1, 4))
 @pytest.mark.parametrize(
     "change",
     (
+        pytest.param(lambda layer: give_bias(layer.self_attn.v_proj), id="bias-of-values"),
+        pytest.param(lambda layer: give_bias(layer.self_attn.o_proj), id="bias-of-output"),
+        pytest.param(lambda layer: give_bias(layer.dynamics.mu_proj), id="bias-of-mu"),
+        pytest.param(lambda layer: setattr(layer.dynamics.controller_out, "bias", None), id="controller-without-bias"),
+        pytest.param(lambda layer: setattr(layer.self_attn.k_norm, "eps", 9.0), id="epsilon-of-one-norm"),
         pytest.param(lambda layer: layer.self_attn.q_norm.register_forward_hook(lambda *x: 2 * x[2]), id="norm-hook"),
         pytest.param(lambda layer: setattr(layer.self_attn, "k_norm", torch.nn.Tanh()), id="norm-of-another-class"),
         pytest.param(lambda layer: setattr(layer.self_attn, "q_norm", None), id="one-norm"),
