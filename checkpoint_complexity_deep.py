@@ -267,6 +267,8 @@ class Checkpoint:
         """Raise a clear `ValueError` where these tensors belong to another architecture."""
         # Modules, not tensors: a quantizer writes several for one weight, under names of its own.
         expected = ["embed_tokens.weight", "self_attn.o_proj.weight"] + ["dynamics.mu"] * config.use_dynamics
+        if config.tie_word_embeddings and self.has("lm_head.weight"):
+            del expected[0]  # safetensors' `save_model` keeps one of the two names of a tied weight
         modules = [name.removesuffix("weight").rstrip(".") for name in expected]
         absent = [
             name for name, module in zip(expected, modules) if not any(f".{module}." in f".{key}." for key in self.keys)
@@ -425,7 +427,7 @@ class CheckpointMixin(_Model):
         """
         kernels_implementation = kwargs.pop("kernels_implementation", None)
         output_loading_info = kwargs.pop("output_loading_info", False)
-        path, checkpoint = pretrained_model_name_or_path, None
+        path, checkpoint, given = pretrained_model_name_or_path, None, {}
         config: Any = kwargs.get("config")
         if path is not None and kwargs.get("gguf_file") is None:
             hub_keys = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
@@ -437,6 +439,10 @@ class CheckpointMixin(_Model):
                 checkpoint = Checkpoint.find(source, variant=kwargs.get("variant"), **hub)
             if not isinstance(config, PreTrainedConfig) and (config or source) is not None:
                 config = cls.config_class.from_pretrained(config or source, **hub)
+                fields = {*config.to_dict(), "rope_theta", "rope_scaling"} - {"dtype", "config"}
+                given = {key: kwargs[key] for key in fields & kwargs.keys()}
+                if given:  # they decide what the tensors of a file are called in the model
+                    config = cls.config_class.from_pretrained(kwargs.get("config") or source, **hub, **given)
         if checkpoint is not None:
             if not output_loading_info:  # whoever asks for it sees what is missing
                 checkpoint.check_architecture(config)
@@ -448,10 +454,7 @@ class CheckpointMixin(_Model):
             if checkpoint.is_published and any(kwargs.get(key) is not None for key in parallel):
                 checkpoint.convert_experts()
             if checkpoint.state_dict is not None:
-                if not isinstance(kwargs.get("config"), PreTrainedConfig):
-                    fields = {*config.to_dict(), "rope_theta", "rope_scaling"} - {"dtype", "config"}
-                    given = {key: kwargs.pop(key) for key in fields & kwargs.keys()}
-                    config = cls.config_class.from_pretrained(kwargs.get("config") or source, **hub, **given)
+                kwargs = {key: value for key, value in kwargs.items() if key not in given}
                 path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
         if isinstance(kwargs.get("device_map"), dict):
             kwargs["device_map"] = _with_routing_table(kwargs["device_map"], config)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import Trainer, TrainingArguments
 
 from complexity_deep import ComplexityDeepForCausalLM, ComplexityDeepModel
@@ -321,3 +321,39 @@ def test_the_librarys_save_original_format_leaves_the_native_layout(published_fo
         model.save_pretrained(tmp_path / name, **argument)
         written = load_file(tmp_path / name / "model.safetensors")
         assert "model.layers.0.mlp.experts.gate_up_proj" in written and "model.layers.0.mlp.gate_up_proj" not in written
+
+
+@pytest.mark.parametrize(
+    "made, override",
+    (
+        ({}, {"use_dynamics": False}),
+        ({}, {"use_dynamics": False, "use_mu_guidance": False}),
+        ({"use_dynamics": False}, {"mu_router_gradient": True}),
+        ({"use_dynamics": False}, {"num_hidden_layers": 2}),
+    ),
+    ids=str,
+)
+def test_overrides_that_decide_what_is_trained_load_the_weights_of_the_file(made, override, tmp_path):
+    """A matrix that no gradient reaches has a name of its own in the model."""
+    model, ids = tiny_model(**made), random_ids(1, 9)
+    model.save_pretrained(tmp_path)
+    expected = ComplexityDeepForCausalLM(tiny_config(**(made | override))).eval()
+    names = expected.state_dict().keys()
+    body = {name.replace(".frozen.mu_proj", ".mu_proj.weight"): x for name, x in model.state_dict().items()}
+    state = {name: body.get(name.replace(".frozen.mu_proj", ".mu_proj.weight")) for name in names}
+    assert all(x is not None for x in state.values())
+    expected.load_state_dict(state)
+    loaded = ComplexityDeepForCausalLM.from_pretrained(tmp_path, **override)
+    torch.testing.assert_close(loaded(ids).logits, expected(ids).logits)
+
+
+def test_a_file_that_keeps_the_head_s_name_of_a_tied_weight(tmp_path):
+    """As safetensors' `save_model` writes it."""
+    model, ids = tiny_model(), random_ids(1, 9)
+    model.config.save_pretrained(tmp_path)
+    save_model(model, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "model.embed_tokens.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = ComplexityDeepForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match=r"it lacks 1 weights of this model, e\.g\. embed_tokens"):
+        ComplexityDeepModel.from_pretrained(tmp_path)
