@@ -161,9 +161,10 @@ class ComplexityDeepRotaryEmbedding(nn.Module):
         return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
 
     def _apply(self, fn, recurse=True):
+        has_values = not self.inv_freq.is_meta
         super()._apply(fn, recurse)
-        # `.half()` and its like would round the frequencies, which moves every far position.
-        if self.inv_freq.dtype != torch.float32 and self.inv_freq.device.type != "meta":
+        # `.half()` and its like would round the frequencies, which moves every far position; `to_empty` has none.
+        if not (has_values and self.inv_freq.dtype == torch.float32) and not self.inv_freq.is_meta:
             self.inv_freq, self.attention_scaling = self._rope_init(self.config, self.inv_freq.device)
             self.original_inv_freq, self.max_seq_len_cached = self.inv_freq.clone(), self.original_max_seq_len
         return self

@@ -217,3 +217,12 @@ def test_two_gpus_train(saved_for_gpus):
         each(input_ids=ids, labels=ids).loss.backward()
     for (name, expected), (_, parameter) in zip(whole.named_parameters(), model.named_parameters()):
         torch.testing.assert_close(parameter.grad.to(0), expected.grad, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_a_model_without_values_gets_them_by_to_empty_and_its_state_dict():
+    """As FSDP2's users make a model. The frequencies of RoPE are in no state dict."""
+    whole, ids = tiny_model(), random_ids(2, 9)
+    with torch.device("meta"):
+        model = ComplexityDeepForCausalLM(whole.config)
+    model.to_empty(device="cpu").load_state_dict(whole.state_dict())
+    torch.testing.assert_close(model.eval()(ids).logits, whole(ids).logits)
