@@ -3,6 +3,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -234,8 +235,23 @@ class ComplexityDeepConfig(PreTrainedConfig):
         kwargs.pop("_kernels_implementation", None)  # of the machine, not of the model
         self._check_derived(kwargs)
         self._check_names(kwargs)
-        self.value_embedding_layers = self.value_embedding_layers or None  # none and an empty list are the same
         self._check()
+        super().__post_init__(**kwargs)
+        self.settle()
+        ignored = [name for name in kwargs if name in vars(self) and name not in _FOREIGN_FIELDS and name[0] != "_"]
+        if ignored:
+            logger.warning_once(f"{type(self).__name__} has no field {', '.join(ignored)}: the model does not use it.")
+
+    def settle(self) -> None:
+        """Check all fields together, and set what follows from them; for a config whose fields were set one by one.
+
+        Every new model calls this: `from_pretrained` sets its overrides after `__post_init__`, and so do callers.
+        Raises `ValueError` for a name that is most likely a misspelt field, and for what cannot be built.
+        """
+        self._check_names(set(vars(self)) - {field.name for field in dataclasses.fields(self)})
+        self._check()
+        self._check_rope()
+        self.value_embedding_layers = self.value_embedding_layers or None  # none and an empty list are the same
         # The library's masks and caches look at `sliding_window` alone.
         self.sliding_window = self.sliding_window if self.use_sliding_window else None
         # The plan of this model: the library warns of rules for modules that are not there.
@@ -252,11 +268,6 @@ class ComplexityDeepConfig(PreTrainedConfig):
         parts = [part for part, is_absent in absent.items() if is_absent]
         plan = type(self).base_model_tp_plan
         self.base_model_tp_plan = {k: v for k, v in plan.items() if not any(part in k for part in parts)}
-        super().__post_init__(**kwargs)
-        self._check_rope()
-        ignored = [name for name in kwargs if name in vars(self) and name not in _FOREIGN_FIELDS and name[0] != "_"]
-        if ignored:
-            logger.warning_once(f"{type(self).__name__} has no field {', '.join(ignored)}: the model does not use it.")
 
     def _check_derived(self, kwargs: dict) -> None:
         """Take what follows from other fields out of `kwargs`; raise `ValueError` where it contradicts them."""
@@ -268,10 +279,10 @@ class ComplexityDeepConfig(PreTrainedConfig):
             if given is not None and given != value:
                 raise ValueError(f"{name} is always {value} here ({reason}), but is given as {given}: leave it out.")
 
-    def _check_names(self, kwargs: dict) -> None:
+    def _check_names(self, names: Iterable[str]) -> None:
         """Raise `ValueError` for a name that is most likely a misspelt field, whose value would have no effect."""
         fields = [field.name for field in dataclasses.fields(self)]
-        for name in set(kwargs) - set(_FOREIGN_FIELDS):
+        for name in set(names) - set(_FOREIGN_FIELDS):
             meant = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
             if meant and name[0] != "_":
                 raise ValueError(f"{type(self).__name__} has no field {name}: do you mean {meant[0]}?")

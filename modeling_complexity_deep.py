@@ -573,8 +573,7 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, KernelsMixin, VocabularyMix
     def __init__(self, config: ComplexityDeepConfig, *inputs, **kwargs):
         if not hasattr(config, "dynamics_dt"):  # remote code may hold the class twice, so no isinstance
             raise ValueError(f"{type(self).__name__} needs a ComplexityDeepConfig, but got a {type(config).__name__}.")
-        if not config.use_sliding_window:  # `from_pretrained` sets its overrides after the config has looked at both
-            config.sliding_window = None
+        ComplexityDeepConfig.settle(config)  # what callers and `from_pretrained` have set since it was made
         super().__init__(config, *inputs, **kwargs)
         kernels = getattr(config, "_kernels_implementation", None)
         config._kernels_implementation = self.get_correct_kernels_implementation(kernels)

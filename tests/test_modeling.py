@@ -598,6 +598,29 @@ def test_bad_configurations(message, fields):
         ComplexityDeepConfig(**(shape | fields))
 
 
+@pytest.mark.parametrize("message, fields", {**BAD_CONFIGS, "do you mean num_experts": {"num_expert": 8}}.items())
+def test_bad_configurations_that_are_made_after_the_checks(message, fields, tmp_path):
+    """By hand, and by an override of `from_pretrained`, which the library sets when the configuration is made."""
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 176}
+    config = tiny_config(**shape)
+    config.save_pretrained(tmp_path)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        ComplexityDeepForCausalLM(config)
+    if "num_expert" not in fields:  # which the library takes for an argument of the model
+        with pytest.raises(ValueError, match=message):
+            ComplexityDeepForCausalLM(ComplexityDeepConfig.from_pretrained(tmp_path, **fields))
+
+
+def test_what_follows_from_fields_follows_those_that_were_set_later():
+    config = tiny_config(sliding_window=3)
+    config.use_sliding_window, config.use_qk_norm, config.value_embedding_layers = False, False, []
+    model = ComplexityDeepForCausalLM(config)
+    assert model.config.sliding_window is None and model.config.value_embedding_layers is None
+    assert not any("q_norm" in rule for rule in model.config.base_model_tp_plan)
+
+
 def test_bad_inputs():
     model, ids = tiny_model(), random_ids(1, 4)
     with pytest.raises(ValueError, match=r"token id 257, but the vocabulary has ids 0 to 256"):
