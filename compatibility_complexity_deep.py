@@ -113,12 +113,14 @@ def check_unknown_arguments(kwargs: dict) -> None:
 def causal_mask(config, inputs_embeds: Tensor, attention_mask: Tensor | None, cache, position_ids: Tensor | None):
     """The library's mask for the attention implementation, or None where that needs none.
 
-    inputs_embeds: [B, S, H]. attention_mask: [B, S] or what the library takes as it is. cache and position_ids are
-    those that the caller of the model gave. With a cache, the library takes a packed row for one document. With
-    positions, it looks for packed rows, and waits for the device to answer.
+    inputs_embeds: [B, S, H]. attention_mask: [B, S], [B, 1, S, L], or what the library takes as it is. cache and
+    position_ids are those that the caller of the model gave. With a cache, the library takes a packed row for one
+    document. With positions, it looks for packed rows, and waits for the device to answer.
     """
     if isinstance(cache, PagedAttentionCache):  # continuous batching brings the mask, if one is needed
         return attention_mask
+    if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
+        return _whole_mask(attention_mask.bool(), config, inputs_embeds)
     is_first = attention_mask is None and cache is None
     # Plain causal rows need no mask with SDPA. Under compile the library would make one and lose the fast kernel.
     is_plain = is_first and position_ids is None and config.sliding_window is None
@@ -135,6 +137,18 @@ def causal_mask(config, inputs_embeds: Tensor, attention_mask: Tensor | None, ca
         **{CACHE_NAME: cache},
         **documents,
     )
+
+
+def _whole_mask(mask: Tensor, config, inputs_embeds: Tensor) -> Tensor:
+    """A caller's `mask` [B or 1, 1 or A, S, L] of booleans, True where a query sees a key, as the attention takes it.
+
+    All but "sdpa" add masks to scores. The library hands masks of booleans and of whole numbers on to them as they are.
+    """
+    if config._attn_implementation == "sdpa":
+        return mask
+    hides = ~mask.expand(len(inputs_embeds), -1, -1, -1)
+    least = torch.finfo(inputs_embeds.dtype).min
+    return torch.zeros(hides.shape, dtype=inputs_embeds.dtype, device=mask.device).masked_fill(hides, least)
 
 
 def _document_mask(position_ids: Tensor | None, inputs_embeds: Tensor) -> dict:

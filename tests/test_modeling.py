@@ -621,6 +621,26 @@ def test_what_follows_from_fields_follows_those_that_were_set_later():
     assert not any("q_norm" in rule for rule in model.config.base_model_tp_plan)
 
 
+@pytest.mark.parametrize("attention", ("sdpa", "eager"))
+@pytest.mark.parametrize("dtype", (torch.bool, torch.int64))
+@torch.no_grad()
+def test_a_mask_of_booleans_over_queries_and_keys(attention, dtype):
+    """[B, 1, S, L], as for a prefix that sees itself whole; also in the steps with a cache."""
+    model, ids = tiny_model(), random_ids(2, 9)
+    sees = torch.ones(9, 9, dtype=torch.bool).tril()
+    sees[:4, :4] = True
+    added = torch.zeros(9, 9).masked_fill(~sees, -torch.inf)
+    expected = model(ids, attention_mask=added[None, None]).logits
+    assert (expected - model(ids).logits).abs().max() > 0.1
+    model.set_attn_implementation(attention)
+    sees = sees[None, None].to(dtype)
+    torch.testing.assert_close(model(ids, attention_mask=sees).logits, expected, rtol=1e-4, atol=1e-4)
+    first = model(ids[:, :6], attention_mask=sees[:, :, :6, :6], use_cache=True)
+    rest = model(ids[:, 6:], attention_mask=sees[:, :, 6:], cache=first[CACHE_NAME])
+    found = torch.cat((first.logits, rest.logits), dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_bad_inputs():
     model, ids = tiny_model(), random_ids(1, 4)
     with pytest.raises(ValueError, match=r"token id 257, but the vocabulary has ids 0 to 256"):
