@@ -8,6 +8,7 @@ checkpoint conversion mapping, so that dtype, device map and sharding options of
 
 import json
 import re
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, conversion_mapping
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
@@ -24,6 +25,9 @@ from transformers.utils import cached_file
 PUBLISHED_VERSION = "0.13.0"
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TABLE = re.compile(r"(?:^|\.)layers\.\d+\.mlp\.token_to_expert$")
+# One model is loaded at a time, since the library knows one mapping for a type of model. Each folder with code of its
+# own has a copy of this file, and all of them share the lock.
+_LOADING = vars(conversion_mapping).setdefault("_complexity_deep_loading", threading.RLock())
 
 
 class _PublishedConversion(ConversionOps):
@@ -147,11 +151,12 @@ def file_layouts(config, is_published: bool):
         ]
     if is_published:
         mapping += _published_layouts()
-    register_checkpoint_conversion_mapping("complexity-deep", mapping, overwrite=True)
-    try:
-        yield
-    finally:
-        register_checkpoint_conversion_mapping("complexity-deep", [], overwrite=True)
+    with _LOADING:
+        register_checkpoint_conversion_mapping("complexity-deep", mapping, overwrite=True)
+        try:
+            yield
+        finally:
+            register_checkpoint_conversion_mapping("complexity-deep", [], overwrite=True)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -357,3 +358,18 @@ def test_a_file_that_keeps_the_head_s_name_of_a_tied_weight(tmp_path):
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match=r"it lacks 1 weights of this model, e\.g\. embed_tokens"):
         ComplexityDeepModel.from_pretrained(tmp_path)
+
+
+def test_models_that_threads_load_at_once_do_not_disturb_each_other(tmp_path):
+    """The names of their tensors in files differ, and the library has one list of them."""
+    ids, folders = random_ids(1, 9, vocab_size=100), {}
+    for name, options in (("routed", {}), ("dense", {"num_experts": 1}), ("without dynamics", {"use_dynamics": False})):
+        model = tiny_model(**options)
+        model.save_pretrained(tmp_path / name)
+        folders[tmp_path / name] = model(ids).logits
+    folders[GOLDEN / "v0.13-tiny"] = ComplexityDeepForCausalLM.from_pretrained(GOLDEN / "v0.13-tiny")(ids).logits
+    names = list(folders) * 3
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(ComplexityDeepForCausalLM.from_pretrained, names))
+    for name, model in zip(names, models):
+        torch.testing.assert_close(model(ids).logits, folders[name])
