@@ -152,11 +152,24 @@ class TokenRoutingMixin(PreTrainedModel):
 
     @property
     def token_to_expert(self) -> Tensor | None:
-        """The routing table [V] or [L, V], int64, or None without experts. It may be written in place or replaced."""
+        """The routing table [V] or [L, V], int64, or None without experts. It may be written in place or replaced.
+
+        Raises `ValueError` where the replacement is no table of this model's experts.
+        """
         return self.routing_table.token_to_expert if self.config.is_routed else None
 
     @token_to_expert.setter
     def token_to_expert(self, table: Tensor) -> None:
+        config, wanted = self.config, "[layers, vocabulary]" if self.config.routing_per_layer else "[vocabulary]"
+        is_table = table.shape[-1] == config.vocab_size and table.ndim == 1 + config.routing_per_layer
+        is_table = is_table and not table.is_floating_point()
+        if is_table and not table.is_meta:
+            is_table = int(table.min()) >= 0 and int(table.max()) < config.num_experts
+        if not is_table:
+            raise ValueError(
+                f"token_to_expert must be {wanted} with an expert from 0 to {config.num_experts - 1} for each of "
+                f"{config.vocab_size} token ids, but is {table.dtype} of shape {tuple(table.shape)} or names others."
+            )
         self.routing_table.token_to_expert = table
 
     def check_token_ids(self, ids: Tensor, name: str) -> None:

@@ -416,6 +416,16 @@ def test_layers_without_the_table_of_their_own_are_refused():
         assert changed(ids, use_cache=False).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "table", (torch.arange(257), -torch.ones(257).long(), torch.zeros(257), torch.zeros(3, 257).long(), torch.arange(3))
+)
+def test_what_is_no_routing_table_is_refused(table):
+    """An expert that is not there would give zeros for its tokens."""
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"token_to_expert must be \[vocabulary\] with an expert from 0 to 3 for"):
+        model.model.token_to_expert = table
+
+
 def test_routing_per_layer_refuses_modulo():
     with pytest.raises(ValueError, match='routing_per_layer needs routing "random" or "balanced"'):
         ComplexityDeepConfig(routing_per_layer=True)
