@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.masking_utils import (
@@ -110,6 +110,25 @@ def check_unknown_arguments(kwargs: dict) -> None:
             )
 
 
+def check_room(config, tokens: int, attention_mask: Tensor | None, cache) -> None:
+    """Raise `ValueError` where a static cache has no room for a text, as far as the host knows its length.
+
+    `tokens` are at least in it, or as many as attention_mask [B, positions so far] has. A full cache takes no token: on
+    the CPU the library's write raises `IndexError`, on a GPU it ends the process, and the kernels of a decode step give
+    NaN.
+    """
+    is_static = isinstance(cache, StaticCache) and config.sliding_window is None
+    if is_static and not torch.compiler.is_compiling():  # which would make a condition of it
+        room, _ = cache.get_mask_sizes(tokens, 0)
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            tokens = max(tokens, attention_mask.shape[1])
+        if tokens > room:
+            raise ValueError(
+                f"The cache has room for {room} tokens, but the text has {tokens}: make the cache longer, or leave it "
+                "to `generate`."
+            )
+
+
 def causal_mask(config, inputs_embeds: Tensor, attention_mask: Tensor | None, cache, position_ids: Tensor | None):
     """The library's mask for the attention implementation, or None where that needs none.
 
@@ -119,6 +138,7 @@ def causal_mask(config, inputs_embeds: Tensor, attention_mask: Tensor | None, ca
     """
     if isinstance(cache, PagedAttentionCache):  # continuous batching brings the mask, if one is needed
         return attention_mask
+    check_room(config, inputs_embeds.shape[1], attention_mask, cache)
     if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
         return _whole_mask(attention_mask.bool(), config, inputs_embeds)
     is_first = attention_mask is None and cache is None

@@ -24,7 +24,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 
 from .accelerated_complexity_deep import COMPILED_MODULES, activation_of, is_unhooked, plain_static_layer
-from .compatibility_complexity_deep import CACHE_NAME
+from .compatibility_complexity_deep import CACHE_NAME, check_room
 from .kernels.op_registration import PLAIN_TENSORS
 
 if TYPE_CHECKING:  # what the mixin of this file is mixed into
@@ -411,8 +411,9 @@ class DecodeGraphMixin(GenerationMixin):
         """The library's inputs of a step, with `routing_ids` [B, prompt]; generated tokens are routed by their own ids.
 
         `kwargs` may hold `prepared`: all inputs of this step but its token, what they were made from, and the graph.
-        Raises `ValueError` for `routing_ids` of another rank.
+        Raises `ValueError` for `routing_ids` of another rank, and where a static cache is full.
         """
+        check_room(self.config, input_ids.shape[1], kwargs.get("attention_mask"), kwargs.get(CACHE_NAME))
         prepared = kwargs.pop("prepared", None)
         if next_sequence_length == 1 and prepared is not None:
             given, inputs, graph = prepared

@@ -519,3 +519,21 @@ def test_a_capture_that_fails_leaves_the_device_as_it_was():
     torch.rand(1, device=device)
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved(device) - before < 2**28
+
+
+@pytest.mark.parametrize("kernels", ("eager", "triton"))
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("room", (4, 8))
+def test_a_static_cache_without_room_for_the_text_is_refused(kernels, padded, room):
+    """Full before the prompt ends, or while tokens are generated: the kernels would go on with NaN."""
+    model, ids = triton_model(), random_ids(1, 6).to(DEVICE)
+    model.set_kernels_implementation(kernels)
+    options = {CACHE_NAME: StaticCache(config=model.config, max_cache_len=room), "do_sample": False}
+    if padded:
+        options["attention_mask"] = torch.tensor([[0, 1, 1, 1, 1, 1]], device=DEVICE)
+    with pytest.raises(ValueError, match=f"The cache has room for {room} tokens, but the text has"):
+        model.generate(ids, max_new_tokens=6, eos_token_id=None, **options)
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    whole = model.generate(ids, max_new_tokens=4, eos_token_id=None, do_sample=False)
+    found = model.generate(ids, max_new_tokens=4, eos_token_id=None, **(options | {CACHE_NAME: cache}))
+    assert padded or torch.equal(found, whole)  # the last token needs no room
