@@ -191,7 +191,7 @@ def is_unhooked(*modules: nn.Module) -> bool:
     return not _has_any_global_hook()
 
 
-def _plain_weights(*modules: nn.Module | None, biased: bool = False) -> list[Tensor] | None:
+def _plain_weights(*modules: Any, biased: bool = False) -> list[Tensor] | None:
     """The weights of linear modules, or None if they may not be used directly.
 
     They may be used where no module has an adapter, quantized weights, or a hook of offloading or parallelism, and all
