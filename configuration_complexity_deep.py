@@ -249,7 +249,10 @@ class ComplexityDeepConfig(PreTrainedConfig):
         Raises `ValueError` for a name that is most likely a misspelt field, and for what cannot be built.
         """
         self._check_names(set(vars(self)) - {field.name for field in dataclasses.fields(self)})
+        self._check_derived(dict(vars(self)))
         self._check()
+        if "rope_theta" in vars(self):  # the library reads `rope_parameters` alone
+            self.rope_parameters = {**(self.rope_parameters or {}), "rope_theta": vars(self).pop("rope_theta")}
         self._check_rope()
         self.value_embedding_layers = self.value_embedding_layers or None  # none and an empty list are the same
         # The library's masks and caches look at `sliding_window` alone.
@@ -343,6 +346,9 @@ class ComplexityDeepConfig(PreTrainedConfig):
     def _check_rope(self):
         """Raise `ValueError` for RoPE parameters of which the library would make tables that do not fit a head."""
         rope = dict(self.rope_parameters or {})
+        absent = [name for name in ("rope_type", "rope_theta") if rope.get(name) is None]
+        if absent:
+            raise ValueError(f"rope_parameters must name {' and '.join(absent)}, but is {rope}.")
         kind, share = rope["rope_type"], rope.get("partial_rotary_factor", 1)
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but is {kind!r}.")
@@ -369,7 +375,10 @@ class ComplexityDeepConfig(PreTrainedConfig):
                 parameters = {name: trained[name] for name in kept if name in trained} | parameters
                 parameters |= {} if theta is None else {"rope_theta": theta}
             config_dict["rope_parameters"] = parameters
-        return super().from_dict(config_dict, **kwargs)
+        derived = {name: kwargs.pop(name) for name in ("head_dim", "num_experts_per_tok") if name in kwargs}
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made)._check_derived(derived)  # which no override can change
+        return made
 
     @property
     def is_routed(self) -> bool:

@@ -629,6 +629,30 @@ def test_what_follows_from_fields_follows_those_that_were_set_later():
     model = ComplexityDeepForCausalLM(config)
     assert model.config.sliding_window is None and model.config.value_embedding_layers is None
     assert not any("q_norm" in rule for rule in model.config.base_model_tp_plan)
+    config = tiny_config()
+    config.rope_theta = 7.0  # as scripts set it that are older than `rope_parameters`
+    ids = random_ids(1, 9)
+    torch.manual_seed(0)
+    found = ComplexityDeepForCausalLM(config).eval()(ids).logits
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, ComplexityDeepForCausalLM(tiny_config(rope_theta=7.0)).eval()(ids).logits)
+    config.rope_parameters = {"rope_type": "linear", "factor": 2.0}
+    with pytest.raises(ValueError, match="rope_parameters must name rope_theta"):
+        ComplexityDeepForCausalLM(config)
+
+
+def test_overrides_of_what_follows_from_other_fields(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for name, value, other in (("head_dim", 16, 32), ("num_experts_per_tok", 1, 2)):
+        loaded = ComplexityDeepForCausalLM.from_pretrained(tmp_path, **{name: value})
+        assert getattr(loaded.config, name, value) == value
+        config = ComplexityDeepConfig.from_pretrained(tmp_path, **{name: value})
+        with pytest.raises(ValueError, match=f"{name} is always {value} here"):
+            ComplexityDeepForCausalLM.from_pretrained(tmp_path, **{name: other})
+        if name == "head_dim":
+            config.head_dim = other
+            with pytest.raises(ValueError, match="head_dim is always 16 here"):
+                ComplexityDeepForCausalLM(config)
 
 
 @pytest.mark.parametrize("attention", ("sdpa", "eager"))
