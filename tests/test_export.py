@@ -1,5 +1,9 @@
 """What looks at a model without running it: FakeTensor, the meta device, `torch.export` and `torch.compile`."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from packaging import version
@@ -66,6 +70,30 @@ def test_exported_with_dynamic_shapes(options, strict):
     kept = mask.bool()
     torch.testing.assert_close(found.logits[kept], expected.logits[kept])
     torch.testing.assert_close(found.loss, expected.loss)
+
+
+class LogitsOnly(torch.nn.Module):
+    """A program that returns the model's output object needs the class of it where it is loaded."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
+
+
+def test_exported_for_processes_without_this_code(tmp_path):
+    """docs/inference.md says how."""
+    model, ids = tiny_model(num_hidden_layers=1, experts_implementation="batched_mm"), random_ids(2, 6)
+    torch.export.save(export(LogitsOnly(model), (ids,), strict=True), tmp_path / "model.pt2")
+    torch.save((ids, model(ids).logits), tmp_path / "expected.pt")
+    script = """
+import torch
+ids, expected = torch.load("expected.pt")
+torch.testing.assert_close(torch.export.load("model.pt2").module()(ids), expected)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={"PATH": os.environ["PATH"]}, check=True)
 
 
 def test_compiled_for_all_lengths():
