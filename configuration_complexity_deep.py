@@ -252,7 +252,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
         self._check_derived(dict(vars(self)))
         self._check()
         if "rope_theta" in vars(self):  # the library reads `rope_parameters` alone
-            self.rope_parameters = {**(self.rope_parameters or {}), "rope_theta": vars(self).pop("rope_theta")}
+            self.rope_parameters = {**(self.rope_parameters or {}), "rope_theta": self.__dict__.pop("rope_theta")}
         self._check_rope()
         self.value_embedding_layers = self.value_embedding_layers or None  # none and an empty list are the same
         # The library's masks and caches look at `sliding_window` alone.
