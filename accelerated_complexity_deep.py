@@ -59,6 +59,7 @@ else:
 
 logger = logging.get_logger(__name__)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "mu_to_q", "mu_to_k", "mu_to_v")
+_BIASED = ("controller_in", "controller_out")  # the only linear modules of ours that have a bias
 FEW_TOKENS = (2, 16, 32)  # the kernels of few tokens are compiled for up to so many
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 # Class of an activation -> the name that the kernels know it by.
@@ -263,7 +264,7 @@ def triton_dynamics(
 def _is_plain(dynamics: nn.Module) -> bool:
     """Whether the linear modules are there and plain: that of mu without a bias, those of the controller with one."""
     linear = dynamics._modules
-    controller = linear.get("controller_in"), linear.get("controller_out")
+    controller = [linear.get(name) for name in _BIASED]
     return _plain_weights(linear.get("mu_proj")) is not None and _plain_weights(*controller, biased=True) is not None
 
 
@@ -326,8 +327,12 @@ def _is_plain_tree(module: nn.Module, origin: str, dtype: torch.dtype) -> bool:
         for x in tensors.values():
             if x is not None and not (type(x) in PLAIN_TENSORS and x.dtype == dtype and x.is_contiguous()):
                 return False
-    for child in module._modules.values():
-        if child is not None and not _is_plain_tree(child, origin, dtype):
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if type(child) is nn.Linear and (child._parameters["bias"] is None) == (name in _BIASED):
+            return False  # a caller has given it one, or taken it away
+        if not _is_plain_tree(child, origin, dtype):
             return False
     return True
 
@@ -356,8 +361,6 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
         and not getattr(experts, "_is_expert_parallel", False)
         and not torch.is_autocast_enabled(hidden_states.device.type)
         and experts.num_experts <= MAX_EXPERTS
-        and _is_plain(dynamics)
-        and _plain_weights(*(x for x in attention._modules.values() if type(x) is nn.Linear)) is not None
         and dynamics.controller_in.out_features <= MAX_CONTROLLER
         and max(hidden, attention.q_proj.out_features, experts.down_proj.shape[2]) <= MAX_WIDTH
         and all(_is_plain_tree(x, type(layer).__module__, hidden_states.dtype) for x in layer._modules.values())
