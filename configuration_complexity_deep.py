@@ -257,7 +257,8 @@ class ComplexityDeepConfig(PreTrainedConfig):
         self.value_embedding_layers = self.value_embedding_layers or None  # none and an empty list are the same
         # The library's masks and caches look at `sliding_window` alone.
         self.sliding_window = self.sliding_window if self.use_sliding_window else None
-        # The plan of this model: the library warns of rules for modules that are not there.
+        # The plan of this model, with what the library or a quantizer has added to it. The library warns of rules for
+        # modules that are not there.
         absent = {
             ".mlp.experts": not self.is_routed,
             ".mlp.shared_expert.": not (self.is_routed and self.shared_expert_intermediate_size),
@@ -269,7 +270,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
             ".value_": not self.value_embedding_layers,
         }
         parts = [part for part, is_absent in absent.items() if is_absent]
-        plan = type(self).base_model_tp_plan
+        plan = {**type(self).base_model_tp_plan, **(self.base_model_tp_plan or {})}
         self.base_model_tp_plan = {k: v for k, v in plan.items() if not any(part in k for part in parts)}
 
     def _check_derived(self, kwargs: dict) -> None:
