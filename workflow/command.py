@@ -11,6 +11,7 @@ from pathlib import Path
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended: 128 + SIGINT
 COMMANDS = Path(__file__).resolve().parents[1] / "scripts"
+SHIPPED = ("configs", "recipes")  # folders of the package that hold what commands take
 
 
 class InputError(ValueError):
@@ -61,6 +62,18 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def shipped(path: str) -> str:
+    """`path`, or where no such file is there, the package's own file of that name, as of recipes/demo.yaml.
+
+    So the recipes that pip installs, and the configs that they name, are found from any folder.
+    """
+    parts = Path(path).parts
+    ours = COMMANDS.parent.joinpath(*parts)
+    if parts[:1] and parts[0] in SHIPPED and ".." not in parts and ours.is_file() and not os.path.exists(path):
+        return str(ours)
+    return path
 
 
 def positive(text: str) -> float:
