@@ -76,12 +76,26 @@ def shipped(path: str) -> str:
     return path
 
 
+def number_of(text: str) -> float:
+    """The number that `text` says; not a number (nan) where it says none, which no comparison takes."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
 def positive(text: str) -> float:
     """A type for `add_argument`: numbers above 0."""
-    number = float(text)
-    if not 0 < number < float("inf"):
+    if not 0 < number_of(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
-    return number
+    return float(text)
+
+
+def share(text: str) -> float:
+    """A type for `add_argument`: numbers from 0 to 1."""
+    if not 0 <= number_of(text) <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return float(text)
 
 
 @contextlib.contextmanager
