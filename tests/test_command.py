@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from complexity_deep.workflow.command import (
+    ArgumentParser,
     InputError,
     check_output_folder,
     needs,
@@ -125,6 +126,17 @@ def test_the_entry_point(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and "there is no command 'nothing'" in capsys.readouterr().err
+
+
+def test_help_says_defaults():
+    parser = ArgumentParser()
+    parser.add_argument("folder", help="where")
+    parser.add_argument("--tokens", type=int, default=0, help="how many")
+    parser.add_argument("--rows", default=4, help="default: 4")
+    parser.add_argument("--page", action="store_true", help="whether")
+    parser.add_argument("--key", help="which")
+    shown = " ".join(parser.format_help().split())
+    assert "how many (default: 0) --rows ROWS default: 4 --page whether --key KEY which" in shown
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):

@@ -46,11 +46,21 @@ class OneSentence:
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """A description keeps its lines, and the help of an option ends with its default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        has_one = isinstance(default, (str, int, float)) and default not in ("", argparse.SUPPRESS)
+        has_one = has_one and not isinstance(default, bool)  # that of a switch
+        return f"{text} (default: %(default)s)" if has_one and "default" not in text else text
+
+
 class ArgumentParser(OneSentence, argparse.ArgumentParser):
-    """argparse's parser with a description that keeps its lines."""
+    """argparse's parser with a description that keeps its lines, and the defaults of options in their help."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(formatter_class=_Help, **options)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
