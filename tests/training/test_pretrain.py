@@ -287,11 +287,11 @@ def test_a_recipe_that_is_no_file_is_one_sentence(given, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("given", (["--config", "recipes/demo.yaml"], ["--config=recipes/demo.yaml"]))
 def test_recipes_and_configs_of_the_package_are_found_from_any_folder(given, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="of 'configs/demo.json' is 4,096 and the tokenizer has 300 tokens"):
+    with pytest.raises(SystemExit, match=r"of 'configs/demo.json' is 4,096 and the tokenizer has 300 tokens"):
         run_command("pretrain", *given, "--tokenizer", recipe.parent / "tokenizer", "--output-dir", tmp_path / "run")
     Path("configs").mkdir()
     Path("configs/demo.json").write_text("[1]")  # what lies here comes first
-    with pytest.raises(SystemExit, match="'configs/demo.json' is not a readable JSON model config"):
+    with pytest.raises(SystemExit, match=r"'configs/demo.json' is not a readable JSON model config"):
         run_command("pretrain", *given, "--tokenizer", recipe.parent / "tokenizer", "--output-dir", tmp_path / "run")
 
 
