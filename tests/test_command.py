@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from complexity_deep.workflow.command import (
     check_output_folder,
     needs,
     run_script,
+    shipped,
     uninterrupted,
     whole_files,
     whole_folder,
@@ -126,6 +128,17 @@ def test_the_entry_point(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and "there is no command 'nothing'" in capsys.readouterr().err
+
+
+def test_files_of_the_package_are_found_where_a_folder_has_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = "recipes/evidence/headline.yaml"
+    assert Path(shipped(plan)).samefile(REPOSITORY / plan)
+    for path in ("recipes/none.yaml", "recipes/../pyproject.toml", "README.md", "configs", "", str(tmp_path)):
+        assert shipped(path) == path
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny.json").touch()
+    assert shipped("configs/tiny.json") == "configs/tiny.json"
 
 
 def test_help_says_defaults():
