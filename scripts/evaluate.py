@@ -50,6 +50,8 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"--held-out-fraction must be above 0 and at most 1, but is {args.held_out_fraction}.")
     if args.context_factor and not args.held_out_text:
         raise InputError("--context-factor needs long documents: give --held-out-text.")
+    if args.tasks == [] and not args.held_out_text:
+        raise InputError("There is nothing to evaluate: name a benchmark after --tasks, or give --held-out-text.")
     state, device = join_processes(args.device)
     data = (args.tasks, args.data_dir, args.held_out_text, args.held_out_fraction, args.num_fewshot)
     with tempfile.TemporaryDirectory(prefix="evaluation-") as folder:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from transformers import TextStreamer
 
-from complexity_deep.workflow.command import ArgumentParser, InputError, at_least, run_script
+from complexity_deep.workflow.command import ArgumentParser, InputError, at_least, positive, run_script, share
 from complexity_deep.workflow.flops import total_parameters
 from complexity_deep.workflow.saved_model import NAME_ONE, load_model, load_tokenizer_of
 
@@ -31,17 +31,19 @@ def parse_args() -> argparse.Namespace:
         "--max-new-tokens", "--max_tokens", type=at_least(1), default=128, help="longest continuation, in tokens"
     )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest tokens; 0 is all")
-    parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this mass")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repeats")
+    parser.add_argument("--top-k", type=at_least(0), default=50, help="sample from the k likeliest tokens; 0 is all")
+    parser.add_argument("--top-p", type=share, default=0.95, help="sample from the likeliest tokens of this mass")
+    parser.add_argument("--repetition-penalty", type=positive, default=1.0, help="above 1 discourages repeats")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--interactive", action="store_true", help="prompt for lines until an empty one")
     args = parser.parse_args()
     if (args.prompt is None) != args.interactive:
         parser.error("give either a prompt or --interactive")
-    if args.temperature < 0:
+    if not args.temperature >= 0:  # or not a number
         parser.error(f"--temperature must be 0 or more, but is {args.temperature}")
+    if not 0 <= args.seed < 2**64:
+        parser.error(f"--seed must be from 0 to 2**64 - 1, but is {args.seed}")
     return args
 
 

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from complexity_deep.workflow.command import (
+    ArgumentParser,
     InputError,
     check_output_folder,
     needs,
     run_script,
+    shipped,
     uninterrupted,
     whole_files,
     whole_folder,
@@ -125,6 +128,28 @@ def test_the_entry_point(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and "there is no command 'nothing'" in capsys.readouterr().err
+
+
+def test_files_of_the_package_are_found_where_a_folder_has_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = "recipes/evidence/headline.yaml"
+    assert Path(shipped(plan)).samefile(REPOSITORY / plan)
+    for path in ("recipes/none.yaml", "recipes/../pyproject.toml", "README.md", "configs", "", str(tmp_path)):
+        assert shipped(path) == path
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny.json").touch()
+    assert shipped("configs/tiny.json") == "configs/tiny.json"
+
+
+def test_help_says_defaults():
+    parser = ArgumentParser()
+    parser.add_argument("folder", help="where")
+    parser.add_argument("--tokens", type=int, default=0, help="how many")
+    parser.add_argument("--rows", default=4, help="default: 4")
+    parser.add_argument("--page", action="store_true", help="whether")
+    parser.add_argument("--key", help="which")
+    shown = " ".join(parser.format_help().split())
+    assert "how many (default: 0) --rows ROWS default: 4 --page whether --key KEY which" in shown
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):

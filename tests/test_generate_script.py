@@ -12,6 +12,7 @@ from complexity_deep.scripts import generate as script
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.text_sources import embedded_documents
 from complexity_deep.workflow.data.tokenizer_training import train_bpe
+from complexity_deep.workflow.saved_model import load_model
 from support import tiny_model
 
 CONTEXT = 64
@@ -66,9 +67,37 @@ def test_the_oldest_turns_make_room(monkeypatch, folder, capsys):
     assert prompts[-1].startswith("<|im_start|>user") and "oldest turn" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options",
+    (
+        ("--top-k", "-1"),
+        ("--top-p", "1.5"),
+        ("--top-p", "most"),
+        ("--repetition-penalty", "0"),
+        ("--temperature", "nan"),
+        ("--temperature", "-1"),
+        ("--seed", "-1"),
+        ("--seed", str(2**64)),
+    ),
+)
+def test_a_number_that_cannot_be_meant_is_refused_before_anything_is_loaded(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "nowhere", "Once", *options])
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and options[0] in line and options[1] in line
+
+
+def test_the_device_is_tried_before_weights_are_read(monkeypatch, folder):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(InputError, match="The device 'abacus' cannot be used"):
+        load_model(folder, "abacus")
+
+
 def test_bad_input_is_one_sentence(monkeypatch, folder, tmp_path):
     for model, options, sentence in (
         (tmp_path / "nothing", [], "is not a causal language model that loads: there is no such folder"),
+        ("no/folder", [], "loads: no folder has this name, and from the Hub it does not load: "),
         (tmp_path, [], "is not a causal language model that loads: Unrecognized model"),
         (folder, ["--tokenizer", "no/such/folder"], "has no tokenizer that loads .there is no such folder.: name one"),
         (folder, ["--device", "abacus"], "The device 'abacus' cannot be used"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended: 128 + SIGINT
 COMMANDS = Path(__file__).resolve().parents[1] / "scripts"
+SHIPPED = ("configs", "recipes")  # folders of the package that hold what commands take
 
 
 class InputError(ValueError):
@@ -45,11 +46,21 @@ class OneSentence:
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """A description keeps its lines, and the help of an option ends with its default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        has_one = isinstance(default, (str, int, float)) and default not in ("", argparse.SUPPRESS)
+        has_one = has_one and not isinstance(default, bool)  # that of a switch
+        return f"{text} (default: %(default)s)" if has_one and "default" not in text else text
+
+
 class ArgumentParser(OneSentence, argparse.ArgumentParser):
-    """argparse's parser with a description that keeps its lines."""
+    """argparse's parser with a description that keeps its lines, and the defaults of options in their help."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(formatter_class=_Help, **options)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -63,12 +74,38 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return number
 
 
+def shipped(path: str) -> str:
+    """`path`, or where no such file is there, the package's own file of that name, as of recipes/demo.yaml.
+
+    So the recipes that pip installs, and the configs that they name, are found from any folder.
+    """
+    parts = Path(path).parts
+    ours = COMMANDS.parent.joinpath(*parts)
+    if parts[:1] and parts[0] in SHIPPED and ".." not in parts and ours.is_file() and not os.path.exists(path):
+        return str(ours)
+    return path
+
+
+def number_of(text: str) -> float:
+    """The number that `text` says; not a number (nan) where it says none, which no comparison takes."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
 def positive(text: str) -> float:
     """A type for `add_argument`: numbers above 0."""
-    number = float(text)
-    if not 0 < number < float("inf"):
+    if not 0 < number_of(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
-    return number
+    return float(text)
+
+
+def share(text: str) -> float:
+    """A type for `add_argument`: numbers from 0 to 1."""
+    if not 0 <= number_of(text) <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return float(text)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -16,14 +17,16 @@ NAME_ONE = ": name one with --tokenizer"  # what to do, where the command has th
 def why_not(path: str | Path, error: Exception) -> str:
     """Why nothing was loaded from `path`: the first line of the error, or that there is no such folder.
 
-    Of a mistyped folder whose name can be no id of the Hub, the library's error would speak of the form of such ids.
+    Of a mistyped folder the library's error speaks of the Hub alone: of the form of its ids, or that it is not reached.
     """
+    reason = first_line(error)
     try:
         validate_repo_id(str(path))
     except HFValidationError:
         if not Path(path).is_dir():
             return "there is no such folder"
-    return first_line(error)
+        return reason
+    return reason if Path(path).exists() else f"no folder has this name, and from the Hub it does not load: {reason}"
 
 
 @contextlib.contextmanager
@@ -43,6 +46,8 @@ def load_model(
     `options` go to `from_pretrained`. Raises `InputError` for a model that does not load and for a device that is not
     there.
     """
+    with usable(device):
+        torch.empty(0, device=device)  # before weights are read, which takes long
     try:
         model = model_class.from_pretrained(path, trust_remote_code=True, **options).eval()
     except Exception as error:  # a wrong shape, a strict config and code of the folder's own raise classes of their own

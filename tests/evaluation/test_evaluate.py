@@ -481,6 +481,11 @@ def test_bad_data_is_one_sentence(tmp_path, monkeypatch, llama_folder, make, opt
     assert not (tmp_path / "out").exists()
 
 
+def test_an_evaluation_of_nothing_ends_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(InputError, match="There is nothing to evaluate"):
+        evaluate(tmp_path / "no model", tmp_path / "out", "--tasks")
+
+
 def test_bad_models_are_one_sentence(tmp_path, llama_folder, data, rows):
     def refused(folder, message, *options):
         with pytest.raises(InputError) as caught:

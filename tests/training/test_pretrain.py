@@ -196,7 +196,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         (["--sources", "nowhere/*.jsonl"], "No file matches the source 'nowhere/*.jsonl'."),
         (["--text-column", "body"], "has no column 'body'; its columns are: text."),
         (["--tokenizer", "nothing"], "There is no tokenizer at 'nothing'"),
-        (["--model-config", "nothing.json"], "'nothing.json' is not a readable JSON model config"),
+        (["--model-config", "nothing.json"], "There is no model config 'nothing.json': name a file such as"),
         (["--model-config", "list.json"], "'list.json' is not a readable JSON model config"),
         (["--model-config", "untyped.json"], "'untyped.json' is no model config, for it has no model_type."),
         (["--tokenizer", "broken"], "There is no tokenizer at 'broken'"),
@@ -273,6 +273,26 @@ def test_unusable_recipe(recipe, content, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
         run_command("pretrain", "--config", path)
     assert stop.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("given", (["--config", "recipes/none.yaml"], ["--config", "configs"], ["--config"]))
+def test_a_recipe_that_is_no_file_is_one_sentence(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_command("pretrain", *given)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.endswith("is no file: name a recipe, such as recipes/demo.yaml.")
+
+
+@pytest.mark.parametrize("given", (["--config", "recipes/demo.yaml"], ["--config=recipes/demo.yaml"]))
+def test_recipes_and_configs_of_the_package_are_found_from_any_folder(given, recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"of 'configs/demo.json' is 4,096 and the tokenizer has 300 tokens"):
+        run_command("pretrain", *given, "--tokenizer", recipe.parent / "tokenizer", "--output-dir", tmp_path / "run")
+    Path("configs").mkdir()
+    Path("configs/demo.json").write_text("[1]")  # what lies here comes first
+    with pytest.raises(SystemExit, match=r"'configs/demo.json' is not a readable JSON model config"):
+        run_command("pretrain", *given, "--tokenizer", recipe.parent / "tokenizer", "--output-dir", tmp_path / "run")
 
 
 @pytest.mark.parametrize("vocab_size, fits", [(None, True), (300, True), (320, True), (299, False), (1000, False)])

@@ -18,7 +18,7 @@ from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.decode_graph_complexity_deep import record
 from complexity_deep.workflow.benchmarks.results import measured_row
 from complexity_deep.workflow.benchmarks.timing import timed
-from complexity_deep.workflow.command import InputError, first_line, is_first_process, one_line
+from complexity_deep.workflow.command import InputError, first_line, is_first_process, one_line, shipped
 from complexity_deep.workflow.flops import flops_per_token
 from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
 
@@ -27,8 +27,8 @@ def peers(model_config: str, only: str | None) -> dict[str, transformers.PreTrai
     """This model and its peers of the same shape; `InputError` for a config that is not there or not of ours."""
     try:
         if model_config.endswith(".json"):  # a missing file would be asked for on the Hub, with retries
-            Path(model_config).read_text()
-        ours = AutoConfig.from_pretrained(model_config)
+            Path(shipped(model_config)).read_text()
+        ours = AutoConfig.from_pretrained(shipped(model_config))
     except Exception as error:  # a strict config raises classes of its own
         raise InputError(f"--model-config '{model_config}' is no config that loads: {one_line(error)}") from error
     if ours.model_type != "complexity-deep":

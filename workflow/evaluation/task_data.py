@@ -244,8 +244,6 @@ def stage(
         (folder / "local.yaml").write_text(yaml.safe_dump({"group": "local", "task": members}, sort_keys=False))
         names.append("local")
     if not names:
-        if data_dir is None:
-            raise InputError("There is nothing to evaluate: name a benchmark after --tasks, or give --held-out-text.")
         raise InputError(
             f"There is no file of any benchmark below '{data_dir}'; workflow/evaluation/task_data.py has the names."
         )

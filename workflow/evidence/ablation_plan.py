@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.command import InputError, shipped
 
 EQUAL_TOKENS = ("headline", "ablations")  # plans whose rows stand in one table
 IDENTITY = ("variant", "seed", "size", "tokens", "learning_rate", "settings")  # of a run, whatever came of it
@@ -121,6 +121,7 @@ def runs_of(
     Runs of another length, `tokens`, get a plan of their own, for they belong in no table of the plan's.
     Raises `InputError` for names and seeds that the plans do not have.
     """
+    plans = [shipped(plan) for plan in plans]
     planned = {name for plan in plans for name in read_plan(Path(plan))["variants"]}
     if unknown := [name for name in only or () if name not in planned]:
         raise InputError(f"--only names {', '.join(unknown)}, which no plan of {', '.join(plans)} has.")

@@ -20,6 +20,13 @@ from complexity_deep.workflow.evidence.ablation_report import (
 )
 from complexity_deep.workflow.evidence.scaling import SIZES, scaling_section
 
+NAMES_OF_VARIANTS = """\
+How to read a name: `v0` is the published architecture with 4 experts. `dense_active` and `dense_total` are dense
+models with as many parameters as `v0` has active and in total. `learned_16` has 16 experts and a learned router, which
+chooses one. `shared_64` has 64 experts, and one that every token passes through. Then `layers` stands for a table of
+its own for each layer, `values` for value embeddings in every second layer and `all_values` for them in all, `plain`
+for no mu and no dynamics, and `wide` for the same with their parameters in the shared expert.
+""".splitlines()
 TEXT_OF_THE_RUNS = """\
 The text of these runs is not in this repository, and no command here makes it: it was drawn from public repositories of
 textbooks, documentation and old books. `prepare` takes any text instead, and `learning_rates.yaml` and `speed.yaml`
@@ -50,6 +57,8 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         "said, which is wider than `configs/30m.json`; [30m.yaml](../recipes/evidence/30m.yaml) has it and says what",
         "each variant is.",
         f"[claims.md]({output.name}/claims.md) puts what the preprints claim beside what these runs say.",
+        "",
+        *NAMES_OF_VARIANTS,
         "",
     ]
     for title, found, plans in (

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.command import InputError, shipped
 from complexity_deep.workflow.saved_model import ids_of
 
 # A vocabulary is often padded to a multiple of at most this, for the sake of the matmul; more than that is a mix-up.
@@ -42,7 +42,9 @@ def new_model(
     counted.
     """
     try:
-        shape = dict(json.loads(Path(path).read_text()))
+        shape = dict(json.loads(Path(shipped(path)).read_text()))
+    except FileNotFoundError as error:
+        raise InputError(f"There is no model config '{path}': name a file such as configs/demo.json.") from error
     except (OSError, ValueError, TypeError) as error:  # the last of JSON that is no object
         raise InputError(f"'{path}' is not a readable JSON model config ({error!r}).") from error
     options = {"routing": routing, "scaled_residual_init": scaled_residual_init}

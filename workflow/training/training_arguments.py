@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import TrlParser
 
-from complexity_deep.workflow.command import InputError, OneSentence, check_output_folder, one_line
+from complexity_deep.workflow.command import InputError, OneSentence, check_output_folder, one_line, shipped
 
 # Transformers 5.24 renamed gradient_checkpointing, and warns where the old name is given.
 RENAMED = "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}
@@ -37,10 +37,25 @@ class RecipeParser(OneSentence, TrlParser):
             options["nargs"] = "*"
         return super().add_argument(*names, **options)
 
+    def recipe(self, named: list[str]) -> str:
+        """The file that follows --config, which may be one of this package."""
+        path = shipped(named[0]) if named else ""
+        if not Path(path).is_file():
+            self.error(f"--config '{path}' is no file: name a recipe, such as recipes/demo.yaml.")
+        return path
+
     def parse(self) -> tuple:
         """The dataclasses; a list is empty where nothing follows its option, or [] as in a recipe."""
+        arguments = []
+        for argument in sys.argv[1:]:
+            # TRL looks for "--config" alone, and would take --config=FILE for an option that it does not know.
+            arguments += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+        arguments = [argument for argument in arguments if argument != "[]"]
+        if "--config" in arguments:
+            place = arguments.index("--config") + 1
+            arguments[place : place + 1] = [self.recipe(arguments[place : place + 1])]
         try:
-            return self.parse_args_and_config([argument for argument in sys.argv[1:] if argument != "[]"])
+            return self.parse_args_and_config(arguments)
         except Exception as error:  # a wrong key, file, type or device; each dataclass raises classes of its own
             self.error(one_line(error))
 
