@@ -502,7 +502,7 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: ComplexityDeepConfig, layer_idx: int):
         super().__init__()
         self.config = config
-        self.use_mu_guidance = config.use_mu_guidance
+        self.use_mu_guidance = config.use_mu_guidance and layer_idx > 0  # also in a copy of layer 0
         self.self_attn = ComplexityDeepAttention(config, layer_idx)
         needs_mu = config.use_dynamics or config.use_mu_guidance or (config.is_routed and config.use_mu_routing)
         self.dynamics = ComplexityDeepDynamics(config, layer_idx) if needs_mu else None
@@ -724,7 +724,7 @@ class ComplexityDeepModel(TokenRoutingMixin, ComplexityDeepPreTrainedModel):
                 position_embeddings=position_embeddings,
                 use_cache=use_cache,
                 **{CACHE_NAME: cache},
-                **({"token_ids": token_ids} if index in value_layers else {}),
+                **({"token_ids": token_ids} if value_layers else {}),
                 **kwargs,
             )
         return ComplexityDeepModelOutputWithPast(

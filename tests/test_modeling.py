@@ -426,6 +426,25 @@ def test_what_is_no_routing_table_is_refused(table):
         model.model.token_to_expert = table
 
 
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+def test_copies_of_layers_compute_what_their_originals_do(kernels):
+    """A copy of layer 0 has no weights for guidance, and a copy has the value embedding of its original."""
+    pytest.importorskip("triton") if kernels == "triton" else None
+    model, ids = tiny_model(std=0.1, value_embedding_layers=[0], use_mu_routing=False), random_ids(1, 8)
+    model.set_kernels_implementation(kernels)
+    body = model.model
+    body.layers = torch.nn.ModuleList(copy.deepcopy(body.layers[layer]) for layer in (0, 1, 0, 2))
+    model.config.num_hidden_layers = 4
+    states, velocity, guidance, highway = body.embed_tokens(ids), torch.zeros(1, 8, 64), None, None
+    shared = {"expert_ids": body.token_to_expert[ids], "attention_mask": None, "token_ids": ids}
+    shared["position_embeddings"] = body.rotary_emb(states, torch.arange(8)[None])
+    for index, layer in enumerate(body.layers):
+        guidance = None if index == 2 else guidance
+        states, velocity, guidance, highway = layer(states, velocity, guidance, highway, **shared)
+    expected = model.lm_head(body.norm(states))
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_routing_per_layer_refuses_modulo():
     with pytest.raises(ValueError, match='routing_per_layer needs routing "random" or "balanced"'):
         ComplexityDeepConfig(routing_per_layer=True)

@@ -18,6 +18,7 @@ from accelerate.utils import is_compiled_module
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.packed_rows import PackedCollator, held_out_rows, tokenize
@@ -498,6 +499,38 @@ def test_the_best_model_is_the_one_of_the_lowest_perplexity(recipe, tmp_path):
     entries = held_out_log(tmp_path)
     assert entries[-1]["eval_perplexity"] == min(entry["eval_perplexity"] for entry in entries if entry["step"])
     assert len({entry["eval_perplexity"] for entry in entries}) > 2
+
+
+def test_a_checkpoint_asked_for_within_a_step_is_of_a_whole_step(recipe, tmp_path, monkeypatch):
+    """SIGTERM with `enable_jit_checkpoint`: rows that were drawn and not yet learned from come again."""
+    options, plain = ["--config", recipe, "--max-steps", 6], PretrainTrainer.training_step
+    run_command("pretrain", *options, "--output-dir", tmp_path / "whole")
+
+    def asked_in_the_third_step(trainer, *arguments, **options):
+        if trainer.state.global_step == 2:
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, JITCheckpointCallback):
+                    callback.jit_manager.is_checkpoint_requested = True
+        return plain(trainer, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainTrainer, "training_step", asked_in_the_third_step)
+        jit = ["--save-strategy", "no", "--enable-jit-checkpoint", "true"]
+        run_command("pretrain", *options, *jit, "--output-dir", tmp_path / "stopped")
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    run_command("pretrain", *options, "--output-dir", tmp_path / "stopped")
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_no_held_out_row_is_left_out(recipe, tmp_path):
+    """`dataloader_drop_last` is for training, and the labels have the name that the collator gives them."""
+    losses = []
+    for name, options in {"plain": [], "other": ["--dataloader-drop-last", "true", "--label-names", "targets"]}.items():
+        changed = ["--output-dir", tmp_path / name, "--max-steps", 1, "--per-device-eval-batch-size", 3, *options]
+        run_command("pretrain", "--config", recipe, *changed)
+        losses.append([entry["eval_loss"] for entry in held_out_log(tmp_path / name)])
+    assert losses[0] == losses[1]
 
 
 def test_ctrl_c_is_one_line_and_leaves_whole_checkpoints(recipe, tmp_path):

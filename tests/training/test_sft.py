@@ -155,6 +155,14 @@ def test_adapter_loads_and_merges(folder, finished):
     assert merged.generation_config.eos_token_id == [4, 0]
 
 
+def test_an_adapter_of_a_tied_embedding_is_merged_into_the_embedding_alone(folder, tmp_path):
+    changed = {**LORA, "lora_target_modules": ["embed_tokens", "q_proj"], "merge_adapter": "true"}
+    run_command("sft", *options(folder, output_dir=tmp_path, **{**changed, "max_steps": 3}))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "complexity-deep"), tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(merged), logits_of(adapted), rtol=1e-5, atol=1e-5)
+
+
 def test_experts_learn_through_lora(finished):
     """B starts at zero, so that it is not zero where a gradient came."""
     weights = load_file(finished("lora") / "adapter_model.safetensors")
@@ -345,6 +353,8 @@ BAD_OPTIONS = {
     "dropout on the experts": ({**LORA, "lora_dropout": 0.1}, "--lora-dropout 0"),
     "no such layer": ({**LORA, "lora_target_modules": "out_proj"}, "no 'out_proj' for LoRA"),
     "no such weights": ({**LORA, "lora_target_parameters": ["experts.down_proj", "w1"]}, "no 'w1' for LoRA"),
+    "no such module": ({**LORA, "lora_modules_to_save": ["lm_heat"]}, "no 'lm_heat' for lora_modules_to_save"),
+    "nothing to offload from": ({"activation_offloading": "true"}, "this run has no GPU"),
     "a router's loss": ({"router_aux_loss_coef": 0.01}, "a token-routed model has none"),
     "no rows in a step": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
     "no length": ({"max_length": 0}, "max_length must be at least 1, but is 0."),

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
@@ -127,6 +128,9 @@ def lora_config(model_args: ModelConfig, model: PreTrainedModel):
         # Where only some are missing, PEFT does no more than warn.
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise InputError(f"The model has no '{target}' for LoRA: correct it in the recipe ([] is none).")
+    for target in config.modules_to_save or ():
+        if not any(name.endswith(target) for name, _ in model.named_modules()):  # as PEFT matches them
+            raise InputError(f"The model has no '{target}' for lora_modules_to_save: correct it.")
     return config
 
 
@@ -172,10 +176,23 @@ def load_chats(script_args: FineTuningArguments, training_args: SFTConfig, encod
     return shuffled_mix(training, weights, training_args.seed), validation, records
 
 
+def untie_adapted_embedding(model: PreTrainedModel) -> None:
+    """Give the head a weight of its own where it shares that of an embedding with an adapter.
+
+    The adapter would otherwise be merged into the head as well. TRL takes no adapter on the head itself.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, BaseTunerLayer) and embedding.weight is head.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
 def save_merged(trainer: ChatTrainer, tokenizer, output: Path) -> None:
     """Write the model with its adapter merged, and the record of the run, into merged/."""
     with whole_folder(output / "merged") as folder:
-        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+        adapted = trainer.accelerator.unwrap_model(trainer.model)
+        untie_adapted_embedding(adapted.get_base_model())
+        adapted.merge_and_unload().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for name in RECORDS:
             shutil.copy(output / name, folder)

@@ -46,6 +46,8 @@ def check_fine_tuning(script_args: FineTuningArguments, training_args: SFTConfig
         raise InputError("There is no model: name a folder or Hub id with --model-name-or-path.")
     if script_args.merge_adapter and not model_args.use_peft:
         raise InputError("--merge-adapter is for LoRA (--use-peft), and this run trains every weight.")
+    if training_args.activation_offloading and training_args.device.type == "cpu":
+        raise InputError("activation_offloading moves activations from a GPU to the CPU, and this run has no GPU.")
     if training_args.packing and training_args.packing_strategy == "wrapped":
         raise InputError("packing_strategy 'wrapped' cuts conversations, and lets them see each other: use 'bfd'.")
     if Path(model_args.model_name_or_path).resolve() == Path(training_args.output_dir).resolve():

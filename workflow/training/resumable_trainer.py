@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from complexity_deep.workflow.command import InputError, one_line
 from complexity_deep.workflow.training.atomic_checkpoint import AtomicCheckpointMixin
@@ -58,6 +59,7 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         # Taken before Trainer changes the model's config.
         self.settings = {**model_settings(model), **settings, **argument_settings(args)}
         args.eval_do_concat_batches = True  # the metrics are computed from one array
+        args.label_names = ["labels"]  # what the collators give; by another name there would be no held-out loss
         # Every metric here is one of loss. Trainer takes those whose name does not say so for scores.
         args.greater_is_better = False
         with options_in_one_sentence():
@@ -74,6 +76,11 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         # Layer by layer: that compiles in a fraction of the time.
         self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         torch._dynamo.config.optimize_ddp = False  # it cuts what is compiled at the buckets, here each layer in two
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback):
+                # Only between two steps: a checkpoint within one would count its rows as used, and nothing has learned
+                # from them yet.
+                callback.on_step_begin = callback.on_pre_optimizer_step = lambda *args, **kwargs: None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(progress)
@@ -94,6 +101,14 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
         if self.state.global_step >= self.state.max_steps:
             return [], None  # Trainer takes one step more when it resumes a run that is already over
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        """The loader of held-out rows, all of them: `dataloader_drop_last` is for training."""
+        drops_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops_last
 
     def training_step(self, model, *args, **kwargs):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)  # none for a model that was sharded when loaded
