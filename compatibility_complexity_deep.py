@@ -113,9 +113,9 @@ def check_unknown_arguments(kwargs: dict) -> None:
 def check_room(config, tokens: int, attention_mask: Tensor | None, cache) -> None:
     """Raise `ValueError` where a static cache has no room for a text, as far as the host knows its length.
 
-    `tokens` are at least in it, or as many as attention_mask [B, positions so far] has. A full cache takes no token: on
-    the CPU the library's write raises `IndexError`, on a GPU it ends the process, and the kernels of a decode step give
-    NaN.
+    The text has at least `tokens` tokens. An attention_mask [B, positions so far] says how many it has. A full cache
+    takes no further token: on the CPU the library's write raises `IndexError`, on a GPU it ends the process, and the
+    kernels of a decode step give NaN.
     """
     is_static = isinstance(cache, StaticCache) and config.sliding_window is None
     if is_static and not torch.compiler.is_compiling():  # which would make a condition of it

@@ -160,10 +160,10 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
     known = [type(model.base_model).__module__, "transformers.activations"]
     known += [COMPILED_MODULES] if training else []
     # The class of the whole model may be the caller's, with further methods, but not with a forward of its own.
-    origins = (type(x).forward.__module__ if x is model else type(x).__module__ for x in model.modules())
+    modules = list(model.modules())
+    origins = (type(x).forward.__module__ if x is model else type(x).__module__ for x in modules)
     if not all(origin in known or origin.startswith("torch.nn.modules.") for origin in origins):
         return False
-    modules = list(model.modules())
     # With dropout, the call that records would draw random numbers twice.
     if not is_unhooked(*modules) or any(_has_dropout(module) for module in modules):
         return False  # such a model, or one with adapters, is asked in every call: its weights need not be looked at

@@ -34,7 +34,7 @@ with needs("train"):
     from complexity_deep.workflow.benchmarks.speculation import benchmark_speculation, check_speculation
     from complexity_deep.workflow.benchmarks.timing import ceilings
     from complexity_deep.workflow.benchmarks.user_paths import PARTS, benchmark_users
-    from complexity_deep.workflow.saved_model import usable
+    from complexity_deep.workflow.saved_model import check_device
 
 
 def default_output() -> str:
@@ -114,8 +114,7 @@ def main(args: argparse.Namespace) -> None:
         check_speculation(args)
     elif args.benchmark != "kernels":
         peers(args.model_config, args.only)
-    with usable(args.device):
-        torch.empty(1, device=args.device)
+    check_device(args.device)
     if args.tensor_parallel and (args.benchmark != "generate" or processes() == 1):
         raise InputError("--tensor-parallel divides the models of generate among processes: start it by torchrun.")
     if args.device.startswith("cuda") and not args.skip_tests and is_first_process():

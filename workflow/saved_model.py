@@ -38,6 +38,12 @@ def usable(device: str) -> Iterator[None]:
         raise InputError(f"The device '{device}' cannot be used: {first_line(error)}") from error
 
 
+def check_device(device: str) -> None:
+    """Raise `InputError` for a device that is not there."""
+    with usable(device):
+        torch.empty(0, device=device)
+
+
 def load_model(
     path: str | Path, device: str = "cpu", model_class: type = AutoModelForCausalLM, **options
 ) -> PreTrainedModel:
@@ -46,8 +52,7 @@ def load_model(
     `options` go to `from_pretrained`. Raises `InputError` for a model that does not load and for a device that is not
     there.
     """
-    with usable(device):
-        torch.empty(0, device=device)  # before weights are read, which takes long
+    check_device(device)  # before weights are read, which takes long
     try:
         model = model_class.from_pretrained(path, trust_remote_code=True, **options).eval()
     except Exception as error:  # a wrong shape, a strict config and code of the folder's own raise classes of their own

@@ -1,0 +1,187 @@
+"""ablate.py: the report."""
+
+import math
+
+import pytest
+import yaml
+
+from ablation_rows import PLANS, finished
+from complexity_deep.workflow.evidence import study_page
+from complexity_deep.workflow.evidence.ablation_report import difference, interval
+from support import outcome_of
+
+PREPARE = ["prepare", "--tokenizer", "none", "--sources", "none", "--held-out-edu", "none", "--held-out-books", "none"]
+
+
+@pytest.fixture
+def page(tmp_path):
+    (tmp_path / "evidence").mkdir()
+
+    def make(rows):
+        study_page.write_study(tmp_path / "evidence", rows, str(PLANS))
+        return " ".join((tmp_path / "evidence.md").read_text().split())
+
+    return make
+
+
+def test_report_of_known_runs(page, tmp_path):
+    dense = [finished("dense_active", seed, 3.2 + 0.01 * (seed - 1)) for seed in range(3)]
+    shared = [finished("shared_64", seed, 3.0 + 0.01 * (seed - 1), expert_norm_ratio=1.5) for seed in range(3)]
+    seconds = [finished("shared_64", seed, 3.05 + 0.01 * (seed - 1), "equal_seconds") for seed in range(3)]
+    other = [finished("learning", 0, 9.9, size="30m smoke"), finished("dense_active", 2, 8.0, status="failed")]
+    text = page([*dense, *shared, *seconds, *other])
+    # Welch with equal spreads of 0.01 and 3 seeds each: 4 degrees of freedom, 2.776 x 0.01 x sqrt(2 / 3) = 0.0227.
+    assert "**The goal is reached.**" in text
+    assert "`shared_64`: -0.200 (95 %: -0.223 to -0.177) at equal tokens on educational text" in text
+    assert "-0.150 (95 %: -0.173 to -0.127) at equal seconds on books" in text
+    # Student's: 4.303 x 0.01 / sqrt(3) = 0.0248.
+    assert "| 3 | 100.0 | 3.0000 ± 0.0058 [2.975, 3.025] |" in text and "| 1.50 |" in text
+    assert "10 runs: 1 failed, 9 ok" in text and "9.9" not in text
+    assert "--seeds SEED --repeat" in text  # without which a row that is there is left out
+    for name in ("curves.png", "differences.png"):
+        assert (tmp_path / "evidence" / name).stat().st_size > 10_000
+
+
+def test_runs_with_muon_stand_apart(page):
+    """With tables of their own, whose differences are to dense with Muon and to the same variant with AdamW."""
+    dense = [finished("dense_active", seed, 3.19 + 0.02 * seed) for seed in range(2)]
+    shared = [finished("shared_64", seed, 2.99 + 0.02 * seed) for seed in range(2)]
+    before = page([*dense, *shared])
+    muon = {"optimizer": "muon", "tokens_per_second": 4000.0}
+    with_muon = [
+        finished("dense_active_muon", 0, 3.1, "muon", runs_per_gpu=1, **muon),
+        finished("shared_64_muon", 0, 2.95, "muon", runs_per_gpu=2, **muon),
+    ]
+    text = page([*dense, *shared, *with_muon])
+    assert "Muon" not in before and before.partition("## Stability")[0] in text
+    start, end = text.index("## With Muon, token files first"), text.index("## Stability")
+    section = text[start:end]
+    assert "| shared_64_muon | 2.0 / 1.0 | 0.001 | 1 | 100.0 | 2.9500 | 3.9500 | -0.150 | -0.150 | | | |" in section
+    assert "| dense_active_muon | 2.0 / 1.0 | 0.001 | 1 | 100.0 | 3.1000 | 4.1000 | | | | | 4,000 |" in section
+    assert "| dense_active_muon | 1 and 2 | -0.100 | -0.100 |" in section
+    assert "| shared_64_muon | 1 and 2 | -0.050 | -0.050 |" in section
+    assert "_muon" not in text[:start]
+
+
+def test_losses_of_other_token_files_are_not_compared(page):
+    """The difference is that of the token files with most seeds, for each comparison; every table names its own."""
+    dense = [finished("dense_active", seed, 3.2 + 0.01 * seed) for seed in range(3)]
+    shared = [finished("shared_64", seed, 3.0 + 0.01 * seed) for seed in range(3)]
+    other = [finished("dense_active", seed, 5.0, data="second") for seed in range(2)]
+    other += [
+        finished("shared_64", 0, 4.9, data="second"),
+        finished("shared_64", 0, 4.5, "equal_seconds", data="second"),
+    ]
+    text = page([*dense, *shared, *other])
+    assert "-0.200 (95 %: -0.223 to -0.177) at equal tokens on educational text" in text
+    assert "-0.500 (one seed) at equal seconds on educational text" in text
+    assert "At equal tokens, token files second" in text and "| 4.9000 | 5.9000 | -0.100 | -0.100 |" in text
+
+
+def test_the_best_at_equal_seconds_is_that_of_the_token_files_with_most_runs(page):
+    rows = [finished("dense_active", seed, 3.2 + 0.01 * seed, data=data) for seed in range(3) for data in ("1", "2")]
+    rows += [finished("shared_64", seed, 3.0 + 0.01 * seed, data="1") for seed in range(3)]
+    rows += [finished("shared_64", seed, 3.0 + 0.01 * seed, "equal_seconds", data="1") for seed in range(3)]
+    rows += [finished("shared_64_values", seed, 3.02, "equal_seconds", data="1") for seed in range(3)]
+    rows += [finished("shared_64_values", 0, 2.9, "equal_seconds", data="2")]
+    assert "At equal seconds the best is" not in page(rows)
+
+
+def test_report_says_first_when_the_goal_is_not_reached_or_not_decided(page):
+    dense = [finished("dense_active", seed, 3.2 + 0.01 * seed) for seed in range(3)]
+    close = [finished("shared_64", seed, 3.1 + 0.01 * seed) for seed in range(3)]
+    seconds = [finished("shared_64", seed, 3.1 + 0.01 * seed, "equal_seconds") for seed in range(3)]
+    assert page([*dense, *close, *seconds]).startswith("# Evidence **The goal is not reached.**")
+    assert "**The goal is not reached.**" in page([*dense, *close])
+    far = [finished("shared_64", seed, 2.9 + 0.01 * seed) for seed in range(3)]
+    assert "**The goal is not decided yet.**" in page([*dense, *far])
+    lucky = finished("shared_64_values", 0, 3.05, "equal_seconds")
+    text = page([*dense, *far, *seconds, lucky])
+    assert "At equal seconds the best is" not in text
+    assert "With fewer seeds at equal seconds, and so not compared yet: `shared_64_values`." in text
+    text = page([*dense, *far, seconds[0], lucky])
+    assert "At equal seconds the best is `shared_64_values`: -0.160 (one seed) on educational text" in text
+    assert "**The goal is not decided yet**: the headline has no finished runs." in page([])
+
+
+def test_a_candidate_is_chosen_by_the_seeds_that_were_planned_for_it(page):
+    """Of those that have as many; and the seeds that came later are shown alone."""
+    dense = [finished("dense_active", seed, 3.2 + 0.001 * seed) for seed in range(5)]
+    ours = [finished("shared_64", seed, loss) for seed, loss in enumerate((3.0, 3.001, 3.002, 3.11, 3.113))]
+    other = [
+        finished("shared_64_values", seed, 3.01 + seed / 1e3) for seed in range(5)
+    ]  # better over five seeds, not over three
+    lucky = [finished("shared_64_layers", seed, 2.9 + seed / 1e3) for seed in range(2)]
+    text = page([*dense, *ours, *other, *lucky])
+    assert "The best candidate is `shared_64`" in text
+    assert "With fewer seeds at equal tokens, and so not compared yet: `shared_64_layers`." in text
+    # Two seeds each, 0.003 and 0.001 apart.
+    assert "With the seeds 3 and 4 alone, by which it was not chosen, it is -0.092 (95 %: -0.10" in text
+    assert "alone" not in page([*dense[:3], *ours[:3]]).partition("Written by")[0]
+
+
+def test_a_mean_is_of_one_rate_and_one_length(page):
+    """Those of the last run of a variant; the others stay in runs.csv."""
+    rows = [finished("dense_active", seed, 3.2 + 0.01 * seed) for seed in range(3)]
+    rows += [finished("shared_64", seed, 3.1 + 0.01 * seed) for seed in range(3)]
+    rows += [finished("shared_64", seed, 3.0 + 0.01 * seed, learning_rate=5e-4) for seed in range(2)]
+    rows += [finished("shared_64", 0, 2.9, "equal_seconds", tokens=7e7, curve=[[1, 3.0, 4.0], [2, 2.9, 3.9]])]
+    rows += [finished("shared_64", 1, 3.3, "equal_seconds", tokens=6e7)]
+    text = page(rows)
+    assert "| shared_64 | 2.0 / 1.0 | 0.0005 | 2 | 100.0 | 3.0050 ± 0.0050" in text
+    assert "| shared_64 | 2.0 / 1.0 | 0.001 | 1 | 60.0 | 3.3000 |" in text
+
+
+def test_seeds_that_diverged_are_named_below_the_table(page):
+    rows = [finished(name, seed, 3.0 + seed / 100) for seed in range(2) for name in ("dense_active", "shared_64")]
+    assert "Seeds that diverged" not in page(rows)
+    rows += [
+        finished(name, seed, 9.0, status="diverged") for name, seed in (("shared_64", 2), ("v0", 0), ("shared_64", 0))
+    ]
+    text = page(rows)
+    assert "Seeds that diverged and are in no mean: `shared_64` (1), `v0` (1)." in text
+    assert text.index("Seeds that diverged") < text.index("## Stability")
+
+
+def test_stability_is_of_one_set_of_token_files_and_of_whole_numbers(page):
+    rows = [finished("v0", seed, 3.0 + 0.01 * seed, "stability") for seed in range(2)]
+    rows += [finished("v0", 0, 3.0, "stability", spikes=4)]  # again
+    rows += [finished("v0", 0, 5.0, "stability", data="second")]
+    rows += [finished("v0", 1, 9.0, "stability", data="second", status="diverged", max_grad_norm=math.nan)]
+    text = page(rows)
+    assert "| v0 | first | 0.001 | 2 | 0 | 2.0 | 1.0 | 3.0050 ± 0.0050" in text
+    assert "| v0 | second | 0.001 | 2 | 1 | 0.0 | not finite | 5.0000 |" in text
+
+
+def test_a_sweep_says_where_it_does_not_enclose_its_best(page):
+    rates = (1e-3, 2e-3, 4e-3)
+    rows = [finished("v0", 0, 3 + abs(rate - 2e-3), "learning_rates", learning_rate=rate) for rate in rates]
+    rows += [finished("dense_active", 0, 3 + rate, "learning_rates", learning_rate=rate) for rate in rates]
+    text = page(rows)
+    assert "The best rate may lie beyond those that were tried for `dense_active`. ##" in text
+    rows[2] = {**rows[2], "status": "diverged", "held_out_edu": None}
+    text = page([*rows, finished("v0", 0, 1.0, "learning_rates", learning_rate=2e-3, data="second")])
+    assert "| v0 | first | 3.0010 | 3.0000 | diverged |" in text and "for `dense_active`. ##" in text
+
+
+def test_seeds_without_a_spread_have_no_interval():
+    assert interval([2.5, 2.5, 2.5]) is None and difference([3.0, 3.0], [3.25, 3.25]) == (-0.25, None)
+    mean, bounds = difference([3.0, 3.0], [3.2, 3.3])
+    assert bounds[0] < mean == -0.25 < bounds[1]
+
+
+def test_report_makes_its_folder(tmp_path):
+    assert outcome_of("ablate", "report", "--output-dir", tmp_path / "new" / "evidence")[0] == 0
+    assert (tmp_path / "new" / "evidence.md").exists()
+    for command in (["report", "--output-dir", "/dev/null/x"], [*PREPARE, "--data", "/dev/null/x"]):
+        status, _, errors = outcome_of("ablate", *command)
+        assert status and "'/dev/null/x' cannot be a folder" in errors and errors.count("\n") == 1
+
+
+def test_a_candidate_without_runs_was_not_tried(page):
+    names = yaml.safe_load((PLANS / "30m.yaml").read_text())["candidates"]
+    rows = [finished(name, seed, 3.0 + seed / 100) for seed in range(2) for name in ("dense_active", "shared_64")]
+    others = ", ".join(f"`{name}`" for name in names if name != "shared_64")
+    assert f"Tried were `shared_64`. Without a finished run are {others}." in page(rows)
+    rows += [finished(name, 0, 3.0) for name in names]
+    assert "Without a finished run" not in page(rows)
