@@ -112,10 +112,14 @@ def test_kernels_compiled_by_threads_have_their_own_launchers(monkeypatch):
 def test_a_kernel_is_looked_up_once_for_all_values_of_a_float(monkeypatch):
     """Triton compiles for none of them. With an entry for each, a step size on a schedule would fill memory."""
     looked_up, launched = [], []
+
+    def function(x, y, z):  # its source is read, which must begin with "def"
+        pass
+
     found = SimpleNamespace(run=lambda *args: launched.append(args[-3:]), function=None, packed_metadata=None)
     monkeypatch.setattr(kernel_launch, "_current_device", lambda: 0)
     monkeypatch.setattr(kernel_launch, "_current_stream", lambda device: 0)
-    kernel = kernel_launch.Kernel(lambda x, y, z: None, ())
+    kernel = kernel_launch.Kernel(function, ())
     kernel.is_interpreted, kernel.jit = False, defaultdict(lambda: lambda *args: looked_up.append(args) or found)
     for y in (0.5, 0.25, 1.0):
         kernel.launch((1,), torch.ones(4), y, 16)
