@@ -629,7 +629,7 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, KernelsMixin, VocabularyMix
         )
         idle = experts - experts // self.config.num_experts
         value_embeddings = [layer.self_attn.value_embedding for layer in self.base_model.layers]
-        idle += sum(table.weight.numel() - table.embedding_dim for table in value_embeddings if table is not None)
+        idle += sum(table.weight.numel() - table.weight.shape[1] for table in value_embeddings if table is not None)
         return {"total": trained + frozen, "trained": trained, "active": trained + frozen - idle}
 
 

@@ -195,10 +195,10 @@ class TokenRoutingMixin(PreTrainedModel):
         rows apart. The lowest id wins between equal rows.
         """
         dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
-        weight = self.embed_tokens.weight
-        if weight.device.type == "meta":  # offloaded: only a call of the module brings the rows in
-            weight = self.embed_tokens(torch.arange(self.config.vocab_size, device=inputs_embeds.device))
-        weight = weight.to(inputs_embeds.device, dtype)
+        # By a call of the module: its weight alone may be offloaded, divided among processes, quantized, or adapted.
+        # Hooks on it expect the rows of a batch.
+        every_id = torch.arange(self.config.vocab_size, device=inputs_embeds.device)[None]
+        weight = self.embed_tokens(every_id)[0].to(inputs_embeds.device, dtype)
         rows = inputs_embeds.reshape(-1, inputs_embeds.shape[-1]).to(dtype)
         # 1024 rows at a time, so that the distances [1024, V] stay small whatever the batch.
         exact = "donot_use_mm_for_euclid_dist"

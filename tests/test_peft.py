@@ -135,6 +135,31 @@ def test_guidance_is_adapted_by_name_where_it_takes_part():
         model = get_peft_model(tiny_model(**options), copy.deepcopy(config))
         adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
         body = "base_model.model.model.layers"
+def test_embeddings_without_ids_are_routed_by_adapted_rows():
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["embed_tokens"])
+    model = get_peft_model(tiny_model(tie_word_embeddings=False), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 1.0)  # far enough that the rows below the adapter are no longer the nearest
+    ids = random_ids(2, 12)
+    logits = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+    torch.testing.assert_close(logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("whose", ["LoRA", "single tokens"])
+def test_adapted_value_embeddings_are_counted(whose):
+    model = tiny_model(num_hidden_layers=2, value_embedding_layers=[1])
+    before = model.parameter_counts()
+    if whose == "LoRA":
+        config = LoraConfig(r=4, target_modules=["value_embedding"])
+    else:
+        config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"value_embedding": [3, 5]})
+    after = get_peft_model(model, config).get_base_model().parameter_counts()
+    assert after["total"] > before["total"]
+    assert after["total"] - after["active"] == before["total"] - before["active"]  # the same rows are idle
+
+
         expected = {f"{body}.{layer}.self_attn.mu_to_{letter}" for layer in (1, 2) for letter in "qkv"}
         expected |= {f"{body}.{layer}.dynamics.mu_proj" for layer in (range(3) if not options else range(2))}
         assert adapted == expected
