@@ -70,18 +70,24 @@ ADAPTERS = {
 }
 
 
-def new_model(_):
+def new_model(_, **options):
     torch.manual_seed(0)
-    return ComplexityDeepForCausalLM(tiny_config(num_hidden_layers=2, initializer_range=0.1))
+    return ComplexityDeepForCausalLM(tiny_config(num_hidden_layers=2, initializer_range=0.1, **options))
+
+
+def new_model_with_every_option(path):
+    options = {"value_embedding_layers": [0, 1], "shared_expert_intermediate_size": 48, "mu_router_gradient": True}
+    return new_model(path, **options)
 
 
 def earlier_folder(path):
     """As code wrote it that started these weights at zero: no gradient reaches layer 0's first rows."""
-    model = new_model(path)
+    model = new_model(path, value_embedding_layers=[1])
     with torch.no_grad():
         for layer in model.model.layers:
             layer.dynamics.controller_out.weight.zero_()
             layer.dynamics.mu_proj.weight.zero_()
+        model.model.layers[1].self_attn.value_gate.weight.zero_()
     model.save_pretrained(path)
     return ComplexityDeepForCausalLM.from_pretrained(path)
 
@@ -90,7 +96,7 @@ def published_folder_of_tests(_):
     return ComplexityDeepForCausalLM.from_pretrained(GOLDEN / "v0.13-tiny")
 
 
-@pytest.mark.parametrize("base", [new_model, earlier_folder, published_folder_of_tests])
+@pytest.mark.parametrize("base", [new_model, new_model_with_every_option, earlier_folder, published_folder_of_tests])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_adapters_of_every_linear_layer_train(adapter, base, tmp_path):
     """DoRA divides by the norms of the weights' rows; none of them may be zero."""
@@ -129,12 +135,6 @@ def test_modules_trained_whole_beside_adapters(kept, tmp_path):
     torch.testing.assert_close(reloaded(ids).logits, adapted, rtol=1e-5, atol=1e-5)
 
 
-def test_guidance_is_adapted_by_name_where_it_takes_part():
-    config = LoraConfig(r=4, target_modules=["mu_to_q", "mu_to_k", "mu_to_v", "mu_proj"])
-    for options in ({}, {"use_dynamics": False}):  # then mu of the last layer cannot learn either
-        model = get_peft_model(tiny_model(**options), copy.deepcopy(config))
-        adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
-        body = "base_model.model.model.layers"
 def test_embeddings_without_ids_are_routed_by_adapted_rows():
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["embed_tokens"])
     model = get_peft_model(tiny_model(tie_word_embeddings=False), config)
@@ -160,6 +160,12 @@ def test_adapted_value_embeddings_are_counted(whose):
     assert after["total"] - after["active"] == before["total"] - before["active"]  # the same rows are idle
 
 
+def test_guidance_is_adapted_by_name_where_it_takes_part():
+    config = LoraConfig(r=4, target_modules=["mu_to_q", "mu_to_k", "mu_to_v", "mu_proj"])
+    for options in ({}, {"use_dynamics": False}):  # then mu of the last layer cannot learn either
+        model = get_peft_model(tiny_model(**options), copy.deepcopy(config))
+        adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+        body = "base_model.model.model.layers"
         expected = {f"{body}.{layer}.self_attn.mu_to_{letter}" for layer in (1, 2) for letter in "qkv"}
         expected |= {f"{body}.{layer}.dynamics.mu_proj" for layer in (range(3) if not options else range(2))}
         assert adapted == expected
