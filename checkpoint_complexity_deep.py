@@ -146,8 +146,8 @@ def file_layouts(config, is_published: bool):
     mapping = _native_renamings(config)
     if getattr(config, "quantization_config", None) is None:  # a quantized file has its own conversions
         mapping += [
-            WeightConverter(rf"dynamics\.{name}\.weight$", f"dynamics.{name}.weight", operations=[_NoZeroRows()])
-            for name in ("mu_proj", "controller_out")
+            WeightConverter(rf"{re.escape(name)}\.weight$", f"{name}.weight", operations=[_NoZeroRows()])
+            for name in ("dynamics.mu_proj", "dynamics.controller_out", "self_attn.value_gate")
         ]
     if is_published:
         mapping += _published_layouts()

@@ -132,7 +132,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
         value_embedding_layers (`list[int]`, *optional*):
             layers whose values get a vector of the token id added, times `2 sigmoid(W m)` for each key/value head, with
             m the guidance of the layer below, or the normed hidden state where there is none. New vectors are drawn
-            like other embeddings, and W starts at zero, which makes every gate 1.
+            like other embeddings, and W starts at 1e-12, which makes every gate 1.
         use_dynamics (`bool`, defaults to `True`): INL dynamics on the attention output.
         dynamics_alpha, dynamics_beta, dynamics_gate (`float`, default to 0.9, 0.1, 0.5):
             values that alpha, beta and gate have in a new model.

@@ -321,12 +321,14 @@ class ComplexityDeepDynamics(nn.Module):
         if trains_mu(config, layer_idx):
             self.mu = nn.Parameter(torch.zeros(hidden))
             self.mu_proj = nn.Linear(hidden, hidden, bias=False)
+            self.mu_proj.starts_at_zero = True
         else:
             self.register_buffer("mu", torch.zeros(hidden))
             self.frozen = ComplexityDeepFrozenWeights(mu_proj=(hidden, hidden))
         if config.use_dynamics:
             self.controller_in = nn.Linear(2 * hidden, controller)
             self.controller_out = nn.Linear(controller, 3 * hidden)
+            self.controller_out.starts_at_zero = True
 
     @accelerated("dynamics")
     def forward(
@@ -588,18 +590,17 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, KernelsMixin, VocabularyMix
             init.normal_(module.down_proj, mean=0.0, std=residual_std)
         elif getattr(module, "writes_residual", False):
             init.normal_(module.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, ComplexityDeepMuRouter) or getattr(module, "starts_at_zero", False):
+        elif getattr(module, "starts_at_zero", False):
+            init.constant_(module.weight, nearly_zero(module.weight.dtype))
+        elif isinstance(module, ComplexityDeepMuRouter):
             init.zeros_(module.weight)
         elif isinstance(module, ComplexityDeepFrozenWeights):
             for weight in module.buffers():
                 init.zeros_(weight)
         elif isinstance(module, ComplexityDeepDynamics):
             init.zeros_(module.mu)
-            if hasattr(module, "mu_proj"):
-                init.constant_(module.mu_proj.weight, nearly_zero(module.mu_proj.weight.dtype))
             if config.use_dynamics:
-                # With such weights the controller starts exactly at the values of the config, whatever the input.
-                init.constant_(module.controller_out.weight, nearly_zero(module.controller_out.weight.dtype))
+                # As its weights start at zero, the controller has the values of the config, whatever the input.
                 start = torch.tensor(
                     [
                         math.log(config.dynamics_alpha / (1 - config.dynamics_alpha)),
@@ -629,7 +630,7 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, KernelsMixin, VocabularyMix
         )
         idle = experts - experts // self.config.num_experts
         value_embeddings = [layer.self_attn.value_embedding for layer in self.base_model.layers]
-        idle += sum(table.weight.numel() - table.embedding_dim for table in value_embeddings if table is not None)
+        idle += sum(table.weight.numel() - table.weight.shape[1] for table in value_embeddings if table is not None)
         return {"total": trained + frozen, "trained": trained, "active": trained + frozen - idle}
 
 

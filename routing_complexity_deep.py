@@ -195,11 +195,12 @@ class TokenRoutingMixin(PreTrainedModel):
         rows apart. The lowest id wins between equal rows.
         """
         dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
-        weight = self.embed_tokens.weight
-        if weight.device.type == "meta":  # offloaded: only a call of the module brings the rows in
-            weight = self.embed_tokens(torch.arange(self.config.vocab_size, device=inputs_embeds.device))
-        weight = weight.to(inputs_embeds.device, dtype)
-        rows = inputs_embeds.reshape(-1, inputs_embeds.shape[-1]).to(dtype)
+        # By a call of the module: its weight alone may be offloaded, divided among processes, quantized, or adapted.
+        # Hooks on it expect the rows of a batch.
+        every_id = torch.arange(self.config.vocab_size, device=inputs_embeds.device)[None]
+        # Detached, as the distance has no forward-mode derivative, which `no_grad` leaves on.
+        weight = self.embed_tokens(every_id)[0].detach().to(inputs_embeds.device, dtype)
+        rows = inputs_embeds.detach().reshape(-1, inputs_embeds.shape[-1]).to(dtype)
         # 1024 rows at a time, so that the distances [1024, V] stay small whatever the batch.
         exact = "donot_use_mm_for_euclid_dist"
         nearest = [torch.cdist(part, weight, compute_mode=exact).argmin(dim=-1) for part in rows.split(1024)]

@@ -139,6 +139,16 @@ def test_forward_mode_and_its_compositions(path, options):
     torch.testing.assert_close(found.double(), expected, rtol=1e-9 if path == "eager" else 1e-3, atol=0)
 
 
+def test_forward_mode_of_embeddings_without_ids():
+    """Their nearest rows, which choose the experts, have no derivative."""
+    model, truth, ids = build("eager"), build("truth"), random_ids(2, 5).to(DEVICE)
+    embeds = truth.get_input_embeddings()(ids).detach()
+    tangent = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(embeds)
+    _, found = jvp(lambda embeds: model(inputs_embeds=embeds, use_cache=False).logits.sum(), (embeds,), (tangent,))
+    (gradient,) = torch.autograd.grad(truth(inputs_embeds=embeds.requires_grad_()).logits.sum(), embeds)
+    torch.testing.assert_close(found, (gradient * tangent).sum(), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_jacobian(path):
     model, truth, ids = build(path), build("truth"), random_ids(1, 5).to(DEVICE)

@@ -261,12 +261,16 @@ def test_expert_and_tensor_parallel_equal_one_process(ranks, checkpoints, tmp_pa
 
 
 def inference_job(folder, load: dict):
-    """Largest difference of logits from those of the whole model, whether both generate alike, and what is here."""
+    """Largest difference of logits from those of the whole model, whether both generate alike, and what is here.
+
+    Logits are those of ids, and of embeddings without ids, which are routed by their nearest rows.
+    """
     reference = ComplexityDeepForCausalLM.from_pretrained(folder)
     model = ComplexityDeepForCausalLM.from_pretrained(folder, **load)
     ids, alike = batch(), []
     with torch.no_grad():
-        expected, logits = reference(ids).logits, model(ids).logits
+        expected, embeds = reference(ids).logits, reference.get_input_embeddings()(ids)
+        logits = torch.stack((model(ids).logits, model(inputs_embeds=embeds).logits))
         for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
             options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
             alike.append(torch.equal(*(each.generate(ids[:, :4], **options) for each in (reference, model))))

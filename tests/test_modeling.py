@@ -485,7 +485,8 @@ def test_new_value_gates_are_one():
     torch.manual_seed(0)
     model = ComplexityDeepForCausalLM(tiny_config(value_embedding_layers=[1]))
     attention = model.model.layers[1].self_attn
-    assert not attention.value_gate.weight.any()
+    gate = torch.sigmoid(attention.value_gate(100 * torch.randn(9, 64)))
+    assert torch.equal(2 * gate, torch.ones(9, 2))
     assert attention.value_embedding.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.05)
     model(random_ids(1, 9), labels=random_ids(1, 9)).loss.backward()
     assert attention.value_embedding.weight.grad.abs().max() > 0

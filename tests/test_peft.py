@@ -70,18 +70,24 @@ ADAPTERS = {
 }
 
 
-def new_model(_):
+def new_model(_, **options):
     torch.manual_seed(0)
-    return ComplexityDeepForCausalLM(tiny_config(num_hidden_layers=2, initializer_range=0.1))
+    return ComplexityDeepForCausalLM(tiny_config(num_hidden_layers=2, initializer_range=0.1, **options))
+
+
+def new_model_with_every_option(path):
+    options = {"value_embedding_layers": [0, 1], "shared_expert_intermediate_size": 48, "mu_router_gradient": True}
+    return new_model(path, **options)
 
 
 def earlier_folder(path):
     """As code wrote it that started these weights at zero: no gradient reaches layer 0's first rows."""
-    model = new_model(path)
+    model = new_model(path, value_embedding_layers=[1])
     with torch.no_grad():
         for layer in model.model.layers:
             layer.dynamics.controller_out.weight.zero_()
             layer.dynamics.mu_proj.weight.zero_()
+        model.model.layers[1].self_attn.value_gate.weight.zero_()
     model.save_pretrained(path)
     return ComplexityDeepForCausalLM.from_pretrained(path)
 
@@ -90,7 +96,7 @@ def published_folder_of_tests(_):
     return ComplexityDeepForCausalLM.from_pretrained(GOLDEN / "v0.13-tiny")
 
 
-@pytest.mark.parametrize("base", [new_model, earlier_folder, published_folder_of_tests])
+@pytest.mark.parametrize("base", [new_model, new_model_with_every_option, earlier_folder, published_folder_of_tests])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_adapters_of_every_linear_layer_train(adapter, base, tmp_path):
     """DoRA divides by the norms of the weights' rows; none of them may be zero."""
@@ -127,6 +133,31 @@ def test_modules_trained_whole_beside_adapters(kept, tmp_path):
     model.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(tiny_model(std=0.1), tmp_path)
     torch.testing.assert_close(reloaded(ids).logits, adapted, rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_without_ids_are_routed_by_adapted_rows():
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["embed_tokens"])
+    model = get_peft_model(tiny_model(tie_word_embeddings=False), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 1.0)  # far enough that the rows below the adapter are no longer the nearest
+    ids = random_ids(2, 12)
+    logits = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+    torch.testing.assert_close(logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("whose", ["LoRA", "single tokens"])
+def test_adapted_value_embeddings_are_counted(whose):
+    model = tiny_model(num_hidden_layers=2, value_embedding_layers=[1])
+    before = model.parameter_counts()
+    if whose == "LoRA":
+        config = LoraConfig(r=4, target_modules=["value_embedding"])
+    else:
+        config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"value_embedding": [3, 5]})
+    after = get_peft_model(model, config).get_base_model().parameter_counts()
+    assert after["total"] > before["total"]
+    assert after["total"] - after["active"] == before["total"] - before["active"]  # the same rows are idle
 
 
 def test_guidance_is_adapted_by_name_where_it_takes_part():

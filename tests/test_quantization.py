@@ -104,11 +104,14 @@ def test_quantized_experts_run_whatever_implementation_is_chosen(trained):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_row_of_a_new_or_an_earlier_model_is_lost_in_float8(tmp_path, dtype):
     """The scale of a row of zeros is zero, and 0 / 0 is NaN."""
-    model, ids = ComplexityDeepForCausalLM(tiny_config()).to(dtype), random_ids(2, 8)
+    model, ids = ComplexityDeepForCausalLM(tiny_config(value_embedding_layers=[1])).to(dtype), random_ids(2, 8)
     expected = model(ids).logits
+    model.save_pretrained(tmp_path / "new")
+    assert quantized(tmp_path / "new", "float8 linear")(ids).logits.isfinite().all()
     for dynamics in (layer.dynamics for layer in model.model.layers):  # as earlier code initialised them
         dynamics.mu_proj.weight.zero_()
         dynamics.controller_out.weight.zero_()
+    model.model.layers[1].self_attn.value_gate.weight.zero_()
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
     model.save_pretrained(tmp_path)
     logits = quantized(tmp_path, "float8 linear")(ids).logits

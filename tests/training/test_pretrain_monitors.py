@@ -181,8 +181,12 @@ def test_rerouted_and_clamped_shares():
         ({"num_experts": 1}, ("expert_", "mu_rerouted")),
         ({"use_dynamics": False}, ("velocity_", "gradient_norm/dynamics")),
         ({"use_dynamics": False, "use_mu_guidance": False}, ("velocity_", "mu_", "gradient_norm/dynamics")),
+        (
+            {"use_token_routed_mlp": False, "use_dynamics": False, "use_mu_guidance": False},
+            ("expert_", "velocity_", "mu_", "gradient_norm/dynamics"),
+        ),
     ],
-    ids=["no mu routing", "dense", "no dynamics", "plain"],
+    ids=["no mu routing", "dense", "no dynamics", "plain", "plain and dense"],
 )
 def test_monitors_of_ablated_models(options, absent):
     model = tiny_model(use_mu_routing=False, **options)

@@ -104,8 +104,9 @@ def read_monitors(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str,
         for layer, velocity in enumerate(outputs.velocities):
             measured[f"velocity_rms/layer_{layer}"] = velocity.float().square().mean().sqrt()
             measured[f"velocity_clamped/layer_{layer}"] = (velocity.abs() >= VELOCITY_LIMIT).float().mean()
-    # One transfer for all of them: each on its own would wait for the device.
-    return dict(zip(measured, torch.stack([value.float() for value in measured.values()]).tolist()))
+    # One transfer for all of them: each on its own would wait for the device. A model with no such part has none.
+    values = torch.stack([value.float() for value in measured.values()]).tolist() if measured else []
+    return dict(zip(measured, values))
 
 
 class ArchitectureMonitors(TrainerCallback):
