@@ -136,11 +136,35 @@ def test_seeds_that_diverged_are_named_below_the_table(page):
     rows = [finished(name, seed, 3.0 + seed / 100) for seed in range(2) for name in ("dense_active", "shared_64")]
     assert "Seeds that diverged" not in page(rows)
     rows += [
-        finished(name, seed, 9.0, status="diverged") for name, seed in (("shared_64", 2), ("v0", 0), ("shared_64", 0))
+        finished(name, seed, 9.0, status="diverged")
+        for name, seed in (("shared_64", 2), ("v0", 0), ("shared_64", 0))  # the last was run again
     ]
     text = page(rows)
-    assert "Seeds that diverged and are in no mean: `shared_64` (1), `v0` (1)." in text
+    assert "Seeds that diverged and are in no mean: `shared_64` (2), `v0` (1)." in text
     assert text.index("Seeds that diverged") < text.index("## Stability")
+
+
+def test_seeds_that_diverged_are_those_of_the_rate_that_a_mean_is_of(page):
+    """What came of a seed at a rate that was left says nothing of the one that was found better."""
+    rows = [finished("dense_active", seed, 3.2 + 0.01 * seed) for seed in range(2)]
+    rows += [finished("v0", seed, 3.1 + 0.01 * seed) for seed in range(2)]
+    again = {"learning_rate": 5e-4}
+    rows += [finished("v0", 0, 3.0, **again), finished("v0", 1, 9.0, status="diverged", **again)]
+    text = page(rows)
+    assert "| v0 | 2.0 / 1.0 | 0.0005 | 1 |" in text and "in no mean: `v0` (1)." in text
+    rows[4] = {**rows[4], "status": "diverged"}
+    text = page(rows)
+    assert "| v0 |" not in text and "in no mean: `v0` (2)." in text
+    rows += [finished("v0", seed, 3.1 + 0.01 * seed) for seed in range(2)]
+    assert "Seeds that diverged" not in page(rows)
+
+
+def test_runs_that_all_diverged_are_named(page):
+    lost = {"status": "diverged"}
+    rows = [finished("shared_64", 0, 9.0, "equal_seconds", **lost), finished("v0_muon", 0, 9.0, "muon", **lost)]
+    text = page([finished("dense_active", 0, 3.2), *rows])
+    seconds, muon = (text[text.index(title) :] for title in ("## At the seconds of dense_active", "## With Muon"))
+    assert "in no mean: `shared_64` (1)." in seconds and "in no mean: `v0_muon` (1)." in muon
 
 
 def test_stability_is_of_one_set_of_token_files_and_of_whole_numbers(page):

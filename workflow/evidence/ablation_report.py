@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from scipy import stats
 
 from complexity_deep.workflow.charts import subplots, write_figure
-from complexity_deep.workflow.evidence.ablation_plan import EQUAL_TOKENS, FEWEST_RATES, MUON, SWEEP, sweep_of
+from complexity_deep.workflow.evidence.ablation_plan import DONE, EQUAL_TOKENS, FEWEST_RATES, MUON, SWEEP, sweep_of
 from complexity_deep.workflow.markdown_table import table
 
 CONFIDENCE = 0.95
@@ -24,40 +24,41 @@ CHOICE_SEEDS = (0, 1, 2)  # by which the best candidate is chosen, as planned; l
 COLOURS = colormaps["tab10"].colors
 
 
-def group(rows: list[dict], plans: tuple[str, ...]) -> dict[str, list[dict]]:
-    """Finished runs of the plans by variant, one for each seed: the last, where one was repeated.
+def last_runs(rows: list[dict], plans: tuple[str, ...]) -> dict[tuple[str, int], dict]:
+    """Runs of the plans that finished or diverged, by variant and seed: the last, where one was repeated.
 
     All have the rate and the tokens of the variant's last run. A rate that was found better, or a speed that was
     measured again, changes both from then on, and a mean over both would be of neither.
     """
-    finished = [row for row in rows if row["plan"] in plans and row["status"] == "ok"]
-    made = {row["variant"]: (row["learning_rate"], row["tokens"]) for row in finished}
-    last = {
+    ended = [row for row in rows if row["plan"] in plans and row["status"] in DONE]
+    made = {row["variant"]: (row["learning_rate"], row["tokens"]) for row in ended}
+    return {
         (row["variant"], row["seed"]): row
-        for row in finished
+        for row in ended
         if (row["learning_rate"], row["tokens"]) == made[row["variant"]]
     }
+
+
+def group(rows: list[dict], plans: tuple[str, ...]) -> dict[str, list[dict]]:
+    """Those of `last_runs` that finished, by variant."""
     grouped = {}
-    for (variant, _), row in last.items():
-        grouped.setdefault(variant, []).append(row)
+    for (variant, _), row in last_runs(rows, plans).items():
+        if row["status"] == "ok":
+            grouped.setdefault(variant, []).append(row)
     return grouped
 
 
 def diverged_seeds(rows: list[dict], plans: tuple[str, ...]) -> dict[str, int]:
-    """How many seeds of each variant diverged and have no finished run, which a mean therefore leaves out.
-
-    `rows` are of one set of token files.
-    """
-    own = [row for row in rows if row["plan"] in plans]
-    ended = {(row["variant"], row["seed"]) for row in own if row["status"] == "ok"}
-    lost = {(row["variant"], row["seed"]) for row in own if row["status"] == "diverged"} - ended
-    return dict(Counter(variant for variant, _ in sorted(lost)))
+    """How many seeds of each variant `group` leaves out, for they diverged; `rows` are of one set of token files."""
+    runs = sorted(last_runs(rows, plans).items())
+    return dict(Counter(variant for (variant, _), row in runs if row["status"] == "diverged"))
 
 
-def left_out(diverged: dict[str, int]) -> list[str]:
-    """A sentence on them, and an empty line; nothing where there are none."""
+def left_out(rows: list[dict], data: str, plans: tuple[str, ...], where: str = "") -> list[str]:
+    """A sentence on the seeds that diverged on the token files, and an empty line; nothing where there are none."""
+    diverged = diverged_seeds([row for row in rows if row["data"] == data], plans)
     named = ", ".join(f"`{variant}` ({number})" for variant, number in diverged.items())
-    return [f"Seeds that diverged and are in no mean: {named}.", ""] if named else []
+    return [f"Seeds that diverged{where} and are in no mean: {named}.", ""] if named else []
 
 
 def interval(values: list[float]) -> tuple[float, float] | None:
@@ -350,6 +351,7 @@ def muon_section(rows: list[dict], reference: str) -> list[str]:
         lines += [f"## With Muon, token files {data}", ""]
         lines += ["Matrices are trained by Muon, embeddings and vectors by AdamW. Differences are to dense with Muon."]
         lines += ["", *variant_table(runs, runs.get(f"{reference}_{MUON}", []), speeds), ""]
+        lines += left_out(rows, data, WITH_MUON)
         pairs = {name: with_adamw.get(data, {}).get(name.removesuffix(f"_{MUON}"), []) for name in runs}
         cells = [
             [name, f"{len(runs[name])} and {len(others)}"]
@@ -364,7 +366,6 @@ def muon_section(rows: list[dict], reference: str) -> list[str]:
 
 
 def by_data(rows: list[dict], plans: tuple[str, ...]) -> dict[str, dict[str, list[dict]]]:
-    """`group` of each id of token files that has finished runs of the plans."""
-    ids = dict.fromkeys(row["data"] for row in rows)
-    grouped = {data: group([row for row in rows if row["data"] == data], plans) for data in ids}
-    return {data: runs for data, runs in grouped.items() if runs}
+    """`group` of each id of token files that has runs of the plans, which is empty where all of them diverged."""
+    ids = dict.fromkeys(row["data"] for row in rows if row["plan"] in plans and row["status"] in DONE)
+    return {data: group([row for row in rows if row["data"] == data], plans) for data in ids}

@@ -26,6 +26,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     by_data,
     column,
     difference,
+    left_out,
     signed,
     variant_table,
 )
@@ -237,7 +238,11 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
         lines += [NOT_MEASURED]
     else:
         lines += [f"Runs of equal tokens at three sizes, token files {data}.", "", METHOD, ""]
-        lines += [*size_table(points, whole, reference), "", "In nats for ten times the compute:", ""]
+        lines += [*size_table(points, whole, reference), ""]
+        for size in SIZES:
+            of_size = [row for row in rows if row["size"] == size and row["variant"] in plan["variants"]]
+            lines += left_out(of_size, data, SCALING, f" at {size}")
+        lines += ["In nats for ten times the compute:", ""]
         lines += [*fit_table(points, whole, reference), ""]
         draw_scaling(output / "scaling.png", points, whole, reference)
         lines += [f"![held-out loss against compute, token files {data}]({output.name}/scaling.png)"]
@@ -253,4 +258,5 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
                 "More than one pass over the token files, each of which takes every row once, in an order of its own."
             ]
             lines += ["", *variant_table(runs, runs.get(reference, []), newest_speeds(own, reference)), ""]
+            lines += left_out(own, data, LARGE)
     return lines

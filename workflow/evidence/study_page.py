@@ -8,7 +8,6 @@ from complexity_deep.workflow.evidence.ablation_report import (
     EQUAL_SECONDS,
     EQUAL_TOKENS,
     by_data,
-    diverged_seeds,
     draw_curves,
     draw_differences,
     left_out,
@@ -68,7 +67,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         for data, runs in found.items():
             reference = equal_tokens.get(data, {}).get(name, [])
             lines += [f"## {title}, token files {data}", "", *variant_table(runs, reference, speeds), ""]
-            lines += left_out(diverged_seeds([row for row in rows if row["data"] == data], plans))
+            lines += left_out(rows, data, plans)
     if equal_tokens:
         data = max(equal_tokens, key=lambda data: len(equal_tokens[data]))
         runs, reference = equal_tokens[data], equal_tokens[data].get(name, [])
