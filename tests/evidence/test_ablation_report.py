@@ -159,6 +159,29 @@ def test_seeds_that_diverged_are_those_of_the_rate_that_a_mean_is_of(page):
     assert "Seeds that diverged" not in page(rows)
 
 
+def test_runs_at_a_rate_that_was_left_are_named(page):
+    """The sweep may find another rate best when they are trained already."""
+    rows = [finished(name, seed, 3.2 + 0.01 * seed) for seed in range(2) for name in ("dense_active", "v0")]
+    rows += [finished("v0", 0, 3.3, "equal_seconds", tokens=7e7)]
+    sweep = [finished("v0", 0, 3 + abs(r - 1e-3), "learning_rates", learning_rate=r) for r in (5e-4, 1e-3, 2e-3)]
+    assert "best by now" not in page([*rows, *sweep])
+    sweep.append(finished("v0", 0, 2.5, "learning_rates", learning_rate=5e-4))
+    text = page([*rows, *sweep])
+    assert text.count("The sweep finds another rate best by now: `v0` (0.001, now 0.0005).") == 2  # in either table
+    rows += [finished("v0", 0, 3.1, learning_rate=5e-4)]
+    assert page([*rows, *sweep]).count("best by now") == 1
+
+
+def test_runs_of_equal_seconds_follow_the_newest_speeds(page):
+    rows = [finished("dense_active", 0, 3.2), finished("v0", 0, 3.3, "equal_seconds", tokens=7e7)]
+    speeds = [finished("dense_active", 0, 5.0, "speed", tokens_per_second=1000)]
+    speeds += [finished("v0", 0, 5.0, "speed", tokens_per_second=702)]
+    assert "newest speeds" not in page([*rows, *speeds])
+    again = [row | {"commit": "newer"} for row in speeds]
+    again[1]["tokens_per_second"] = 800
+    assert "The newest speeds give another number of tokens: `v0` (70.0M, now 80.0M)." in page(rows + speeds + again)
+
+
 def test_runs_that_all_diverged_are_named(page):
     lost = {"status": "diverged"}
     rows = [finished("shared_64", 0, 9.0, "equal_seconds", **lost), finished("v0_muon", 0, 9.0, "muon", **lost)]

@@ -100,6 +100,13 @@ def test_runs_that_diverged_are_named(line):
     assert "(3 seeds, files first, 1 seed of dense_total diverged and left out)" in measured and verdict == "holds"
 
 
+def test_a_rate_that_was_left_is_named(line):
+    rows = runs("v0", 3.2) + runs("learned_4", 3.2)
+    rows += [finished("learned_16", 0, 3 + r, "learning_rates", learning_rate=r) for r in (5e-4, 1e-3, 2e-3)]
+    found = "(3 seeds, files first, learned_4 at the rate 0.001, where its sweep finds 0.0005 best by now)"
+    assert found in line(rows, "Routing by id is as good as a learned router: 4 experts")[0]
+
+
 def test_a_variant_whose_runs_all_diverged_is_not_one_without_runs(line):
     lost = [finished("v0_frozen_experts", seed, 9.0, "ablations", status="diverged") for seed in range(3)]
     rows = [*runs("v0", 3.2, shifted_edu=6.0, expert_norm_ratio=2.0), *lost]

@@ -174,6 +174,14 @@ def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
     return min(ended, key=lambda rate: statistics.mean(row["held_out_edu"] for row in ended[rate]))
 
 
+def rate_by_now(variant: str, base: dict, rows: list[dict]) -> float | None:
+    """The rate that a variant of `base` would be trained at; None where its family has no sweep yet."""
+    try:
+        return swept_rate(base["variants"][variant]["family"], base, rows)
+    except (InputError, KeyError):  # the latter is a variant that was taken out of `base`
+        return None
+
+
 def speed(variant: str, rows: list[dict], reference: str) -> float:
     """Tokens a second of a variant that had its GPU to itself."""
     measured = newest_speeds(rows, reference)

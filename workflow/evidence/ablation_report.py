@@ -9,7 +9,15 @@ from matplotlib import colormaps
 from scipy import stats
 
 from complexity_deep.workflow.charts import subplots, write_figure
-from complexity_deep.workflow.evidence.ablation_plan import DONE, EQUAL_TOKENS, FEWEST_RATES, MUON, SWEEP, sweep_of
+from complexity_deep.workflow.evidence.ablation_plan import (
+    DONE,
+    EQUAL_TOKENS,
+    FEWEST_RATES,
+    MUON,
+    SWEEP,
+    rate_by_now,
+    sweep_of,
+)
 from complexity_deep.workflow.markdown_table import table
 
 CONFIDENCE = 0.95
@@ -21,6 +29,7 @@ TEXTS = {"held_out_edu": "educational text", "held_out_books": "books"}
 GOALS = {"equal tokens": -0.15, "equal seconds": -0.10}
 UPPER_BOUND = -0.05
 CHOICE_SEEDS = (0, 1, 2)  # by which the best candidate is chosen, as planned; later ones measure it without that choice
+SAME_LENGTH = 0.01  # of its tokens that a run of equal seconds may be off, for speeds are measured that well
 COLOURS = colormaps["tab10"].colors
 
 
@@ -54,11 +63,39 @@ def diverged_seeds(rows: list[dict], plans: tuple[str, ...]) -> dict[str, int]:
     return dict(Counter(variant for (variant, _), row in runs if row["status"] == "diverged"))
 
 
-def left_out(rows: list[dict], data: str, plans: tuple[str, ...], where: str = "") -> list[str]:
-    """A sentence on the seeds that diverged on the token files, and an empty line; nothing where there are none."""
+def old_rates(rows: list[dict], data: str, plans: tuple[str, ...], base: dict) -> dict[str, tuple[float, float]]:
+    """Variants whose runs on the token files have another rate than they would get by now: both rates.
+
+    `rows` are of one size, and `base` is its file of variants.
+    """
+    rates = {}
+    for variant, runs in group([row for row in rows if row["data"] == data], plans).items():
+        had, now = runs[0]["learning_rate"], rate_by_now(variant, base, rows)
+        if now not in (None, had):
+            rates[variant] = had, now
+    return rates
+
+
+def below_table(rows: list[dict], data: str, plans: tuple[str, ...], base: dict, where: str = "") -> list[str]:
+    """Sentences on the seeds that diverged on the token files, and on rates that were left since, and empty lines."""
     diverged = diverged_seeds([row for row in rows if row["data"] == data], plans)
-    named = ", ".join(f"`{variant}` ({number})" for variant, number in diverged.items())
-    return [f"Seeds that diverged{where} and are in no mean: {named}.", ""] if named else []
+    lost = ", ".join(f"`{variant}` ({number})" for variant, number in diverged.items())
+    lines = [f"Seeds that diverged{where} and are in no mean: {lost}.", ""] if lost else []
+    rates = old_rates(rows, data, plans, base)
+    old = ", ".join(f"`{variant}` ({had:g}, now {now:g})" for variant, (had, now) in rates.items())
+    return lines + ([f"The sweep finds another rate best by now{where}: {old}.", ""] if old else [])
+
+
+def old_lengths(runs: dict[str, list[dict]], reference: list[dict], speeds: dict[str, float]) -> list[str]:
+    """A sentence on runs of equal seconds whose tokens follow from other speeds than the newest, and an empty line."""
+    named = []
+    for variant, rows in runs.items():
+        if reference and {variant, reference[0]["variant"]} <= speeds.keys():
+            had, whole = rows[0]["tokens"], reference[0]["tokens"]
+            now = whole * speeds[variant] / speeds[reference[0]["variant"]]
+            if abs(had / now - 1) > SAME_LENGTH:
+                named.append(f"`{variant}` ({had / 1e6:.1f}M, now {now / 1e6:.1f}M)")
+    return [f"The newest speeds give another number of tokens: {', '.join(named)}.", ""] if named else []
 
 
 def interval(values: list[float]) -> tuple[float, float] | None:
@@ -335,12 +372,12 @@ def stability_table(rows: list[dict]) -> list[str]:
     return table([*header, "held-out edu, of those that ended"], lines, text_columns=2)
 
 
-def muon_section(rows: list[dict], reference: str) -> list[str]:
+def muon_section(rows: list[dict], base: dict) -> list[str]:
     """Lines on the runs with Muon: beside each other, then each beside the same variant with AdamW; none without runs.
 
-    `reference` is the name with AdamW of the variant that the former differences are taken to.
+    The former differences are to the reference of `base`, the file of variants, with Muon.
     """
-    lines = []
+    lines, reference = [], base["reference"]
     with_adamw = by_data(rows, EQUAL_TOKENS)
     for data, runs in by_data(rows, WITH_MUON).items():
         alone = {
@@ -351,7 +388,7 @@ def muon_section(rows: list[dict], reference: str) -> list[str]:
         lines += [f"## With Muon, token files {data}", ""]
         lines += ["Matrices are trained by Muon, embeddings and vectors by AdamW. Differences are to dense with Muon."]
         lines += ["", *variant_table(runs, runs.get(f"{reference}_{MUON}", []), speeds), ""]
-        lines += left_out(rows, data, WITH_MUON)
+        lines += below_table(rows, data, WITH_MUON, base)
         pairs = {name: with_adamw.get(data, {}).get(name.removesuffix(f"_{MUON}"), []) for name in runs}
         cells = [
             [name, f"{len(runs[name])} and {len(others)}"]

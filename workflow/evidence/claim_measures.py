@@ -22,6 +22,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     difference,
     diverged_seeds,
     interval,
+    old_rates,
     signed,
 )
 from complexity_deep.workflow.evidence.balance import numbers_of_experts
@@ -89,10 +90,15 @@ def plural(number: int, what: str) -> str:
 
 
 def basis(study: Study, data: str, variants: tuple[str, ...], numbers: list[int]) -> str:
-    """What a figure rests on: the seeds of each variant, the token files, and the seeds that diverged."""
+    """What a figure rests on: seeds of each variant, token files, seeds that diverged and rates that were left."""
     seeds = plural(numbers[0], "seed") if len(set(numbers)) == 1 else " and ".join(map(str, numbers)) + " seeds"
     parts = [seeds if min(numbers) > 1 else f"{seeds}, so no interval", f"files {data}"]
     parts += [f"{lost} and left out" for lost in diverged(study, data, variants)]
+    rates = old_rates(study.rows, data, EQUAL_TOKENS, study.base)
+    for variant in dict.fromkeys(variants):
+        if variant in rates:
+            had, now = rates[variant]
+            parts.append(f"{variant} at the rate {had:g}, where its sweep finds {now:g} best by now")
     return f"({', '.join(parts)})"
 
 

@@ -23,10 +23,10 @@ from complexity_deep.workflow.evidence.ablation_report import (
     TEXTS,
     as_difference,
     as_mean,
+    below_table,
     by_data,
     column,
     difference,
-    left_out,
     signed,
     variant_table,
 )
@@ -241,7 +241,7 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
         lines += [*size_table(points, whole, reference), ""]
         for size in SIZES:
             of_size = [row for row in rows if row["size"] == size and row["variant"] in plan["variants"]]
-            lines += left_out(of_size, data, SCALING, f" at {size}")
+            lines += below_table(of_size, data, SCALING, read_yaml(recipes / f"{size}.yaml"), f" at {size}")
         lines += ["In nats for ten times the compute:", ""]
         lines += [*fit_table(points, whole, reference), ""]
         draw_scaling(output / "scaling.png", points, whole, reference)
@@ -258,5 +258,5 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
                 "More than one pass over the token files, each of which takes every row once, in an order of its own."
             ]
             lines += ["", *variant_table(runs, runs.get(reference, []), newest_speeds(own, reference)), ""]
-            lines += left_out(own, data, LARGE)
+            lines += below_table(own, data, LARGE, read_yaml(recipes / f"{size}.yaml"))
     return lines

@@ -7,11 +7,12 @@ from complexity_deep.workflow.evidence.ablation_plan import newest_speeds, read_
 from complexity_deep.workflow.evidence.ablation_report import (
     EQUAL_SECONDS,
     EQUAL_TOKENS,
+    below_table,
     by_data,
     draw_curves,
     draw_differences,
-    left_out,
     muon_section,
+    old_lengths,
     stability_table,
     sweep_table,
     variant_table,
@@ -67,7 +68,8 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         for data, runs in found.items():
             reference = equal_tokens.get(data, {}).get(name, [])
             lines += [f"## {title}, token files {data}", "", *variant_table(runs, reference, speeds), ""]
-            lines += left_out(rows, data, plans)
+            lines += below_table(rows, data, plans, base)
+            lines += old_lengths(runs, reference, speeds) if plans == EQUAL_SECONDS else []
     if equal_tokens:
         data = max(equal_tokens, key=lambda data: len(equal_tokens[data]))
         runs, reference = equal_tokens[data], equal_tokens[data].get(name, [])
@@ -77,7 +79,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         if reference and len(runs) > 1:
             draw_differences(output / "differences.png", runs, reference)
             lines += [f"![differences to {name}, token files {data}]({output.name}/differences.png)", ""]
-    lines += muon_section(rows, name)
+    lines += muon_section(rows, base)
     lines += ["## Stability", "", *stability_table(rows), "", *scaling_section(output, studied, Path(recipes))]
     for size in SIZES:
         swept = sweep_table([row for row in studied if row["size"] == size])
