@@ -74,7 +74,7 @@ def test_losses_of_other_token_files_are_not_compared(page):
     ]
     text = page([*dense, *shared, *other])
     assert "-0.200 (95 %: -0.223 to -0.177) at equal tokens on educational text" in text
-    assert "-0.500 (one seed) at equal seconds on educational text" in text
+    assert "-0.500 (1 and 2 seeds, no interval) at equal seconds on educational text" in text
     assert "At equal tokens, token files second" in text and "| 4.9000 | 5.9000 | -0.100 | -0.100 |" in text
 
 
@@ -100,7 +100,10 @@ def test_report_says_first_when_the_goal_is_not_reached_or_not_decided(page):
     assert "At equal seconds the best is" not in text
     assert "With fewer seeds at equal seconds, and so not compared yet: `shared_64_values`." in text
     text = page([*dense, *far, seconds[0], lucky])
-    assert "At equal seconds the best is `shared_64_values`: -0.160 (one seed) on educational text" in text
+    assert (
+        "At equal seconds the best is `shared_64_values`: -0.160 (1 and 3 seeds, no interval) on educational text"
+        in text
+    )
     assert "**The goal is not decided yet**: the headline has no finished runs." in page([])
 
 
@@ -111,13 +114,23 @@ def test_a_candidate_is_chosen_by_the_seeds_that_were_planned_for_it(page):
     other = [
         finished("shared_64_values", seed, 3.01 + seed / 1e3) for seed in range(5)
     ]  # better over five seeds, not over three
-    lucky = [finished("shared_64_layers", seed, 2.9 + seed / 1e3) for seed in range(2)]
+    lucky = [finished("shared_64_layers", 0, 2.9)]
     text = page([*dense, *ours, *other, *lucky])
     assert "The best candidate is `shared_64`" in text
     assert "With fewer seeds at equal tokens, and so not compared yet: `shared_64_layers`." in text
     # Two seeds each, 0.003 and 0.001 apart.
     assert "With the seeds 3 and 4 alone, by which it was not chosen, it is -0.092 (95 %: -0.10" in text
     assert "alone" not in page([*dense[:3], *ours[:3]]).partition("Written by")[0]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_first_candidate_with_another_seed_is_not_the_best_for_that_alone(page, seeds):
+    names = ("dense_active", "shared_64", "shared_64_values", "shared_64_layers")
+    losses = dict(zip(names, (3.2, 3.1, 3.0, 3.05)))
+    rows = [finished(name, seed, losses[name] + seed / 1e3) for seed in range(seeds) for name in names]
+    rows += [finished(name, seed, 3.2, "equal_seconds") for name in names[1:] for seed in range(seeds)]
+    text = page([*rows, *(finished(name, seeds, losses[name]) for name in names[:2])])
+    assert "The best candidate is `shared_64_values`" in text and "not compared" not in text
 
 
 def test_a_mean_is_of_one_rate_and_one_length(page):

@@ -188,10 +188,11 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
             continue
         found, others = max(reversed(pairs), key=lambda pair: min(map(len, pair)))
         for name, text in TEXTS.items():
-            mean, bounds = difference(column(found, name), column(others, name))
+            ours, theirs = column(found, name), column(others, name)
+            mean, bounds = difference(ours, theirs)
             is_known &= bounds is not None
             fails |= bounds is not None and not (mean <= GOALS[what] and bounds[1] <= UPPER_BOUND)
-            parts.append(f"{with_bounds(mean, bounds)} at {what} on {text}")
+            parts.append(f"{with_bounds(ours, theirs)} at {what} on {text}")
         later.append(at_later_seeds(found, others, what))
     word = "not reached" if fails else "reached" if is_known else "not decided yet"
     goal = f"{GOALS['equal tokens']} nats at equal tokens and {GOALS['equal seconds']} at equal seconds"
@@ -218,8 +219,7 @@ def at_later_seeds(found: list[dict], others: list[dict], what: str) -> str:
     ours, theirs = ([row for row in rows if row["seed"] not in CHOICE_SEEDS] for rows in (found, others))
     if not ours or not theirs:
         return ""
-    differences = [(difference(column(ours, name), column(theirs, name)), text) for name, text in TEXTS.items()]
-    shown = "; ".join(f"{with_bounds(*values)} on {text}" for values, text in differences)
+    shown = on_each_text(ours, theirs)
     seeds = " and ".join(str(seed) for seed in sorted({row["seed"] for row in ours}))
     return f"With the seeds {seeds} alone, by which it was not chosen, it is {shown} at {what}."
 
@@ -235,10 +235,14 @@ def most_candidates(runs: dict, reference: str, candidates: list[str]) -> tuple[
 
 
 def choice_rows(runs: dict[str, list[dict]], names: list[str]) -> dict[str, list[dict]]:
-    """Rows that the names are compared by: of those with most seeds, for one seed may be a lucky one."""
+    """Rows that the names are compared by.
+
+    One seed may be a lucky one, so that names with one are left out, but only where half of the names have more: the
+    first to get another seed would be the best of one.
+    """
     found = {name: [row for row in runs[name] if row["seed"] in CHOICE_SEEDS] for name in names}
-    most = max(map(len, found.values()))
-    return {name: rows or runs[name] for name, rows in found.items() if len(rows) == most}
+    enough = min(2, statistics.median_high(map(len, found.values())))
+    return {name: rows or runs[name] for name, rows in found.items() if len(rows) >= enough}
 
 
 def best_of(runs: dict[str, list[dict]], names: list[str], text: str) -> str:
@@ -274,13 +278,21 @@ def best_at_equal_seconds(
     if quickest == best:
         return fewer
     found, others = equal_seconds[data][quickest], equal_tokens[data][reference]
-    pairs = [(difference(column(found, name), column(others, name)), text) for name, text in TEXTS.items()]
-    differences = "; ".join(f"{with_bounds(*values)} on {text}" for values, text in pairs)
-    return [f"At equal seconds the best is `{quickest}`: {differences}.", *fewer]
+    return [f"At equal seconds the best is `{quickest}`: {on_each_text(found, others)}.", *fewer]
 
 
-def with_bounds(mean: float, bounds: tuple[float, float] | None) -> str:
-    return f"{mean:+.3f}" + (f" (95 %: {bounds[0]:+.3f} to {bounds[1]:+.3f})" if bounds else " (one seed)")
+def on_each_text(rows: list[dict], reference: list[dict]) -> str:
+    parts = (f"{with_bounds(column(rows, name), column(reference, name))} on {text}" for name, text in TEXTS.items())
+    return "; ".join(parts)
+
+
+def with_bounds(values: list[float], reference: list[float]) -> str:
+    """Mean difference and its interval, or how many seeds either side has where that is too few for one."""
+    mean, bounds = difference(values, reference)
+    if bounds:
+        return f"{mean:+.3f} (95 %: {bounds[0]:+.3f} to {bounds[1]:+.3f})"
+    numbers = len(values), len(reference)
+    return f"{mean:+.3f} ({'one seed' if set(numbers) == {1} else f'{numbers[0]} and {numbers[1]} seeds'}, no interval)"
 
 
 def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
@@ -316,7 +328,8 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(variants)), variants)
     axes.set(
-        xlabel=f"held-out loss minus that of {name}, nats per token\n(left is better, bars: 95 %, no bar: one seed)"
+        xlabel=f"held-out loss minus that of {name}, nats per token\n"
+        "(left is better, bars: 95 %, no bar: one seed on either side)"
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -219,8 +219,10 @@ def draw_scaling(path: Path, points: Points, variants: list[str], reference: str
     losses.set_title("Held-out educational text: each run, lines and 95 % bands")
     differences.axhline(0, color="black", linewidth=0.8)
     differences.set_xticks(range(len(SIZES)), SIZES)
-    differences.set(xlabel="size", ylabel=f"held-out loss minus that of {reference}")
-    differences.set_title("Difference at each size (below 0 is better, bars: 95 %, no bar: one seed)")
+    differences.set(
+        xlabel="size (bars: 95 %, no bar: one seed on either side)", ylabel=f"held-out loss minus that of {reference}"
+    )
+    differences.set_title("Difference at each size (below 0 is better)")
     for axes in (losses, differences):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
