@@ -238,6 +238,22 @@ def test_report_makes_its_folder(tmp_path):
         assert status and "'/dev/null/x' cannot be a folder" in errors and errors.count("\n") == 1
 
 
+def test_runs_that_were_made_again_stand_beside_each_other(page):
+    """Whatever the plan; each pair with how far it is apart, and how many agree as two seeds do."""
+    rows = [finished("dense_active", seed, 3.2, settings="d") for seed in range(2)]
+    rows += [finished("v0", 0, 3.1, settings="a"), finished("v0", 0, 3.1, settings="a", data="second")]
+    assert "## Runs that were made again" not in page(rows)
+    rows += [finished("v0", 0, 3.115, "ablations", settings="a", commit="newer")]
+    text = page([*rows, finished("v0", 0, 3.1, settings="a", status="failed")])
+    shown = "| v0 | headline, ablations | first | new, newer | 30m | 0 | 100.0 | 3.1000, 3.1150 | 4.1000, 4.1150 |"
+    assert f"{shown} 0.0150 | 0.0150 | 1 of 1 agree within 0.02 nats" in text
+    rows += [finished("dense_active", 0, 3.221, settings="d")]
+    rows += [finished("dense_active", 1, 9.0, settings="d", status="diverged")]
+    text = page(rows)
+    assert "3.2000, 3.2210 | 4.2000, 4.2210 | 0.0210 | 0.0210 |" in text and "1 of 3 agree" in text
+    assert "| 3.2000, diverged | 4.2000, diverged | | |" in text
+
+
 def test_a_candidate_without_runs_was_not_tried(page):
     names = yaml.safe_load((PLANS / "30m.yaml").read_text())["candidates"]
     rows = [finished(name, seed, 3.0 + seed / 100) for seed in range(2) for name in ("dense_active", "shared_64")]

@@ -18,6 +18,7 @@ from complexity_deep.routing_complexity_deep import modulo_routing
 from complexity_deep.workflow.evidence.ablation_report import (
     CONFIDENCE,
     EQUAL_TOKENS,
+    MARGIN,
     by_data,
     difference,
     diverged_seeds,
@@ -31,7 +32,6 @@ from complexity_deep.workflow.provenance import REPOSITORY
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
 OPEN, NOT_TESTABLE = "open", "not testable here"  # as verdicts; an outcome is OPEN where the interval decides nothing
 UNMEASURED = "unmeasured"  # as an outcome: no rows, or one seed and so no interval
-MARGIN = 0.02  # nats: about the spread of two runs that differ in their seed alone
 BALANCED = 1.01  # max over mean tokens of an expert up to which a load counts as even
 SPEEDUP = 2.0  # the lower end of the claimed "2-3x"
 TEXTS = {"held_out_edu": "edu", "held_out_books": "books"}

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from complexity_deep.workflow.evidence.ablation_plan import read_yaml
+from complexity_deep.workflow.evidence.ablation_report import MARGIN
 from complexity_deep.workflow.evidence.balance import read_balance
 from complexity_deep.workflow.evidence.claim_measures import (
     BALANCED,
     FAILS,
     HOLDS,
     IN_PART,
-    MARGIN,
     NOT_TESTABLE,
     OPEN,
     SPEEDUP,

@@ -13,6 +13,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     draw_differences,
     muon_section,
     old_lengths,
+    repeats_section,
     stability_table,
     sweep_table,
     variant_table,
@@ -84,6 +85,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     for size in SIZES:
         swept = sweep_table([row for row in studied if row["size"] == size])
         lines += [f"## Learning rates at {size}", "", *swept, ""]
+    lines += repeats_section(studied)
     counted = Counter(row["status"] for row in studied)
     outcomes = ", ".join(f"{number} {status}" for status, number in sorted(counted.items()))
     places = sorted({f"{row['device']}, {row['versions']}" for row in studied if row["device"]})
