@@ -1,6 +1,8 @@
 """ablate.py: the report."""
 
 import math
+import resource
+import shutil
 
 import pytest
 import yaml
@@ -8,7 +10,7 @@ import yaml
 from ablation_rows import PLANS, finished
 from complexity_deep.workflow.evidence import study_page
 from complexity_deep.workflow.evidence.ablation_report import difference, interval
-from support import outcome_of
+from support import REPOSITORY, outcome_of
 
 PREPARE = ["prepare", "--tokenizer", "none", "--sources", "none", "--held-out-edu", "none", "--held-out-books", "none"]
 
@@ -252,6 +254,36 @@ def test_runs_that_were_made_again_stand_beside_each_other(page):
     text = page(rows)
     assert "3.2000, 3.2210 | 4.2000, 4.2210 | 0.0210 | 0.0210 |" in text and "1 of 3 agree" in text
     assert "| 3.2000, diverged | 4.2000, diverged | | |" in text
+
+
+def test_a_full_disk_leaves_the_pages_as_they_were(tmp_path):
+    """All of them: a page would otherwise be of other rows than its figures."""
+    output = tmp_path / "evidence"
+    output.mkdir()
+    shutil.copy(REPOSITORY / "docs/evidence/runs.csv", output)
+    shutil.copy(REPOSITORY / "docs/evidence/balance.json", output)
+    assert outcome_of("ablate", "report", "--output-dir", output)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"evidence.md", "claims.md", "scaling.md", "curves.png"} <= {path.name for path in before}
+    rows = before[output / "runs.csv"].splitlines(keepends=True)
+    (output / "runs.csv").write_bytes(b"".join(rows[:-1]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        status, _, errors = outcome_of("ablate", "report", "--output-dir", output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status and "A file cannot be written (File too large): make room" in errors and errors.count("\n") == 1
+    del before[output / "runs.csv"]
+    assert all(path.read_bytes() == found for path, found in before.items())
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == len(before) + 1
+
+
+def test_the_page_lies_beside_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "study-1.5").mkdir()
+    monkeypatch.chdir(tmp_path / "study-1.5")
+    assert outcome_of("ablate", "report", "--output-dir", ".")[0] == 0
+    assert (tmp_path / "study-1.5.md").exists() and "(study-1.5/claims.md)" in (tmp_path / "study-1.5.md").read_text()
 
 
 def test_a_candidate_without_runs_was_not_tried(page):
