@@ -26,7 +26,7 @@ with needs("eval"):
     from complexity_deep.workflow.evidence.ablation_data import prepare
     from complexity_deep.workflow.evidence.ablation_plan import check_length, missing_of, read_yaml, runs_of
     from complexity_deep.workflow.evidence.ablation_process import train_in_child
-    from complexity_deep.workflow.evidence.ablation_results import Results, read_data, read_rows
+    from complexity_deep.workflow.evidence.ablation_results import Results, check_data, read_data, read_rows
     from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
     from complexity_deep.workflow.evidence.balance import measure_balance
     from complexity_deep.workflow.evidence.study_page import write_pages
@@ -52,6 +52,7 @@ def run_plans(args: argparse.Namespace) -> None:
     missing = missing_of(runs, [] if args.repeat else rows)
     for run in missing:
         check_length(run, data)
+        check_data(args.data, data, run["row_length"])
     gpus = visible_gpus()
     print(
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",

@@ -104,6 +104,36 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
     assert [row["seed"] for row in read_rows(path)] == [0, 1, 2]
 
 
+def test_a_finished_run_without_its_numbers_is_no_row(tmp_path):
+    path = tmp_path / "runs.csv"
+    numbers = {"held_out_edu": 3.0, "held_out_books": 4.0, "curve": [[1, 3.0, 4.0]], "median_grad_norm": 0.2}
+    Results(path).append(recorded(status="ok", **numbers))
+    (row,) = read_rows(path)
+    for name in ("held_out_edu", "held_out_books", "curve", "seed", "tokens"):
+        path.unlink()
+        Results(path).append({**recorded(status="ok", **numbers), name: ""})
+        with pytest.raises(InputError, match=r"runs.csv' has no whole row on line 2"):
+            read_rows(path)
+    assert row["held_out_edu"] == 3.0
+
+
+def test_runs_csv_as_spreadsheets_save_it(tmp_path):
+    path = tmp_path / "runs.csv"
+    Results(path).append(recorded(status="failed"))
+    before, (row,) = path.read_text(), read_rows(path)
+    path.write_text("\n\n".join(before.splitlines()) + "\n\n", encoding="utf-8-sig")
+    Results(path).append(recorded(status="failed", seed=1))
+    assert read_rows(path) == [row, {**row, "seed": 1}]
+    path.write_text(before, encoding="utf-16")
+    for read in (read_rows, Results):
+        with pytest.raises(InputError, match=r"runs.csv' cannot be read .*: save it as CSV in UTF-8"):
+            read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"runs.csv' cannot be read .*Is a directory"):
+        read_rows(path)
+
+
 def test_a_full_disk_leaves_whole_rows_and_the_row_that_is_missing_is_said(tmp_path):
     path = tmp_path / "runs.csv"
     Results(path).append(recorded(status="failed"))
