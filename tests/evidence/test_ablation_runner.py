@@ -1,5 +1,6 @@
 """ablate.py: each run is made once and recorded, whatever comes of it."""
 
+import errno
 import math
 import multiprocessing
 import os
@@ -148,6 +149,21 @@ def test_a_full_disk_leaves_whole_rows_and_the_row_that_is_missing_is_said(tmp_p
     assert path.read_bytes() == before
 
 
+def test_runs_csv_that_takes_no_row_is_refused_before_any_run(tmp_path, monkeypatch):
+    path = tmp_path / "runs.csv"
+    Results(path).append(recorded(status="failed"))
+    open_any = type(path).open
+
+    def refuse(own, mode="r", **options):
+        if "a" in mode:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_any(own, mode, **options)
+
+    monkeypatch.setattr(type(path), "open", refuse)  # as root may write everywhere
+    with pytest.raises(InputError, match=r"runs.csv' cannot be written \(Permission denied\): name another"):
+        Results(path)
+
+
 def test_two_commands_write_one_header(tmp_path, monkeypatch):
     path = tmp_path / "runs.csv"
     with monkeypatch.context() as patch:
@@ -205,7 +221,7 @@ def test_no_run_begins_after_one_whose_row_cannot_be_written(tmp_path):
     results = Results(tmp_path / "none.csv")
     results.path = tmp_path / "runs.csv"
     runner = Runner(results, pretend, {}, start_method="fork", log_dir=tmp_path / "logs", commit="1e5")
-    with pytest.raises(OSError, match="Is a directory"):
+    with pytest.raises(InputError, match=r"cannot be written \(Is a directory\), and lacks this row: dense_active"):
         runner.work([{**run, "seed": seed} for seed in range(3)], ["0"])
     assert len(runner.queue) == 2
 

@@ -226,7 +226,7 @@ def test_verdict_of_outcomes():
 def write_tokens(folder, ids):
     folder.mkdir()
     np.array(ids, dtype=np.uint16).tofile(folder / "train.bin")
-    (folder / "data.json").write_text(json.dumps({"id": "abc", "vocab_size": 8, "eos_token_id": 0}))
+    (folder / "data.json").write_text(json.dumps({"id": "abc", "vocab_size": 8, "eos_token_id": 0, "files": {}}))
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,12 @@ class Results:
                 raise InputError(
                     f"The first line of '{path}' must be {','.join(FIELDS)}; a row may lack the last cells."
                 )
+            try:
+                path.open("ab").close()
+            except OSError as error:  # before a run that could not be recorded
+                raise InputError(
+                    f"'{path}' cannot be written ({error.strerror}): name another --output-dir."
+                ) from error
 
     def append(self, row: dict) -> None:
         """Raises `InputError`, with the row in its message, where it cannot be written; the file is as it was then."""
@@ -128,22 +134,29 @@ class Results:
         cells = {k: json.dumps(v) if isinstance(v, list | dict | float) else v for k, v in cells.items()}
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, FIELDS)
-        with self.lock, self.path.open("ab+", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # another command may write to it
-            size = file.seek(0, os.SEEK_END)
-            if not size:
-                writer.writeheader()
-            else:
-                file.seek(size - 1)
-                text.write("" if file.read(1) == b"\n" else "\r\n")  # a line that was cut off, or edited by hand
-            writer.writerow(cells)
-            left = memoryview(text.getvalue().encode())
-            try:
-                while left:
-                    left = left[file.write(left) :]
-                os.fsync(file.fileno())
-            except OSError as error:
-                file.truncate(size)
-                raise InputError(
-                    f"'{self.path}' cannot be written ({error.strerror}), and lacks this row: {text.getvalue().strip()}"
-                ) from error
+        writer.writerow(cells)
+        row_as_text = text.getvalue().strip()
+        try:
+            with self.lock, self.path.open("ab+", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # another command may write to it
+                self._append(file, row_as_text)
+        except OSError as error:
+            raise InputError(
+                f"'{self.path}' cannot be written ({error.strerror}), and lacks this row: {row_as_text}"
+            ) from error
+
+    @staticmethod
+    def _append(file: io.RawIOBase, row: str) -> None:
+        size = file.seek(0, os.SEEK_END)
+        before = ",".join(FIELDS) + "\r\n"
+        if size:
+            file.seek(size - 1)
+            before = "" if file.read(1) == b"\n" else "\r\n"  # a line that was cut off, or edited by hand
+        left = memoryview(f"{before}{row}\r\n".encode())
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
