@@ -26,12 +26,10 @@ with needs("eval"):
     from complexity_deep.workflow.evidence.ablation_data import prepare
     from complexity_deep.workflow.evidence.ablation_plan import check_length, missing_of, read_yaml, runs_of
     from complexity_deep.workflow.evidence.ablation_process import train_in_child
-    from complexity_deep.workflow.evidence.ablation_results import Results, read_data, read_rows
+    from complexity_deep.workflow.evidence.ablation_results import Results, check_data, read_data, read_rows
     from complexity_deep.workflow.evidence.ablation_runner import Runner, visible_gpus
     from complexity_deep.workflow.evidence.balance import measure_balance
-    from complexity_deep.workflow.evidence.claims import write_claims
-    from complexity_deep.workflow.evidence.estimate import write_estimate
-    from complexity_deep.workflow.evidence.study_page import write_study
+    from complexity_deep.workflow.evidence.study_page import write_pages
 
 TIMED_OUT = 3
 
@@ -54,6 +52,7 @@ def run_plans(args: argparse.Namespace) -> None:
     missing = missing_of(runs, [] if args.repeat else rows)
     for run in missing:
         check_length(run, data)
+        check_data(args.data, data, run["row_length"])
     gpus = visible_gpus()
     print(
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",
@@ -88,15 +87,13 @@ def prepare_data(args: argparse.Namespace) -> None:
 
 
 def write_report(args: argparse.Namespace) -> None:
-    check_output_folder(args.output_dir)
-    output = Path(args.output_dir)
+    output = Path(args.output_dir).absolute()  # "." has no name
+    for folder in (args.output_dir, output.parent):  # the page lies beside the folder
+        check_output_folder(folder)
     output.mkdir(parents=True, exist_ok=True)
     if args.data:
         measure_balance(output, args.data, read_yaml(Path(args.recipes, "30m.yaml")))
-    rows = read_rows(output / "runs.csv")
-    print(write_study(output, rows, args.recipes))
-    print(write_claims(output, rows, args.recipes))
-    print(write_estimate(output, rows, args.recipes))
+    print(write_pages(output, read_rows(output / "runs.csv"), args.recipes))
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended: 128 + SIGINT
 COMMANDS = Path(__file__).resolve().parents[1] / "scripts"
 SHIPPED = ("configs", "recipes")  # folders of the package that hold what commands take
@@ -121,12 +123,19 @@ def needs(extra: str) -> Iterator[None]:
 
 
 def run_script(main: Callable, *arguments) -> None:
-    """Call `main`; an `InputError` ends the process with its sentence, and Ctrl-C with one line and exit code 130."""
+    """Call `main`; an `InputError` ends the process with its sentence, and Ctrl-C with one line and exit code 130.
+
+    A disk that takes no more ends it with a sentence too, for that is no fault of the command.
+    """
     name = Path(sys.argv[0]).name
     try:
         main(*arguments)
     except InputError as error:
         sys.exit(f"{name}: error: {one_line(error)}")
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        sys.exit(f"{name}: error: A file cannot be written ({error.strerror}): make room, or name another folder.")
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C; every file that is there is whole", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -188,15 +197,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write into. Its files move into `folder` when the block ends without an error.
+    """Give an empty folder to write into. All files in it move into `folder` when the block ends without an error.
 
     Other files of `folder` stay. After an error all of its files are as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         yield Path(scratch)
-        for file in Path(scratch).iterdir():
-            os.replace(file, folder / file.name)
+        for file in [path for path in Path(scratch).rglob("*") if path.is_file()]:
+            place = folder / file.relative_to(scratch)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
 
 
 class NothingFound:

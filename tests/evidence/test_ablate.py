@@ -1,5 +1,6 @@
 """ablate.py: which runs the plans make, and what is refused before any run begins."""
 
+import contextlib
 import json
 
 import pytest
@@ -43,21 +44,43 @@ def test_every_plan_expands_seed_by_seed(plan):
     assert len({identity(run) for run in runs}) == len(runs)
 
 
-def test_rows_of_runs_csv_count_as_done():
-    """The plans of today make every recorded run again, with the settings that its row has."""
-    rows = read_rows(REPOSITORY / "docs/evidence/runs.csv")
-    assert len(rows) >= 66
+def check_that_plans_make(rows):
+    """The plans of today make every recorded run again, with the settings that its row has.
+
+    The rate of a run is that of the sweep, and the length of a run of equal seconds that of the speeds, which were
+    known at some time before it.
+    """
+    learned = [index for index, row in enumerate(rows) if row["plan"] in ("learning_rates", "speed")]
     made = {}
     for index, row in enumerate(rows):
         size = "" if row["size"] == "30m" else row["size"]
-        # The length of a run of equal seconds is that of the speeds which were known then.
-        until = index if row["plan"] == "equal_seconds" else len(rows)
-        key = (size, row["plan"], row["data"], until, row["variant"] if until == index else None)
-        if key not in made:
-            only = [row["variant"]] if until == index else None
-            plan = PLANS / size / f"{row['plan']}.yaml"
-            made[key] = {identity(finish(run, False)) for run in expand(plan, rows[:until], {"id": row["data"]}, only)}
-        assert identity(row) in made[key], f"row {index} of {row['plan']}"
+        plan = PLANS / size / f"{row['plan']}.yaml"
+        for until in [place + 1 for place in reversed(learned) if place < index] + [0]:
+            key = plan, row["data"], row["variant"], until
+            if key not in made:
+                with contextlib.suppress(InputError):  # for what was not known yet
+                    runs = expand(plan, rows[:until], {"id": row["data"]}, [row["variant"]])
+                    made[key] = {identity(finish(run, False)) for run in runs}
+            if identity(row) in made.get(key, ()):
+                break
+        else:
+            raise AssertionError(f"row {index} of {row['plan']}")
+
+
+def test_rows_of_runs_csv_count_as_done():
+    rows = read_rows(REPOSITORY / "docs/evidence/runs.csv")
+    assert len(rows) >= 66
+    check_that_plans_make(rows)
+
+
+def test_rows_count_as_done_though_a_better_rate_is_found_later():
+    rows = read_rows(REPOSITORY / "docs/evidence/runs.csv")
+    sweep = expand(PLANS / "learning_rates.yaml", [], {"id": "later"}, ["dense_active"])
+    losses = {"status": "ok", "tokens_per_second": 1}
+    rows += [{**finish(run, False), **losses, "held_out_edu": 3 + run["learning_rate"]} for run in sweep]
+    check_that_plans_make(rows)
+    with pytest.raises(AssertionError, match="row 1 of learning_rates"):
+        check_that_plans_make([rows[0], {**rows[1], "learning_rate": 3e-3}])
 
 
 def test_a_size_takes_the_rate_of_its_own_sweep():
@@ -195,15 +218,38 @@ def test_the_stability_plan_makes_runs_that_the_sweep_had():
         ({"learning_rate_factors": [0]}, "has learning_rate_factors that are no numbers above 0"),
         ({"seeds": 3}, "needs a list for seeds, of whole numbers"),
         ({"variants": "v0"}, "needs a list for variants, of names"),
+        ({"seeds": []}, "needs a list for seeds, of whole numbers"),
+        ({"seeds": [0, -1]}, "has the seed -1, but a seed is 0 or more"),
+        ({"learning_rates": []}, "has learning_rates that are no numbers above 0"),
+        ({"base": 30}, "30' is not a readable YAML file"),
+        (
+            {"base": "plan.yaml"},
+            "is no file of variants: it lacks size, shape, training, variants",
+        ),
+        ({"base": "latin.yaml"}, "latin.yaml' is not a readable YAML file"),
+        ({"base": "few.yaml"}, "The variant 'v0' of .* needs a family and a config"),
     ],
 )
 def test_a_plan_that_cannot_be_read_is_refused(tmp_path, change, sentence):
     (tmp_path / "30m.yaml").write_text((PLANS / "30m.yaml").read_text())
+    (tmp_path / "latin.yaml").write_bytes("size: größer".encode("latin-1"))
+    (tmp_path / "few.yaml").write_text("{size: 30m, shape: {}, training: {}, variants: {v0: {config: {}}}}")
     whole = {"base": "30m.yaml", "variants": ["v0"], "tokens": "1e8", "learning_rates": [1e-3], "seeds": [0]}
     plan = change if isinstance(change, str) else yaml.safe_dump(whole | change)
     (tmp_path / "plan.yaml").write_text(plan)
     with pytest.raises(InputError, match=sentence):
         expand(tmp_path / "plan.yaml", [], DATA)
+
+
+def test_numbers_of_a_plan_may_be_written_without_a_point(tmp_path):
+    """YAML takes 2e0 and 1e-3 for text."""
+    (tmp_path / "30m.yaml").write_text((PLANS / "30m.yaml").read_text())
+    plan = (
+        "base: 30m.yaml, variants: [v0], tokens: 1e8, learning_rates: [1e-3], learning_rate_factors: [2e0], seeds: [0]"
+    )
+    (tmp_path / "plan.yaml").write_text(f"{{{plan}}}")
+    (run,) = expand(tmp_path / "plan.yaml", [], DATA)
+    assert run["learning_rate"] == 2e-3 and run["tokens"] == 1e8
 
 
 def test_a_run_that_its_tokens_do_not_suffice_for_is_refused():
@@ -221,7 +267,7 @@ def test_a_run_that_its_tokens_do_not_suffice_for_is_refused():
     "options, sentence",
     [
         (["--only", "v0", "v9"], "--only names v9, which no plan of"),
-        (["--seeds", 7], "The plans have no run of the seeds that --seeds names"),
+        (["--seeds", 0, 7], "--seeds names 7, which no plan of"),
         (["--tokens", 1e9], "takes 999,981,056 tokens, but the token files have 2 rows"),
         (["--tokens", "nan"], "'nan' is not a number above 0"),
         (["--gpus", 0], "'0' is not a whole number of at least 1"),
@@ -236,15 +282,58 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(tmp_path, options, senten
     assert status and sentence in errors and errors.count("\n") == 1 and not (tmp_path / "out" / "runs.csv").exists()
 
 
-def test_runs_of_another_length_stand_in_no_table_of_the_plan(tmp_path, monkeypatch):
-    (tmp_path / "data.json").write_text(json.dumps({**DATA, "files": {"train": {"tokens": 10**8}}}))
+@pytest.fixture
+def token_files(tmp_path):
+    """Files of 1e8 and twice 1,024 tokens, which take no room on the disk."""
+    sizes = {"train": 10**8, "held_out_edu": 1024, "held_out_books": 1024}
+    for name, tokens in sizes.items():
+        with (tmp_path / f"{name}.bin").open("wb") as file:
+            file.truncate(2 * tokens)
+    (tmp_path / "tokenizer").mkdir()
+    described = {**DATA, "files": {name: {"tokens": tokens} for name, tokens in sizes.items()}}
+    (tmp_path / "data.json").write_text(json.dumps(described))
+    return tmp_path
+
+
+def sweep_of_v0(folder):
+    folders = ["--data", folder, "--log-dir", folder / "logs", "--output-dir", folder / "out"]
+    return ["run", "--plan", PLANS / "learning_rates.yaml", "--start-method", "spawn", "--only", "v0", *folders]
+
+
+def test_runs_of_another_length_stand_in_no_table_of_the_plan(token_files, monkeypatch):
     begun = []
     monkeypatch.setattr(Runner, "work", lambda runner, runs, gpus: begun.extend(runs))
-    folders = ["--data", tmp_path, "--log-dir", tmp_path / "logs", "--output-dir", tmp_path / "out"]
-    plan = ["--plan", PLANS / "learning_rates.yaml", "--start-method", "spawn", "--only", "v0"]
-    outcome_of("ablate", "run", *plan, *folders, "--tokens", "1e6")
-    outcome_of("ablate", "run", *plan, *folders)
+    outcome_of("ablate", *sweep_of_v0(token_files), "--tokens", "1e6")
+    outcome_of("ablate", *sweep_of_v0(token_files))
     assert [run["plan"] for run in begun] == ["learning_rates of 1e+06 tokens"] * 4 + ["learning_rates"] * 4
+
+
+@pytest.mark.parametrize(
+    "name, tokens, sentence",
+    [
+        ("tokenizer", None, "There is no tokenizer in"),
+        ("train.bin", None, "train.bin' should hold 100,000,000 tokens of two bytes, but is not there"),
+        ("train.bin", 999, "train.bin' should hold 100,000,000 tokens of two bytes, but has 1,998 bytes"),
+        ("held_out_edu.bin", 100, "held_out_edu.bin' holds 100 tokens, fewer than one row of 1,024: give more text"),
+        ("data.json", None, "holds no token files"),
+        ("data.json", 0, "holds no token files"),
+    ],
+)
+def test_token_files_that_no_run_could_read_are_refused_before_any(token_files, name, tokens, sentence):
+    path = token_files / name
+    if tokens is None:
+        path.rmdir() if path.is_dir() else path.unlink()
+    elif name == "data.json":
+        path.write_text('["of another program"]')
+    else:
+        path.write_bytes(bytes(2 * tokens))
+    if name == "held_out_edu.bin":
+        described = json.loads((token_files / "data.json").read_text())
+        described["files"]["held_out_edu"]["tokens"] = tokens
+        (token_files / "data.json").write_text(json.dumps(described))
+    status, _, errors = outcome_of("ablate", *sweep_of_v0(token_files))
+    assert status and sentence in errors and errors.count("\n") == 1
+    assert not (token_files / "out" / "runs.csv").exists()
 
 
 def test_settings_tell_runs_apart():

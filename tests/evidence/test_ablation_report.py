@@ -1,6 +1,8 @@
 """ablate.py: the report."""
 
 import math
+import resource
+import shutil
 
 import pytest
 import yaml
@@ -8,7 +10,7 @@ import yaml
 from ablation_rows import PLANS, finished
 from complexity_deep.workflow.evidence import study_page
 from complexity_deep.workflow.evidence.ablation_report import difference, interval
-from support import outcome_of
+from support import REPOSITORY, outcome_of
 
 PREPARE = ["prepare", "--tokenizer", "none", "--sources", "none", "--held-out-edu", "none", "--held-out-books", "none"]
 
@@ -74,7 +76,7 @@ def test_losses_of_other_token_files_are_not_compared(page):
     ]
     text = page([*dense, *shared, *other])
     assert "-0.200 (95 %: -0.223 to -0.177) at equal tokens on educational text" in text
-    assert "-0.500 (one seed) at equal seconds on educational text" in text
+    assert "-0.500 (1 and 2 seeds, no interval) at equal seconds on educational text" in text
     assert "At equal tokens, token files second" in text and "| 4.9000 | 5.9000 | -0.100 | -0.100 |" in text
 
 
@@ -100,7 +102,10 @@ def test_report_says_first_when_the_goal_is_not_reached_or_not_decided(page):
     assert "At equal seconds the best is" not in text
     assert "With fewer seeds at equal seconds, and so not compared yet: `shared_64_values`." in text
     text = page([*dense, *far, seconds[0], lucky])
-    assert "At equal seconds the best is `shared_64_values`: -0.160 (one seed) on educational text" in text
+    assert (
+        "At equal seconds the best is `shared_64_values`: -0.160 (1 and 3 seeds, no interval) on educational text"
+        in text
+    )
     assert "**The goal is not decided yet**: the headline has no finished runs." in page([])
 
 
@@ -111,13 +116,23 @@ def test_a_candidate_is_chosen_by_the_seeds_that_were_planned_for_it(page):
     other = [
         finished("shared_64_values", seed, 3.01 + seed / 1e3) for seed in range(5)
     ]  # better over five seeds, not over three
-    lucky = [finished("shared_64_layers", seed, 2.9 + seed / 1e3) for seed in range(2)]
+    lucky = [finished("shared_64_layers", 0, 2.9)]
     text = page([*dense, *ours, *other, *lucky])
     assert "The best candidate is `shared_64`" in text
     assert "With fewer seeds at equal tokens, and so not compared yet: `shared_64_layers`." in text
     # Two seeds each, 0.003 and 0.001 apart.
     assert "With the seeds 3 and 4 alone, by which it was not chosen, it is -0.092 (95 %: -0.10" in text
     assert "alone" not in page([*dense[:3], *ours[:3]]).partition("Written by")[0]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_first_candidate_with_another_seed_is_not_the_best_for_that_alone(page, seeds):
+    names = ("dense_active", "shared_64", "shared_64_values", "shared_64_layers")
+    losses = dict(zip(names, (3.2, 3.1, 3.0, 3.05)))
+    rows = [finished(name, seed, losses[name] + seed / 1e3) for seed in range(seeds) for name in names]
+    rows += [finished(name, seed, 3.2, "equal_seconds") for name in names[1:] for seed in range(seeds)]
+    text = page([*rows, *(finished(name, seeds, losses[name]) for name in names[:2])])
+    assert "The best candidate is `shared_64_values`" in text and "not compared" not in text
 
 
 def test_a_mean_is_of_one_rate_and_one_length(page):
@@ -136,11 +151,58 @@ def test_seeds_that_diverged_are_named_below_the_table(page):
     rows = [finished(name, seed, 3.0 + seed / 100) for seed in range(2) for name in ("dense_active", "shared_64")]
     assert "Seeds that diverged" not in page(rows)
     rows += [
-        finished(name, seed, 9.0, status="diverged") for name, seed in (("shared_64", 2), ("v0", 0), ("shared_64", 0))
+        finished(name, seed, 9.0, status="diverged")
+        for name, seed in (("shared_64", 2), ("v0", 0), ("shared_64", 0))  # the last was run again
     ]
     text = page(rows)
-    assert "Seeds that diverged and are in no mean: `shared_64` (1), `v0` (1)." in text
+    assert "Seeds that diverged and are in no mean: `shared_64` (2), `v0` (1)." in text
     assert text.index("Seeds that diverged") < text.index("## Stability")
+
+
+def test_seeds_that_diverged_are_those_of_the_rate_that_a_mean_is_of(page):
+    """What came of a seed at a rate that was left says nothing of the one that was found better."""
+    rows = [finished("dense_active", seed, 3.2 + 0.01 * seed) for seed in range(2)]
+    rows += [finished("v0", seed, 3.1 + 0.01 * seed) for seed in range(2)]
+    again = {"learning_rate": 5e-4}
+    rows += [finished("v0", 0, 3.0, **again), finished("v0", 1, 9.0, status="diverged", **again)]
+    text = page(rows)
+    assert "| v0 | 2.0 / 1.0 | 0.0005 | 1 |" in text and "in no mean: `v0` (1)." in text
+    rows[4] = {**rows[4], "status": "diverged"}
+    text = page(rows)
+    assert "| v0 |" not in text and "in no mean: `v0` (2)." in text
+    rows += [finished("v0", seed, 3.1 + 0.01 * seed) for seed in range(2)]
+    assert "Seeds that diverged" not in page(rows)
+
+
+def test_runs_at_a_rate_that_was_left_are_named(page):
+    """The sweep may find another rate best when they are trained already."""
+    rows = [finished(name, seed, 3.2 + 0.01 * seed) for seed in range(2) for name in ("dense_active", "v0")]
+    rows += [finished("v0", 0, 3.3, "equal_seconds", tokens=7e7)]
+    sweep = [finished("v0", 0, 3 + abs(r - 1e-3), "learning_rates", learning_rate=r) for r in (5e-4, 1e-3, 2e-3)]
+    assert "best by now" not in page([*rows, *sweep])
+    sweep.append(finished("v0", 0, 2.5, "learning_rates", learning_rate=5e-4))
+    text = page([*rows, *sweep])
+    assert text.count("The sweep finds another rate best by now: `v0` (0.001, now 0.0005).") == 2  # in either table
+    rows += [finished("v0", 0, 3.1, learning_rate=5e-4)]
+    assert page([*rows, *sweep]).count("best by now") == 1
+
+
+def test_runs_of_equal_seconds_follow_the_newest_speeds(page):
+    rows = [finished("dense_active", 0, 3.2), finished("v0", 0, 3.3, "equal_seconds", tokens=7e7)]
+    speeds = [finished("dense_active", 0, 5.0, "speed", tokens_per_second=1000)]
+    speeds += [finished("v0", 0, 5.0, "speed", tokens_per_second=702)]
+    assert "newest speeds" not in page([*rows, *speeds])
+    again = [row | {"commit": "newer"} for row in speeds]
+    again[1]["tokens_per_second"] = 800
+    assert "The newest speeds give another number of tokens: `v0` (70.0M, now 80.0M)." in page(rows + speeds + again)
+
+
+def test_runs_that_all_diverged_are_named(page):
+    lost = {"status": "diverged"}
+    rows = [finished("shared_64", 0, 9.0, "equal_seconds", **lost), finished("v0_muon", 0, 9.0, "muon", **lost)]
+    text = page([finished("dense_active", 0, 3.2), *rows])
+    seconds, muon = (text[text.index(title) :] for title in ("## At the seconds of dense_active", "## With Muon"))
+    assert "in no mean: `shared_64` (1)." in seconds and "in no mean: `v0_muon` (1)." in muon
 
 
 def test_stability_is_of_one_set_of_token_files_and_of_whole_numbers(page):
@@ -176,6 +238,52 @@ def test_report_makes_its_folder(tmp_path):
     for command in (["report", "--output-dir", "/dev/null/x"], [*PREPARE, "--data", "/dev/null/x"]):
         status, _, errors = outcome_of("ablate", *command)
         assert status and "'/dev/null/x' cannot be a folder" in errors and errors.count("\n") == 1
+
+
+def test_runs_that_were_made_again_stand_beside_each_other(page):
+    """Whatever the plan; each pair with how far it is apart, and how many agree as two seeds do."""
+    rows = [finished("dense_active", seed, 3.2, settings="d") for seed in range(2)]
+    rows += [finished("v0", 0, 3.1, settings="a"), finished("v0", 0, 3.1, settings="a", data="second")]
+    assert "## Runs that were made again" not in page(rows)
+    rows += [finished("v0", 0, 3.115, "ablations", settings="a", commit="newer")]
+    text = page([*rows, finished("v0", 0, 3.1, settings="a", status="failed")])
+    shown = "| v0 | headline, ablations | first | new, newer | 30m | 0 | 100.0 | 3.1000, 3.1150 | 4.1000, 4.1150 |"
+    assert f"{shown} 0.0150 | 0.0150 | 1 of 1 agree within 0.02 nats" in text
+    rows += [finished("dense_active", 0, 3.221, settings="d")]
+    rows += [finished("dense_active", 1, 9.0, settings="d", status="diverged")]
+    text = page(rows)
+    assert "3.2000, 3.2210 | 4.2000, 4.2210 | 0.0210 | 0.0210 |" in text and "1 of 3 agree" in text
+    assert "| 3.2000, diverged | 4.2000, diverged | | |" in text
+
+
+def test_a_full_disk_leaves_the_pages_as_they_were(tmp_path):
+    """All of them: a page would otherwise be of other rows than its figures."""
+    output = tmp_path / "evidence"
+    output.mkdir()
+    shutil.copy(REPOSITORY / "docs/evidence/runs.csv", output)
+    shutil.copy(REPOSITORY / "docs/evidence/balance.json", output)
+    assert outcome_of("ablate", "report", "--output-dir", output)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"evidence.md", "claims.md", "scaling.md", "curves.png"} <= {path.name for path in before}
+    rows = before[output / "runs.csv"].splitlines(keepends=True)
+    (output / "runs.csv").write_bytes(b"".join(rows[:-1]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        status, _, errors = outcome_of("ablate", "report", "--output-dir", output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status and "A file cannot be written (File too large): make room" in errors and errors.count("\n") == 1
+    del before[output / "runs.csv"]
+    assert all(path.read_bytes() == found for path, found in before.items())
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == len(before) + 1
+
+
+def test_the_page_lies_beside_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "study-1.5").mkdir()
+    monkeypatch.chdir(tmp_path / "study-1.5")
+    assert outcome_of("ablate", "report", "--output-dir", ".")[0] == 0
+    assert (tmp_path / "study-1.5.md").exists() and "(study-1.5/claims.md)" in (tmp_path / "study-1.5.md").read_text()
 
 
 def test_a_candidate_without_runs_was_not_tried(page):

@@ -3,13 +3,14 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from ablation_rows import PLANS
 from complexity_deep import training_graph_complexity_deep as training_graph
@@ -206,6 +207,26 @@ def test_prepare_takes_whole_documents_up_to_each_share(data, tmp_path):
     assert json.loads((tmp_path / "out" / "data.json").read_text())["id"] == facts["id"]
     with pytest.raises(InputError, match="holds 60 tokens, but its share is 75"):
         ablation_data.prepare(str(tmp_path / "out"), f"{data}/tokenizer", sources, [1, 3], 100, held_out)
+
+
+def test_token_files_keep_the_tokenizer_that_made_them(data, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("w1 w2 w3")
+    text = str(tmp_path / "text.txt")
+
+    def prepare(tokenizer):
+        ablation_data.prepare(str(tmp_path / "out"), tokenizer, [text], [1], 2, {"edu": text, "books": text})
+
+    prepare(f"{data}/tokenizer")
+    other = AutoTokenizer.from_pretrained(f"{data}/tokenizer")
+    other.add_tokens(["w99"])
+    other.save_pretrained(tmp_path / "other")
+    before = (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(Path, "write_bytes", lambda path, found: (_ for _ in ()).throw(OSError("the disk is full")))
+        prepare(str(tmp_path / "other"))
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes() == before
+    prepare(str(tmp_path / "other"))
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes() != before
 
 
 def test_weighted_experts_are_those_of_the_library():

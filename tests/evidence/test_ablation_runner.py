@@ -1,5 +1,6 @@
 """ablate.py: each run is made once and recorded, whatever comes of it."""
 
+import errno
 import math
 import multiprocessing
 import os
@@ -104,6 +105,36 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
     assert [row["seed"] for row in read_rows(path)] == [0, 1, 2]
 
 
+def test_a_finished_run_without_its_numbers_is_no_row(tmp_path):
+    path = tmp_path / "runs.csv"
+    numbers = {"held_out_edu": 3.0, "held_out_books": 4.0, "curve": [[1, 3.0, 4.0]], "median_grad_norm": 0.2}
+    Results(path).append(recorded(status="ok", **numbers))
+    (row,) = read_rows(path)
+    for name in ("held_out_edu", "held_out_books", "curve", "seed", "tokens"):
+        path.unlink()
+        Results(path).append({**recorded(status="ok", **numbers), name: ""})
+        with pytest.raises(InputError, match=r"runs.csv' has no whole row on line 2"):
+            read_rows(path)
+    assert row["held_out_edu"] == 3.0
+
+
+def test_runs_csv_as_spreadsheets_save_it(tmp_path):
+    path = tmp_path / "runs.csv"
+    Results(path).append(recorded(status="failed"))
+    before, (row,) = path.read_text(), read_rows(path)
+    path.write_text("\n\n".join(before.splitlines()) + "\n\n", encoding="utf-8-sig")
+    Results(path).append(recorded(status="failed", seed=1))
+    assert read_rows(path) == [row, {**row, "seed": 1}]
+    path.write_text(before, encoding="utf-16")
+    for read in (read_rows, Results):
+        with pytest.raises(InputError, match=r"runs.csv' cannot be read .*: save it as CSV in UTF-8"):
+            read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"runs.csv' cannot be read .*Is a directory"):
+        read_rows(path)
+
+
 def test_a_full_disk_leaves_whole_rows_and_the_row_that_is_missing_is_said(tmp_path):
     path = tmp_path / "runs.csv"
     Results(path).append(recorded(status="failed"))
@@ -116,6 +147,21 @@ def test_a_full_disk_leaves_whole_rows_and_the_row_that_is_missing_is_said(tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
+
+
+def test_runs_csv_that_takes_no_row_is_refused_before_any_run(tmp_path, monkeypatch):
+    path = tmp_path / "runs.csv"
+    Results(path).append(recorded(status="failed"))
+    open_any = type(path).open
+
+    def refuse(own, mode="r", **options):
+        if "a" in mode:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_any(own, mode, **options)
+
+    monkeypatch.setattr(type(path), "open", refuse)  # as root may write everywhere
+    with pytest.raises(InputError, match=r"runs.csv' cannot be written \(Permission denied\): name another"):
+        Results(path)
 
 
 def test_two_commands_write_one_header(tmp_path, monkeypatch):
@@ -175,7 +221,7 @@ def test_no_run_begins_after_one_whose_row_cannot_be_written(tmp_path):
     results = Results(tmp_path / "none.csv")
     results.path = tmp_path / "runs.csv"
     runner = Runner(results, pretend, {}, start_method="fork", log_dir=tmp_path / "logs", commit="1e5")
-    with pytest.raises(OSError, match="Is a directory"):
+    with pytest.raises(InputError, match=r"cannot be written \(Is a directory\), and lacks this row: dense_active"):
         runner.work([{**run, "seed": seed} for seed in range(3)], ["0"])
     assert len(runner.queue) == 2
 

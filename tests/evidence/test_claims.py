@@ -100,6 +100,29 @@ def test_runs_that_diverged_are_named(line):
     assert "(3 seeds, files first, 1 seed of dense_total diverged and left out)" in measured and verdict == "holds"
 
 
+def test_a_rate_that_was_left_is_named(line):
+    rows = runs("v0", 3.2) + runs("learned_4", 3.2)
+    rows += [finished("learned_16", 0, 3 + r, "learning_rates", learning_rate=r) for r in (5e-4, 1e-3, 2e-3)]
+    found = "(3 seeds, files first, learned_4 at the rate 0.001, where its sweep finds 0.0005 best by now)"
+    assert found in line(rows, "Routing by id is as good as a learned router: 4 experts")[0]
+
+
+def test_a_variant_whose_runs_all_diverged_is_not_one_without_runs(line):
+    lost = [finished("v0_frozen_experts", seed, 9.0, "ablations", status="diverged") for seed in range(3)]
+    rows = [*runs("v0", 3.2, shifted_edu=6.0, expert_norm_ratio=2.0), *lost]
+    found = "not measured (3 seeds of v0_frozen_experts diverged, files first)"
+    measured, verdict = line(rows, "The published CUDA path")
+    assert measured == f"v0_frozen_experts minus v0: {found}" and verdict == "open"
+    rows.append(finished("v0", 3, 9.0, "ablations", status="diverged"))  # of a variant that has others
+    assert (
+        line(rows, "The published CUDA path")[0] == measured
+        and "minus v0_random: not measured yet" in line(rows, SPECIALISED)[0]
+    )
+    assert f"cost of shifted experts, v0 minus v0_frozen_experts: {found}; v0 alone" in line(rows, SPECIALISED)[0]
+    again = [finished("v0", seed, 9.0, "ablations", status="diverged", learning_rate=5e-4) for seed in range(2)]
+    assert "norm growth of v0: not measured (2 seeds of v0 diverged, files first)" in line(rows + again, SPECIALISED)[0]
+
+
 @pytest.mark.parametrize(
     ("growth", "shifted", "frozen_shifted", "random", "expected"),
     [
@@ -143,6 +166,17 @@ def test_tokens_to_a_loss_with_and_without_mu(line, ratios, expected, shown):
         rows.append(finished("v0_no_guidance", seed, 3.0, "ablations", curve=falling(100, 20 * ratio)))
     measured, verdict = line(rows, CONVERGENCE)
     assert verdict == expected and shown in measured
+
+
+def test_curves_that_share_no_loss_and_no_seed_say_so(line):
+    ours, control = finished("v0", 0, 3.0), finished("v0_no_guidance", 1, 3.0, "ablations")
+    ours["curve"], control["curve"] = (
+        falling(100, 20),
+        [[t, loss + 20, more + 20] for t, loss, more in falling(100, 20)],
+    )
+    assert "v0: not measured yet for one seed of both" in line([ours, control], CONVERGENCE)[0]
+    measured, verdict = line([ours, control | {"seed": 0}], CONVERGENCE)
+    assert "one begins its curve below the loss that the other ends at (1 seed" in measured and verdict == "open"
 
 
 def test_tokens_are_read_off_between_points():
@@ -192,7 +226,7 @@ def test_verdict_of_outcomes():
 def write_tokens(folder, ids):
     folder.mkdir()
     np.array(ids, dtype=np.uint16).tofile(folder / "train.bin")
-    (folder / "data.json").write_text(json.dumps({"id": "abc", "vocab_size": 8, "eos_token_id": 0}))
+    (folder / "data.json").write_text(json.dumps({"id": "abc", "vocab_size": 8, "eos_token_id": 0, "files": {}}))
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,16 @@ def test_longer_runs_have_a_table_of_their_own(tmp_path):
     assert text.split("## 150m")[0] in section(tmp_path, family())
 
 
+def test_seeds_that_diverged_are_named_at_every_size(tmp_path):
+    lost = {"status": "diverged"}
+    rows = [*family(), finished("dense_total", 1, 9.0, "scaling", size="10m", **lost)]
+    rows += [finished("dense_active", seed, 2.5 + 0.01 * seed, "large", size="150m") for seed in range(2)]
+    rows += [finished("shared_64_layers_values", 0, 9.0, "large", size="150m", **lost)]
+    before, large = section(tmp_path, rows).split("## 150m on more tokens")
+    assert "Seeds that diverged at 10m and are in no mean: `dense_total` (1)." in before
+    assert "Seeds that diverged and are in no mean: `shared_64_layers_values` (1)." in large
+
+
 def test_power_is_that_of_simulated_tests():
     generator = np.random.default_rng(0)
     for seeds, distance in ((2, 4.0), (3, 2.5), (6, 1.8)):

@@ -69,7 +69,6 @@ def prepare(
     files = {"train": [documents[index] for index in order]}
     files.update({f"held_out_{name}": part for name, part in parts.items()})
     facts = {"sources": [Path(source).name for source in sources], "weights": weights, "files": {}}
-    save_whole(tokenizer, output / "tokenizer")
     with whole_files(output) as folder:
         for name, part in files.items():
             data = np.concatenate(part).tobytes()
@@ -81,6 +80,7 @@ def prepare(
         facts["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         facts["id"] = data_id(facts)
         (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n")
+        save_whole(tokenizer, output / "tokenizer")  # last: token files that stay after an error keep theirs
     return facts
 
 

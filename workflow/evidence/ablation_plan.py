@@ -14,6 +14,7 @@ IDENTITY = ("variant", "seed", "size", "tokens", "learning_rate", "settings")  #
 DONE = ("ok", "diverged")
 FIELDS = ("base", "variants", "tokens", "learning_rates", "seeds")  # of a plan, and those that it may have:
 OPTIONS = ("equal_seconds_to", "learning_rate_factors", "repeat_data")
+BASE = ("size", "shape", "training", "variants")  # of the file of variants that a plan names
 SWEEP, SWEPT = "learning_rates", "swept"  # the plan that tries rates, and the rates of a plan that takes the best
 FEWEST_RATES = 3  # tried, diverged ones too, before a sweep says which is best
 MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW
@@ -22,7 +23,7 @@ MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW
 def read_yaml(path: Path) -> dict:
     try:
         return yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"'{path}' is not a readable YAML file ({error}).") from None
 
 
@@ -43,14 +44,30 @@ def read_plan(path: Path) -> dict:
     check_numbers(path, "tokens", [plan["tokens"]])
     check_numbers(path, "learning_rate_factors", plan.get("learning_rate_factors", [1]))
     for name, kind in (("variants", str), ("seeds", int)):
-        if not isinstance(plan[name], list) or not all(type(value) is kind for value in plan[name]):
+        if not isinstance(plan[name], list) or not all(type(value) is kind for value in plan[name]) or not plan[name]:
             raise InputError(f"{path} needs a list for {name}, of {'names' if kind is str else 'whole numbers'}.")
+    if min(plan["seeds"]) < 0:
+        raise InputError(f"{path} has the seed {min(plan['seeds'])}, but a seed is 0 or more.")
     return plan
+
+
+def read_base(plan_path: Path, name) -> dict:
+    """The file of variants that a plan names. Raises `InputError` for one that is none."""
+    path = plan_path.parent / str(name)
+    base = read_yaml(path)
+    fields = base if isinstance(base, dict) else {}
+    missing = [field for field in BASE if not isinstance(fields.get(field), str if field == "size" else dict)]
+    if missing:
+        raise InputError(f"'{path}', the base of {plan_path}, is no file of variants: it lacks {', '.join(missing)}.")
+    for variant, described in base["variants"].items():
+        if not isinstance(described, dict) or not {"family", "config"} <= described.keys():
+            raise InputError(f"The variant '{variant}' of '{path}' needs a family and a config.")
+    return base
 
 
 def check_numbers(path: Path, name: str, values) -> None:
     try:
-        is_right = isinstance(values, list) and all(0 < float(value) < float("inf") for value in values)
+        is_right = isinstance(values, list) and values and all(0 < float(value) < float("inf") for value in values)
     except (TypeError, ValueError):
         is_right = False
     if not is_right:
@@ -65,7 +82,7 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
     Raises `InputError` for a plan that cannot be read, and for one that needs runs which runs.csv does not have yet.
     """
     plan = read_plan(plan_path)
-    base = read_yaml(plan_path.parent / plan["base"])
+    base = read_base(plan_path, plan["base"])
     # Of any token files: a rate and a speed that were found on others of the same size and text hold for these too.
     known = [row for row in rows if row["size"] == base["size"] and row["status"] in DONE]
     unknown = [name for name in plan["variants"] if name not in base["variants"]]
@@ -91,7 +108,7 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
                         "seed": seed,
                         "size": base["size"],
                         "tokens": tokens,
-                        "learning_rate": float(rate) * factor,
+                        "learning_rate": float(rate) * float(factor),
                         "data": data["id"],
                         "config": {**base["shape"], **variant["config"]},
                         "init": variant.get("init", "default"),
@@ -122,9 +139,10 @@ def runs_of(
     Raises `InputError` for names and seeds that the plans do not have.
     """
     plans = [shipped(plan) for plan in plans]
-    planned = {name for plan in plans for name in read_plan(Path(plan))["variants"]}
-    if unknown := [name for name in only or () if name not in planned]:
-        raise InputError(f"--only names {', '.join(unknown)}, which no plan of {', '.join(plans)} has.")
+    for option, names, field in (("--only", only, "variants"), ("--seeds", seeds, "seeds")):
+        planned = {name for plan in plans for name in read_plan(Path(plan))[field]}
+        if unknown := [str(name) for name in names or () if name not in planned]:
+            raise InputError(f"{option} names {', '.join(unknown)}, which no plan of {', '.join(plans)} has.")
     runs = []
     for plan in plans:
         for run in expand(Path(plan), rows, data, only):
@@ -133,7 +151,7 @@ def runs_of(
             runs.append(finish(run, smoke))
     runs = [run for run in runs if seeds is None or run["seed"] in seeds]
     if not runs:
-        raise InputError("The plans have no run of the seeds that --seeds names.")
+        raise InputError("No plan has a run of both --only and --seeds.")
     return runs
 
 
@@ -172,6 +190,14 @@ def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
             f"token files and {len(ended)} of them ended: run {SWEEP}.yaml first."
         )
     return min(ended, key=lambda rate: statistics.mean(row["held_out_edu"] for row in ended[rate]))
+
+
+def rate_by_now(variant: str, base: dict, rows: list[dict]) -> float | None:
+    """The rate that a variant of `base` would be trained at; None where its family has no sweep yet."""
+    try:
+        return swept_rate(base["variants"][variant]["family"], base, rows)
+    except (InputError, KeyError):  # the latter is a variant that was taken out of `base`
+        return None
 
 
 def speed(variant: str, rows: list[dict], reference: str) -> float:

@@ -9,7 +9,16 @@ from matplotlib import colormaps
 from scipy import stats
 
 from complexity_deep.workflow.charts import subplots, write_figure
-from complexity_deep.workflow.evidence.ablation_plan import EQUAL_TOKENS, FEWEST_RATES, MUON, SWEEP, sweep_of
+from complexity_deep.workflow.evidence.ablation_plan import (
+    DONE,
+    EQUAL_TOKENS,
+    FEWEST_RATES,
+    MUON,
+    SWEEP,
+    identity,
+    rate_by_now,
+    sweep_of,
+)
 from complexity_deep.workflow.markdown_table import table
 
 CONFIDENCE = 0.95
@@ -21,43 +30,74 @@ TEXTS = {"held_out_edu": "educational text", "held_out_books": "books"}
 GOALS = {"equal tokens": -0.15, "equal seconds": -0.10}
 UPPER_BOUND = -0.05
 CHOICE_SEEDS = (0, 1, 2)  # by which the best candidate is chosen, as planned; later ones measure it without that choice
+MARGIN = 0.02  # nats: about the spread of two runs that differ in their seed alone
+SAME_LENGTH = 0.01  # of its tokens that a run of equal seconds may be off, for speeds are measured that well
 COLOURS = colormaps["tab10"].colors
 
 
-def group(rows: list[dict], plans: tuple[str, ...]) -> dict[str, list[dict]]:
-    """Finished runs of the plans by variant, one for each seed: the last, where one was repeated.
+def last_runs(rows: list[dict], plans: tuple[str, ...]) -> dict[tuple[str, int], dict]:
+    """Runs of the plans that finished or diverged, by variant and seed: the last, where one was repeated.
 
     All have the rate and the tokens of the variant's last run. A rate that was found better, or a speed that was
     measured again, changes both from then on, and a mean over both would be of neither.
     """
-    finished = [row for row in rows if row["plan"] in plans and row["status"] == "ok"]
-    made = {row["variant"]: (row["learning_rate"], row["tokens"]) for row in finished}
-    last = {
+    ended = [row for row in rows if row["plan"] in plans and row["status"] in DONE]
+    made = {row["variant"]: (row["learning_rate"], row["tokens"]) for row in ended}
+    return {
         (row["variant"], row["seed"]): row
-        for row in finished
+        for row in ended
         if (row["learning_rate"], row["tokens"]) == made[row["variant"]]
     }
+
+
+def group(rows: list[dict], plans: tuple[str, ...]) -> dict[str, list[dict]]:
+    """Those of `last_runs` that finished, by variant."""
     grouped = {}
-    for (variant, _), row in last.items():
-        grouped.setdefault(variant, []).append(row)
+    for (variant, _), row in last_runs(rows, plans).items():
+        if row["status"] == "ok":
+            grouped.setdefault(variant, []).append(row)
     return grouped
 
 
 def diverged_seeds(rows: list[dict], plans: tuple[str, ...]) -> dict[str, int]:
-    """How many seeds of each variant diverged and have no finished run, which a mean therefore leaves out.
+    """How many seeds of each variant `group` leaves out, for they diverged; `rows` are of one set of token files."""
+    runs = sorted(last_runs(rows, plans).items())
+    return dict(Counter(variant for (variant, _), row in runs if row["status"] == "diverged"))
 
-    `rows` are of one set of token files.
+
+def old_rates(rows: list[dict], data: str, plans: tuple[str, ...], base: dict) -> dict[str, tuple[float, float]]:
+    """Variants whose runs on the token files have another rate than they would get by now: both rates.
+
+    `rows` are of one size, and `base` is its file of variants.
     """
-    own = [row for row in rows if row["plan"] in plans]
-    ended = {(row["variant"], row["seed"]) for row in own if row["status"] == "ok"}
-    lost = {(row["variant"], row["seed"]) for row in own if row["status"] == "diverged"} - ended
-    return dict(Counter(variant for variant, _ in sorted(lost)))
+    rates = {}
+    for variant, runs in group([row for row in rows if row["data"] == data], plans).items():
+        had, now = runs[0]["learning_rate"], rate_by_now(variant, base, rows)
+        if now not in (None, had):
+            rates[variant] = had, now
+    return rates
 
 
-def left_out(diverged: dict[str, int]) -> list[str]:
-    """A sentence on them, and an empty line; nothing where there are none."""
-    named = ", ".join(f"`{variant}` ({number})" for variant, number in diverged.items())
-    return [f"Seeds that diverged and are in no mean: {named}.", ""] if named else []
+def below_table(rows: list[dict], data: str, plans: tuple[str, ...], base: dict, where: str = "") -> list[str]:
+    """Sentences on the seeds that diverged on the token files, and on rates that were left since, and empty lines."""
+    diverged = diverged_seeds([row for row in rows if row["data"] == data], plans)
+    lost = ", ".join(f"`{variant}` ({number})" for variant, number in diverged.items())
+    lines = [f"Seeds that diverged{where} and are in no mean: {lost}.", ""] if lost else []
+    rates = old_rates(rows, data, plans, base)
+    old = ", ".join(f"`{variant}` ({had:g}, now {now:g})" for variant, (had, now) in rates.items())
+    return lines + ([f"The sweep finds another rate best by now{where}: {old}.", ""] if old else [])
+
+
+def old_lengths(runs: dict[str, list[dict]], reference: list[dict], speeds: dict[str, float]) -> list[str]:
+    """A sentence on runs of equal seconds whose tokens follow from other speeds than the newest, and an empty line."""
+    named = []
+    for variant, rows in runs.items():
+        if reference and {variant, reference[0]["variant"]} <= speeds.keys():
+            had, whole = rows[0]["tokens"], reference[0]["tokens"]
+            now = whole * speeds[variant] / speeds[reference[0]["variant"]]
+            if abs(had / now - 1) > SAME_LENGTH:
+                named.append(f"`{variant}` ({had / 1e6:.1f}M, now {now / 1e6:.1f}M)")
+    return [f"The newest speeds give another number of tokens: {', '.join(named)}.", ""] if named else []
 
 
 def interval(values: list[float]) -> tuple[float, float] | None:
@@ -150,10 +190,11 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
             continue
         found, others = max(reversed(pairs), key=lambda pair: min(map(len, pair)))
         for name, text in TEXTS.items():
-            mean, bounds = difference(column(found, name), column(others, name))
+            ours, theirs = column(found, name), column(others, name)
+            mean, bounds = difference(ours, theirs)
             is_known &= bounds is not None
             fails |= bounds is not None and not (mean <= GOALS[what] and bounds[1] <= UPPER_BOUND)
-            parts.append(f"{with_bounds(mean, bounds)} at {what} on {text}")
+            parts.append(f"{with_bounds(ours, theirs)} at {what} on {text}")
         later.append(at_later_seeds(found, others, what))
     word = "not reached" if fails else "reached" if is_known else "not decided yet"
     goal = f"{GOALS['equal tokens']} nats at equal tokens and {GOALS['equal seconds']} at equal seconds"
@@ -180,8 +221,7 @@ def at_later_seeds(found: list[dict], others: list[dict], what: str) -> str:
     ours, theirs = ([row for row in rows if row["seed"] not in CHOICE_SEEDS] for rows in (found, others))
     if not ours or not theirs:
         return ""
-    differences = [(difference(column(ours, name), column(theirs, name)), text) for name, text in TEXTS.items()]
-    shown = "; ".join(f"{with_bounds(*values)} on {text}" for values, text in differences)
+    shown = on_each_text(ours, theirs)
     seeds = " and ".join(str(seed) for seed in sorted({row["seed"] for row in ours}))
     return f"With the seeds {seeds} alone, by which it was not chosen, it is {shown} at {what}."
 
@@ -197,10 +237,14 @@ def most_candidates(runs: dict, reference: str, candidates: list[str]) -> tuple[
 
 
 def choice_rows(runs: dict[str, list[dict]], names: list[str]) -> dict[str, list[dict]]:
-    """Rows that the names are compared by: of those with most seeds, for one seed may be a lucky one."""
+    """Rows that the names are compared by.
+
+    One seed may be a lucky one, so that names with one are left out, but only where half of the names have more: the
+    first to get another seed would be the best of one.
+    """
     found = {name: [row for row in runs[name] if row["seed"] in CHOICE_SEEDS] for name in names}
-    most = max(map(len, found.values()))
-    return {name: rows or runs[name] for name, rows in found.items() if len(rows) == most}
+    enough = min(2, statistics.median_high(map(len, found.values())))
+    return {name: rows or runs[name] for name, rows in found.items() if len(rows) >= enough}
 
 
 def best_of(runs: dict[str, list[dict]], names: list[str], text: str) -> str:
@@ -236,13 +280,21 @@ def best_at_equal_seconds(
     if quickest == best:
         return fewer
     found, others = equal_seconds[data][quickest], equal_tokens[data][reference]
-    pairs = [(difference(column(found, name), column(others, name)), text) for name, text in TEXTS.items()]
-    differences = "; ".join(f"{with_bounds(*values)} on {text}" for values, text in pairs)
-    return [f"At equal seconds the best is `{quickest}`: {differences}.", *fewer]
+    return [f"At equal seconds the best is `{quickest}`: {on_each_text(found, others)}.", *fewer]
 
 
-def with_bounds(mean: float, bounds: tuple[float, float] | None) -> str:
-    return f"{mean:+.3f}" + (f" (95 %: {bounds[0]:+.3f} to {bounds[1]:+.3f})" if bounds else " (one seed)")
+def on_each_text(rows: list[dict], reference: list[dict]) -> str:
+    parts = (f"{with_bounds(column(rows, name), column(reference, name))} on {text}" for name, text in TEXTS.items())
+    return "; ".join(parts)
+
+
+def with_bounds(values: list[float], reference: list[float]) -> str:
+    """Mean difference and its interval, or how many seeds either side has where that is too few for one."""
+    mean, bounds = difference(values, reference)
+    if bounds:
+        return f"{mean:+.3f} (95 %: {bounds[0]:+.3f} to {bounds[1]:+.3f})"
+    numbers = len(values), len(reference)
+    return f"{mean:+.3f} ({'one seed' if set(numbers) == {1} else f'{numbers[0]} and {numbers[1]} seeds'}, no interval)"
 
 
 def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
@@ -278,7 +330,8 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(variants)), variants)
     axes.set(
-        xlabel=f"held-out loss minus that of {name}, nats per token\n(left is better, bars: 95 %, no bar: one seed)"
+        xlabel=f"held-out loss minus that of {name}, nats per token\n"
+        "(left is better, bars: 95 %, no bar: one seed on either side)"
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -334,12 +387,43 @@ def stability_table(rows: list[dict]) -> list[str]:
     return table([*header, "held-out edu, of those that ended"], lines, text_columns=2)
 
 
-def muon_section(rows: list[dict], reference: str) -> list[str]:
+def repeats_section(rows: list[dict]) -> list[str]:
+    """Lines on runs of the same settings and seed, which only the commit and the GPU tell apart; none without any."""
+    runs: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["status"] in DONE:
+            runs.setdefault((*identity(row), row["data"]), []).append(row)
+    repeated = sorted((key, found) for key, found in runs.items() if len(found) > 1)
+    if not repeated:
+        return []
+    lines, agreeing = [], 0
+    for _, found in repeated:
+        first, ended = found[0], [row for row in found if row["status"] == "ok"]
+        ranges = [max(column(ended, text)) - min(column(ended, text)) for text in TEXTS] if len(ended) > 1 else []
+        agreeing += len(ended) in (0, len(found)) and all(apart <= MARGIN for apart in ranges)
+        cells = [first["variant"], ", ".join(dict.fromkeys(column(found, "plan"))), first["data"]]
+        cells += [", ".join(column(found, "commit")), first["size"], str(first["seed"]), f"{first['tokens'] / 1e6:.1f}"]
+        cells += [", ".join(f"{r[text]:.4f}" if r in ended else "diverged" for r in found) for text in TEXTS]
+        lines.append([*cells, *([f"{apart:.4f}" for apart in ranges] or ["", ""])])
+    header = ["variant", "plans", "token files", "commits", "size", "seed", "tokens, M"]
+    header += ["held-out edu", "held-out books", "edu, range", "books, range"]
+    return [
+        "## Runs that were made again",
+        "",
+        *table(header, lines, text_columns=4),
+        "",
+        f"{agreeing} of {len(repeated)} agree within {MARGIN} nats on both texts, which is about what two runs of 100M",
+        "tokens that differ in their seed alone are apart. Each table has the last of them.",
+        "",
+    ]
+
+
+def muon_section(rows: list[dict], base: dict) -> list[str]:
     """Lines on the runs with Muon: beside each other, then each beside the same variant with AdamW; none without runs.
 
-    `reference` is the name with AdamW of the variant that the former differences are taken to.
+    The former differences are to the reference of `base`, the file of variants, with Muon.
     """
-    lines = []
+    lines, reference = [], base["reference"]
     with_adamw = by_data(rows, EQUAL_TOKENS)
     for data, runs in by_data(rows, WITH_MUON).items():
         alone = {
@@ -350,6 +434,7 @@ def muon_section(rows: list[dict], reference: str) -> list[str]:
         lines += [f"## With Muon, token files {data}", ""]
         lines += ["Matrices are trained by Muon, embeddings and vectors by AdamW. Differences are to dense with Muon."]
         lines += ["", *variant_table(runs, runs.get(f"{reference}_{MUON}", []), speeds), ""]
+        lines += below_table(rows, data, WITH_MUON, base)
         pairs = {name: with_adamw.get(data, {}).get(name.removesuffix(f"_{MUON}"), []) for name in runs}
         cells = [
             [name, f"{len(runs[name])} and {len(others)}"]
@@ -364,7 +449,6 @@ def muon_section(rows: list[dict], reference: str) -> list[str]:
 
 
 def by_data(rows: list[dict], plans: tuple[str, ...]) -> dict[str, dict[str, list[dict]]]:
-    """`group` of each id of token files that has finished runs of the plans."""
-    ids = dict.fromkeys(row["data"] for row in rows)
-    grouped = {data: group([row for row in rows if row["data"] == data], plans) for data in ids}
-    return {data: runs for data, runs in grouped.items() if runs}
+    """`group` of each id of token files that has runs of the plans, which is empty where all of them diverged."""
+    ids = dict.fromkeys(row["data"] for row in rows if row["plan"] in plans and row["status"] in DONE)
+    return {data: group([row for row in rows if row["data"] == data], plans) for data in ids}

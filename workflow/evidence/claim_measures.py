@@ -18,10 +18,12 @@ from complexity_deep.routing_complexity_deep import modulo_routing
 from complexity_deep.workflow.evidence.ablation_report import (
     CONFIDENCE,
     EQUAL_TOKENS,
+    MARGIN,
     by_data,
     difference,
     diverged_seeds,
     interval,
+    old_rates,
     signed,
 )
 from complexity_deep.workflow.evidence.balance import numbers_of_experts
@@ -30,7 +32,6 @@ from complexity_deep.workflow.provenance import REPOSITORY
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
 OPEN, NOT_TESTABLE = "open", "not testable here"  # as verdicts; an outcome is OPEN where the interval decides nothing
 UNMEASURED = "unmeasured"  # as an outcome: no rows, or one seed and so no interval
-MARGIN = 0.02  # nats: about the spread of two runs that differ in their seed alone
 BALANCED = 1.01  # max over mean tokens of an expert up to which a load counts as even
 SPEEDUP = 2.0  # the lower end of the claimed "2-3x"
 TEXTS = {"held_out_edu": "edu", "held_out_books": "books"}
@@ -89,14 +90,31 @@ def plural(number: int, what: str) -> str:
 
 
 def basis(study: Study, data: str, variants: tuple[str, ...], numbers: list[int]) -> str:
-    """What a figure rests on: the seeds of each variant, the token files, and the seeds that diverged."""
+    """What a figure rests on: seeds of each variant, token files, seeds that diverged and rates that were left."""
     seeds = plural(numbers[0], "seed") if len(set(numbers)) == 1 else " and ".join(map(str, numbers)) + " seeds"
     parts = [seeds if min(numbers) > 1 else f"{seeds}, so no interval", f"files {data}"]
-    diverged = diverged_seeds([row for row in study.rows if row["data"] == data], EQUAL_TOKENS)
-    for variant in variants:
-        if variant in diverged:
-            parts.append(f"{plural(diverged[variant], 'seed')} of {variant} diverged and left out")
+    parts += [f"{lost} and left out" for lost in diverged(study, data, variants)]
+    rates = old_rates(study.rows, data, EQUAL_TOKENS, study.base)
+    for variant in dict.fromkeys(variants):
+        if variant in rates:
+            had, now = rates[variant]
+            parts.append(f"{variant} at the rate {had:g}, where its sweep finds {now:g} best by now")
     return f"({', '.join(parts)})"
+
+
+def diverged(study: Study, data: str, variants: tuple[str, ...]) -> list[str]:
+    """Which seeds diverged on the token files."""
+    seeds = diverged_seeds([row for row in study.rows if row["data"] == data], EQUAL_TOKENS)
+    return [f"{plural(seeds[name], 'seed')} of {name} diverged" for name in variants if name in seeds]
+
+
+def no_measurement(study: Study, variants: tuple[str, ...]) -> str:
+    """What stands for a figure of the variants where they have no finished runs on one set of token files."""
+    lost = []
+    for data, runs in by_data(study.rows, EQUAL_TOKENS).items():
+        without = tuple(variant for variant in variants if variant not in runs)
+        lost += [f"{what}, files {data}" for what in diverged(study, data, without)]
+    return f"not measured ({'; '.join(lost)})" if lost else "not measured yet"
 
 
 def most_seeds(study: Study, variants: tuple[str, ...], keep: Callable[[dict], bool]) -> tuple[str, list[list[dict]]]:
@@ -105,8 +123,8 @@ def most_seeds(study: Study, variants: tuple[str, ...], keep: Callable[[dict], b
     Rows that `keep` refuses do not count. Returns the id of the token files, and "" where no set has all variants.
     """
     best = "", [[] for _ in variants]
-    for data, runs in by_data([row for row in study.rows if keep(row)], EQUAL_TOKENS).items():
-        found = [runs.get(variant, []) for variant in variants]
+    for data, runs in by_data(study.rows, EQUAL_TOKENS).items():
+        found = [list(filter(keep, runs.get(variant, []))) for variant in variants]
         if min(map(len, found)) and rank(found) >= rank(best[1]):
             best = data, found
     return best
@@ -140,7 +158,7 @@ class LossDifference(Comparison):
         data, (ours, control) = most_seeds(study, self.variants, lambda row: True)
         name = f"{self.ours} minus {self.control}"
         if not data:
-            return Measured(f"{name}: not measured yet", [UNMEASURED])
+            return Measured(f"{name}: {no_measurement(study, self.variants)}", [UNMEASURED])
         shown, outcomes = [], []
         for text, title in TEXTS.items():
             mean, bounds = difference([row[text] for row in ours], [row[text] for row in control])
@@ -164,7 +182,8 @@ class NormGrowth:
     def measure(self, study: Study) -> Measured:
         data, (rows,) = most_seeds(study, self.variants, lambda row: row["expert_norm_ratio"] is not None)
         if not data:
-            return Measured(f"norm growth of {self.variant}: not measured yet", [UNMEASURED])
+            missing = no_measurement(study, self.variants)
+            return Measured(f"norm growth of {self.variant}: {missing}", [UNMEASURED])
         values = [row["expert_norm_ratio"] for row in rows]
         bounds = interval(values)
         ends = f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
@@ -197,11 +216,12 @@ class ShiftCost(Comparison):
             mean, bounds = difference(costs(ours), costs(control))
             found = basis(study, data, self.variants, [len(ours), len(control)])
             return Measured(f"{name}: edu {signed(mean, bounds)} {found}", [judge(negated(bounds), 0, -MARGIN)])
+        missing = no_measurement(study, self.variants)
         data, (ours,) = most_seeds(study, (self.ours,), is_shifted)
         if not data:
-            return Measured(f"{name}: not measured yet", [UNMEASURED])
+            return Measured(f"{name}: {missing}", [UNMEASURED])
         alone = f"{statistics.mean(costs(ours)):+.3f} {basis(study, data, (self.ours,), [len(ours)])}"
-        return Measured(f"{name}: not measured yet; {self.ours} alone: edu {alone}", [UNMEASURED])
+        return Measured(f"{name}: {missing}; {self.ours} alone: edu {alone}", [UNMEASURED])
 
 
 def tokens_to_reach(level: float, curve: list[list[float]], text: int) -> float | None:
@@ -229,9 +249,11 @@ class Speedup(Comparison):
 
     def measure(self, study: Study) -> Measured:
         data, (ours, control) = most_seeds(study, self.variants, lambda row: True)
+        name = f"tokens of {self.control} / {self.ours}"
+        if not data:
+            return Measured(f"{name}: {no_measurement(study, self.variants)}", [UNMEASURED])
         by_seed = {row["seed"]: row for row in control}
         pairs = [(row, by_seed[row["seed"]]) for row in ours if row["seed"] in by_seed]
-        name = f"tokens of {self.control} / {self.ours}"
         shown, outcomes, weaker = [], [], []
         for column, title in enumerate(TEXTS.values(), start=1):
             logs = []
@@ -240,8 +262,12 @@ class Speedup(Comparison):
                 tokens = [tokens_to_reach(level, row["curve"], column) for row in (fast, slow)]
                 if all(tokens):
                     logs.append(math.log(tokens[1] / tokens[0]))
-            if len(logs) < max(1, len(pairs)):  # a pair that cannot be compared must not drop out unseen
-                return Measured(f"{name}: not measured yet", [UNMEASURED])
+            if not pairs:
+                return Measured(f"{name}: not measured yet for one seed of both", [UNMEASURED])
+            if len(logs) < len(pairs):  # a pair that cannot be compared must not drop out unseen
+                found = basis(study, data, self.variants, [len(pairs)])
+                below = "one begins its curve below the loss that the other ends at"
+                return Measured(f"{name}: {below} {found}", [UNMEASURED])
             bounds = interval(logs)
             ends = f" [{math.exp(bounds[0]):.2f}, {math.exp(bounds[1]):.2f}]" if bounds else ""
             shown.append(f"{title} {math.exp(statistics.mean(logs)):.2f}{ends}")

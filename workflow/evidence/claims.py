@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from complexity_deep.workflow.evidence.ablation_plan import read_yaml
+from complexity_deep.workflow.evidence.ablation_report import MARGIN
 from complexity_deep.workflow.evidence.balance import read_balance
 from complexity_deep.workflow.evidence.claim_measures import (
     BALANCED,
     FAILS,
     HOLDS,
     IN_PART,
-    MARGIN,
     NOT_TESTABLE,
     OPEN,
     SPEEDUP,
@@ -270,7 +270,7 @@ its rate has fallen, which draws the ratio of tokens towards 1."""
 
 
 def write_claims(output: Path, rows: list[dict], recipes: str) -> str:
-    """Write claims.md into `output`; returns what was written."""
+    """Write claims.md into `output`, which may have balance.json; returns the numbers of verdicts."""
     base = read_yaml(Path(recipes, "30m.yaml"))
     rows = [row for row in rows if row["size"] == base["size"]]
     study = Study(rows, base, read_balance(output))
@@ -295,6 +295,5 @@ def write_claims(output: Path, rows: list[dict], recipes: str) -> str:
     for command, numbers in commands.items():
         page += [f"# {', '.join(numbers)}", command]
     page += ["```"]
-    path = output / "claims.md"
-    path.write_text("\n".join(page) + "\n")
-    return f"{path}: {found}"
+    (output / "claims.md").write_text("\n".join(page) + "\n")
+    return found

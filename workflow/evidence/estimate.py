@@ -278,13 +278,12 @@ def estimate_lines(rows: list[dict], recipes: Path, results: Path, config: Path)
 
 
 def write_estimate(output: Path, rows: list[dict], recipes: str) -> str:
-    """Write scaling.md into `output`; returns what was written."""
+    """Write scaling.md into `output`; returns what it is made of."""
     page = ["# What it would take to tell at 1.5b", ""]
     page += [
         "An estimate on paper: nothing of that size was trained for it. Written by `python scripts/ablate.py report`;"
     ]
     page += ["the runs at three sizes are in the [study](../evidence.md).", ""]
     results, config = REPOSITORY / "benchmarks/results.csv", REPOSITORY / "configs/1.5b.json"
-    path = output / "scaling.md"
-    path.write_text("\n".join([*page, *estimate_lines(rows, Path(recipes), results, config)]) + "\n")
-    return f"{path}: from {len(rows)} runs"
+    (output / "scaling.md").write_text("\n".join([*page, *estimate_lines(rows, Path(recipes), results, config)]) + "\n")
+    return f"from {len(rows)} runs"

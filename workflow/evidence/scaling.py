@@ -23,6 +23,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     TEXTS,
     as_difference,
     as_mean,
+    below_table,
     by_data,
     column,
     difference,
@@ -218,8 +219,10 @@ def draw_scaling(path: Path, points: Points, variants: list[str], reference: str
     losses.set_title("Held-out educational text: each run, lines and 95 % bands")
     differences.axhline(0, color="black", linewidth=0.8)
     differences.set_xticks(range(len(SIZES)), SIZES)
-    differences.set(xlabel="size", ylabel=f"held-out loss minus that of {reference}")
-    differences.set_title("Difference at each size (below 0 is better, bars: 95 %, no bar: one seed)")
+    differences.set(
+        xlabel="size (bars: 95 %, no bar: one seed on either side)", ylabel=f"held-out loss minus that of {reference}"
+    )
+    differences.set_title("Difference at each size (below 0 is better)")
     for axes in (losses, differences):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -237,7 +240,11 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
         lines += [NOT_MEASURED]
     else:
         lines += [f"Runs of equal tokens at three sizes, token files {data}.", "", METHOD, ""]
-        lines += [*size_table(points, whole, reference), "", "In nats for ten times the compute:", ""]
+        lines += [*size_table(points, whole, reference), ""]
+        for size in SIZES:
+            of_size = [row for row in rows if row["size"] == size and row["variant"] in plan["variants"]]
+            lines += below_table(of_size, data, SCALING, read_yaml(recipes / f"{size}.yaml"), f" at {size}")
+        lines += ["In nats for ten times the compute:", ""]
         lines += [*fit_table(points, whole, reference), ""]
         draw_scaling(output / "scaling.png", points, whole, reference)
         lines += [f"![held-out loss against compute, token files {data}]({output.name}/scaling.png)"]
@@ -253,4 +260,5 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
                 "More than one pass over the token files, each of which takes every row once, in an order of its own."
             ]
             lines += ["", *variant_table(runs, runs.get(reference, []), newest_speeds(own, reference)), ""]
+            lines += below_table(own, data, LARGE, read_yaml(recipes / f"{size}.yaml"))
     return lines

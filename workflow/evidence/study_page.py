@@ -1,23 +1,29 @@
-"""docs/evidence.md from the rows of runs.csv: every number there is computed."""
+"""docs/evidence.md and its pages from the rows of runs.csv: every number there is computed."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
+from complexity_deep.workflow.command import whole_files
 from complexity_deep.workflow.evidence.ablation_plan import newest_speeds, read_yaml
 from complexity_deep.workflow.evidence.ablation_report import (
     EQUAL_SECONDS,
     EQUAL_TOKENS,
+    below_table,
     by_data,
-    diverged_seeds,
     draw_curves,
     draw_differences,
-    left_out,
     muon_section,
+    old_lengths,
+    repeats_section,
     stability_table,
     sweep_table,
     variant_table,
     verdict,
 )
+from complexity_deep.workflow.evidence.balance import FILE as BALANCE
+from complexity_deep.workflow.evidence.claims import write_claims
+from complexity_deep.workflow.evidence.estimate import write_estimate
 from complexity_deep.workflow.evidence.scaling import SIZES, scaling_section
 
 NAMES_OF_VARIANTS = """\
@@ -39,8 +45,23 @@ between variants. With text of the Hub, and files of your own that are kept apar
         --tokens 1e8 --held-out-edu 'held_out/edu/*.txt' --held-out-books 'held_out/books/*.txt'""".splitlines()
 
 
+def write_pages(output: Path, rows: list[dict], recipes: str) -> str:
+    """Write the page beside `output`, and the others and the figures into it, all or none; returns what they say."""
+    with whole_files(output.parent) as folder:
+        new = folder / output.name
+        new.mkdir()
+        if (output / BALANCE).exists():
+            shutil.copy(output / BALANCE, new)
+        written = {
+            f"{output}.md": write_study(new, rows, recipes),
+            f"{output}/claims.md": write_claims(new, rows, recipes),
+            f"{output}/scaling.md": write_estimate(new, rows, recipes),
+        }
+    return "\n".join(f"{page}: {found}" for page, found in written.items())
+
+
 def write_study(output: Path, rows: list[dict], recipes: str) -> str:
-    """Write the figures into `output` and the page beside it; returns what was written."""
+    """Write the figures into `output` and the page, which has its name, beside it; returns what it is made of."""
     base = read_yaml(Path(recipes, "30m.yaml"))
     name = base["reference"]
     studied = [row for row in rows if row["size"] in SIZES]
@@ -68,7 +89,8 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         for data, runs in found.items():
             reference = equal_tokens.get(data, {}).get(name, [])
             lines += [f"## {title}, token files {data}", "", *variant_table(runs, reference, speeds), ""]
-            lines += left_out(diverged_seeds([row for row in rows if row["data"] == data], plans))
+            lines += below_table(rows, data, plans, base)
+            lines += old_lengths(runs, reference, speeds) if plans == EQUAL_SECONDS else []
     if equal_tokens:
         data = max(equal_tokens, key=lambda data: len(equal_tokens[data]))
         runs, reference = equal_tokens[data], equal_tokens[data].get(name, [])
@@ -78,11 +100,12 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         if reference and len(runs) > 1:
             draw_differences(output / "differences.png", runs, reference)
             lines += [f"![differences to {name}, token files {data}]({output.name}/differences.png)", ""]
-    lines += muon_section(rows, name)
+    lines += muon_section(rows, base)
     lines += ["## Stability", "", *stability_table(rows), "", *scaling_section(output, studied, Path(recipes))]
     for size in SIZES:
         swept = sweep_table([row for row in studied if row["size"] == size])
         lines += [f"## Learning rates at {size}", "", *swept, ""]
+    lines += repeats_section(studied)
     counted = Counter(row["status"] for row in studied)
     outcomes = ", ".join(f"{number} {status}" for status, number in sorted(counted.items()))
     places = sorted({f"{row['device']}, {row['versions']}" for row in studied if row["device"]})
@@ -93,6 +116,5 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         "",
     ]
     lines += ["Plans of the 10m and 150m shapes lie in folders of these names.", "", *TEXT_OF_THE_RUNS]
-    page = output.with_suffix(".md")
-    page.write_text("\n".join(lines) + "\n")
-    return f"{page}: {len(studied)} runs"
+    (output.parent / f"{output.name}.md").write_text("\n".join(lines) + "\n")
+    return f"{len(studied)} runs"
