@@ -340,7 +340,7 @@ def _is_plain_tree(module: nn.Module, origin: str, dtype: torch.dtype) -> bool:
 def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, cache) -> bool:
     """Whether decode_layer.py computes this layer: few rows of one new token, no gradient, the published parts, plain.
 
-    The kernels pass over the forward of every module of the layer, so that each must be plain.
+    The kernels pass over the forward of every module of the layer but `mu_norm`, so that each must be plain.
     """
     rows, _, hidden = hidden_states.shape
     attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
@@ -363,7 +363,11 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
         and experts.num_experts <= MAX_EXPERTS
         and dynamics.controller_in.out_features <= MAX_CONTROLLER
         and max(hidden, attention.q_proj.out_features, experts.down_proj.shape[2]) <= MAX_WIDTH
-        and all(_is_plain_tree(x, type(layer).__module__, hidden_states.dtype) for x in layer._modules.values())
+        and all(
+            _is_plain_tree(part, type(layer).__module__, hidden_states.dtype)
+            for part in layer._modules.values()
+            if part is not layer.mu_norm
+        )
     )
 
 
@@ -476,7 +480,7 @@ def _attention_and_tail(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward of a decoder layer: attention by its module, the rest by layer_tail.py."""
     normed = layer.input_layernorm(hidden_states)
-    h, _ = layer.self_attn(normed, guidance if layer.use_mu_guidance else None, **kwargs)
+    h, _ = layer.self_attn(normed, layer.guide(guidance), **kwargs)
     dynamics, experts, router = layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
     weights = [*_dynamics_weights(dynamics)[:6], experts.gate_up_proj, experts.down_proj]
     weights.append(None if router is None else router.weight)
@@ -515,12 +519,13 @@ def triton_layer(
     attention, dynamics, experts, router = layer.self_attn, layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
     B, _, H = hidden_states.shape  # one token in each row; a routing plan would not be worth following
     flat = lambda x: None if x is None else x.reshape(B, -1).contiguous()  # noqa: E731
-    is_guided = layer.use_mu_guidance and guidance is not None
+    guidance = layer.guide(guidance)
+    is_guided = guidance is not None
     qkv = decode_qkv(
         flat(hidden_states),
         layer.input_layernorm.weight,
         layer.input_layernorm.eps,
-        flat(guidance) if is_guided else None,
+        flat(guidance),
         attention.q_proj.weight,
         attention.k_proj.weight,
         attention.v_proj.weight,

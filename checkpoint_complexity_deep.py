@@ -368,6 +368,7 @@ def published_state_dict(model) -> dict[str, torch.Tensor]:
         name
         for name, published in (
             ("use_mu_guidance", True),
+            ("use_mu_norm", False),
             ("use_dynamics", True),
             ("use_mu_routing", True),
             ("shared_expert_intermediate_size", 0),

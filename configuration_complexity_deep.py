@@ -129,6 +129,9 @@ class ComplexityDeepConfig(PreTrainedConfig):
         shared_expert_intermediate_size (`int`, defaults to 0): width of a gated MLP every token passes through, added
             to its expert's output.
         use_mu_guidance (`bool`, defaults to `True`): let mu of the layer below bias keys, queries and values.
+        use_mu_norm (`bool`, defaults to `False`):
+            divide that mu m by `sqrt(1 + mean(m^2))`. As published it is not normalised, and it comes from values that
+            the mu below has biased, so that it may grow from layer to layer without a bound.
         value_embedding_layers (`list[int]`, *optional*):
             layers whose values get a vector of the token id added, times `2 sigmoid(W m)` for each key/value head, with
             m the guidance of the layer below, or the normed hidden state where there is none. New vectors are drawn
@@ -212,6 +215,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
     mu_router_gradient: bool = False
     shared_expert_intermediate_size: int = 0
     use_mu_guidance: bool = True
+    use_mu_norm: bool = False
     value_embedding_layers: list[int] | None = None
     use_dynamics: bool = True
     dynamics_alpha: float | int = 0.9

@@ -331,17 +331,14 @@ class ComplexityDeepDynamics(nn.Module):
             self.controller_out.starts_at_zero = True
 
     @accelerated("dynamics")
-    def forward(
-        self, hidden_states: Tensor, velocity: Tensor, highway: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, velocity: Tensor, highway: Tensor | None) -> tuple[Tensor, ...]:
         """The attention output, velocity and highway -> (output, velocity, mu, guidance, highway), each [B, S, H]."""
         projected = self.mu_proj(hidden_states) if hasattr(self, "mu_proj") else self.frozen("mu_proj", hidden_states)
         mu = self.mu + projected
         if self.config.use_dynamics:
             hidden_states, velocity = self.pull(hidden_states, velocity, mu)
         highway = mu if highway is None else highway + mu
-        guidance = mu + HIGHWAY_SHARE * highway
-        return hidden_states, velocity, mu, guidance, highway
+        return hidden_states, velocity, mu, mu + HIGHWAY_SHARE * highway, highway
 
     def pull(self, hidden_states: Tensor, velocity: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
         """One step towards mu: (hidden_states, velocity), each [B, S, H]."""
@@ -349,8 +346,7 @@ class ComplexityDeepDynamics(nn.Module):
         alpha, beta, gate = self.controller_out(controller_hidden).chunk(3, dim=-1)  # each [B, S, H]
         alpha, gate = torch.sigmoid(alpha), torch.sigmoid(gate)
         beta = torch.clamp(F.softplus(beta), max=BETA_LIMIT)
-        velocity = alpha * velocity - beta * (hidden_states - mu)
-        velocity = torch.clamp(velocity, min=-VELOCITY_LIMIT, max=VELOCITY_LIMIT)
+        velocity = torch.clamp(alpha * velocity - beta * (hidden_states - mu), -VELOCITY_LIMIT, VELOCITY_LIMIT)
         return hidden_states + self.dt * gate * velocity, velocity
 
 
@@ -454,8 +450,9 @@ class ComplexityDeepExperts(nn.Module):
 class ComplexityDeepMLP(nn.Module):
     """Dense gated MLP: down(act(gate x) * up x)."""
 
-    def __init__(self, config: ComplexityDeepConfig, intermediate_size: int):
+    def __init__(self, config: ComplexityDeepConfig, intermediate_size: int | None = None):
         super().__init__()
+        intermediate_size = intermediate_size or config.intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
@@ -505,14 +502,12 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
         self.use_mu_guidance = config.use_mu_guidance and layer_idx > 0  # also in a copy of layer 0
+        # An eps of 1 bounds a large mu, and leaves alone a small one, such as that of a new model.
+        self.mu_norm = nn.RMSNorm(config.hidden_size, 1.0, elementwise_affine=False) if config.use_mu_norm else None
         self.self_attn = ComplexityDeepAttention(config, layer_idx)
         needs_mu = config.use_dynamics or config.use_mu_guidance or (config.is_routed and config.use_mu_routing)
         self.dynamics = ComplexityDeepDynamics(config, layer_idx) if needs_mu else None
-        self.mlp = (
-            ComplexityDeepTokenRoutedMLP(config)
-            if config.is_routed
-            else ComplexityDeepMLP(config, config.intermediate_size)
-        )
+        self.mlp = ComplexityDeepTokenRoutedMLP(config) if config.is_routed else ComplexityDeepMLP(config)
         self.input_layernorm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -534,7 +529,7 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         table. `kwargs` are those of the attention.
         """
         normed = self.input_layernorm(hidden_states)
-        attn_output, _ = self.self_attn(normed, guidance if self.use_mu_guidance else None, **kwargs)
+        attn_output, _ = self.self_attn(normed, self.guide(guidance), **kwargs)
         mu = None
         if self.dynamics is not None:
             attn_output, velocity, mu, guidance, highway = self.dynamics(attn_output, velocity, highway)
@@ -546,6 +541,12 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         else:
             mlp_output = self.mlp(normed)
         return hidden_states + mlp_output, velocity, guidance, highway
+
+    def guide(self, guidance: Tensor | None) -> Tensor | None:
+        """What attention takes of the guidance of the layer below, [B, S, H] in its dtype."""
+        if guidance is None or not self.use_mu_guidance:
+            return None
+        return guidance if self.mu_norm is None else self.mu_norm(guidance).to(guidance.dtype)
 
 
 class ComplexityDeepPreTrainedModel(CheckpointMixin, KernelsMixin, VocabularyMixin, PreTrainedModel):

@@ -91,6 +91,7 @@ def decode_calls(monkeypatch) -> list:
         pytest.param({"use_mu_routing": False, "use_qk_norm": False}, 2, id="plain-routing"),
         pytest.param({"use_mu_guidance": False, "mu_router_gradient": True}, 2, id="no-guidance-router-learns"),
         pytest.param({"sliding_window": 3}, 2, id="window"),
+        pytest.param({"use_mu_norm": True}, 2, id="mu-norm"),
         pytest.param({"use_dynamics": False}, 0, id="no-dynamics"),
         pytest.param({"shared_expert_intermediate_size": 16}, 0, id="shared-expert"),
         pytest.param({"use_token_routed_mlp": False}, 0, id="dense"),

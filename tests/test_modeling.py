@@ -30,6 +30,7 @@ ABLATIONS = {
     "plain token-routed": {"use_mu_guidance": False, "use_dynamics": False, "use_mu_routing": False},
     "guidance only": {"use_dynamics": False},
     "dynamics only": {"use_mu_guidance": False},
+    "mu norm": {"use_mu_norm": True},
     "routing only": {"use_dynamics": False, "use_mu_guidance": False},
     "router learns": {"mu_router_gradient": True},
     "router learns, no dynamics": {"mu_router_gradient": True, "use_dynamics": False},
@@ -479,6 +480,21 @@ def test_value_embeddings_are_added_to_the_values(options):
     assert (guidance is None) == ("use_mu_guidance" in options)
     added = attention.value_embedding.weight[ids].view(2, 9, 2, -1) * gate[..., None]
     close(recorded["with"] - recorded["without"], added)
+
+
+@pytest.mark.parametrize("scale", (1e-6, 1.0, 1e3))
+def test_mu_norm_bounds_a_large_guidance_and_leaves_a_small_one(scale):
+    model, seen = tiny_model(std=0.3, num_hidden_layers=2, use_mu_norm=True), {}
+    below, above = model.model.layers
+    with torch.no_grad():
+        below.dynamics.mu_proj.weight.mul_(scale)
+        below.dynamics.mu.mul_(scale)
+    below.register_forward_hook(lambda module, inputs, outputs: seen.update(below=outputs[2]))
+    above.self_attn.mu_to_k.register_forward_hook(lambda module, inputs, outputs: seen.update(above=inputs[0]))
+    model(random_ids(2, 9))
+    mean_square = seen["below"].square().mean(-1, keepdim=True)
+    close(seen["above"], seen["below"] / (1 + mean_square).sqrt())
+    assert (mean_square.max() < 1e-6) if scale < 1 else (mean_square.min() > 1)
 
 
 def test_new_value_gates_are_one():
