@@ -10,6 +10,7 @@ hooked, quantized or adapted at any time. This file imports nothing from the mod
 CGGR stands for Contiguous Group GEMM Routing: the tokens of one expert stand together and are multiplied at once.
 """
 
+import contextlib
 import functools
 import os
 import weakref
@@ -60,6 +61,7 @@ else:
 logger = logging.get_logger(__name__)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "mu_to_q", "mu_to_k", "mu_to_v")
 _BIASED = ("controller_in", "controller_out")  # the only linear modules of ours that have a bias
+CUDNN_LENGTH = 1024  # tokens of a row from which on cuDNN's attention may compute "sdpa"
 FEW_TOKENS = (2, 16, 32)  # the kernels of few tokens are compiled for up to so many
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 # Class of an activation -> the name that the kernels know it by.
@@ -291,6 +293,29 @@ def _is_decode_step(attention: nn.Module, hidden_states: Tensor, mask: Tensor | 
     )
 
 
+def _may_leave_out_cudnn(attention: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether PyTorch's "sdpa" has other kernels than cuDNN's for these rows, and would lose little by them."""
+    return (
+        not torch.compiler.is_compiling()
+        and hidden_states.shape[1] < CUDNN_LENGTH
+        and attention.config._attn_implementation == "sdpa"
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and torch.backends.cuda.mem_efficient_sdp_enabled()  # which takes any mask
+        and _runs_on_triton(hidden_states)
+    )
+
+
+@contextlib.contextmanager
+def _without_cudnn():
+    """On an H100 PyTorch prefers cuDNN, which makes a plan for each new shape. That keeps the host busy for far longer
+    than short rows keep the GPU, and rows of text have a new length in nearly every step."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def triton_attention(
     plain: Callable,
     attention: nn.Module,
@@ -302,10 +327,11 @@ def triton_attention(
     token_ids: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """The forward of attention for one new token per row, without gradient."""
+    """The forward of attention: for one new token per row, without gradient, and for short rows without cuDNN."""
     if not _is_decode_step(attention, hidden_states, attention_mask, cache):
         arguments = hidden_states, guidance, position_embeddings, attention_mask
-        return plain(attention, *arguments, cache=cache, token_ids=token_ids, **kwargs)
+        with _without_cudnn() if _may_leave_out_cudnn(attention, hidden_states) else contextlib.nullcontext():
+            return plain(attention, *arguments, cache=cache, token_ids=token_ids, **kwargs)
     query, key, value = attention.heads(hidden_states, guidance, position_embeddings, token_ids)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)

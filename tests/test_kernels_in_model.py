@@ -5,7 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from complexity_deep import ComplexityDeepForCausalLM
 from complexity_deep import accelerated_complexity_deep as accelerated
@@ -75,6 +77,32 @@ def test_layers_compiled_one_by_one_share_their_code():
         layer.compile(backend=counter)
     model(ids.to(DEVICE), use_cache=False)
     assert counter.frame_count == 2
+
+
+def test_short_rows_make_no_plans_of_cudnn(monkeypatch):
+    """Longer ones may, and all where the caller has left PyTorch nothing else; the caller's setting stays."""
+    enabled, sdpa = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(*args, **kwargs):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        if args[1].shape[2] == 7:
+            raise MemoryError
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
+    monkeypatch.setattr(accelerated, "CUDNN_LENGTH", 16)
+    model = tiny_model(num_hidden_layers=1).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    for length in (9, 16):
+        model(random_ids(1, length).to(DEVICE), use_cache=False)
+    with pytest.raises(MemoryError):
+        model(random_ids(1, 7).to(DEVICE), use_cache=False)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
+        model(random_ids(1, 9).to(DEVICE), use_cache=False)
+    model.set_kernels_implementation("eager")
+    model(random_ids(1, 9).to(DEVICE), use_cache=False)
+    assert enabled == [False, True, False, True, True]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def decode_calls(monkeypatch) -> list:
