@@ -344,8 +344,7 @@ class ComplexityDeepDynamics(nn.Module):
         """One step towards mu: (hidden_states, velocity), each [B, S, H]."""
         controller_hidden = F.silu(self.controller_in(torch.cat((hidden_states, velocity), dim=-1)))  # [B, S, C]
         alpha, beta, gate = self.controller_out(controller_hidden).chunk(3, dim=-1)  # each [B, S, H]
-        alpha, gate = torch.sigmoid(alpha), torch.sigmoid(gate)
-        beta = torch.clamp(F.softplus(beta), max=BETA_LIMIT)
+        alpha, gate, beta = torch.sigmoid(alpha), torch.sigmoid(gate), torch.clamp(F.softplus(beta), max=BETA_LIMIT)
         velocity = torch.clamp(alpha * velocity - beta * (hidden_states - mu), -VELOCITY_LIMIT, VELOCITY_LIMIT)
         return hidden_states + self.dt * gate * velocity, velocity
 
