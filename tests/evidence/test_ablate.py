@@ -142,7 +142,7 @@ def test_a_family_takes_the_best_rate_of_its_sweep():
     runs = expand(PLANS / "headline.yaml", rows, DATA)
     assert {run["learning_rate"] for run in runs} == {2e-3}
     stability = expand(PLANS / "stability.yaml", rows, DATA)
-    assert sorted({run["learning_rate"] for run in stability}) == [4e-3, 8e-3, 16e-3]
+    assert sorted({run["learning_rate"] for run in stability}) == [3e-3, 4e-3, 8e-3, 16e-3]
     with pytest.raises(InputError, match="has no swept learning rate yet, for 0 rates were tried"):
         expand(PLANS / "headline.yaml", [], DATA)
 
