@@ -21,7 +21,7 @@ from support import meeting_place, random_ids, tiny_model
 WORLD_SIZE = 2
 VARIANTS = {
     "published": {},
-    "router learns": {"mu_router_gradient": True},
+    "router learns, mu norm": {"mu_router_gradient": True, "use_mu_norm": True},
     "plain token-routed": {"use_mu_guidance": False, "use_dynamics": False, "use_mu_routing": False},
     "dense": {"use_token_routed_mlp": False, "use_dynamics": False},
     "values, routing per layer": {
@@ -254,7 +254,7 @@ needs_expert_dispatch = pytest.mark.skipif(
 
 @needs_expert_dispatch
 @pytest.mark.parametrize("implementation", ["auto", "all_to_all", "all_reduce"])
-@pytest.mark.parametrize("variant", ["published", "router learns", "plain token-routed", "shared expert, untied"])
+@pytest.mark.parametrize("variant", ["published", "router learns, mu norm", "plain token-routed", "shared expert, untied"])
 def test_expert_and_tensor_parallel_equal_one_process(ranks, checkpoints, tmp_path, variant, implementation):
     options = {"tp_size": 2, "ep_size": 2, "ep_implementation": implementation}
     check_sharded(ranks(sharded_job, checkpoints / variant, tmp_path, options), 32, 2)

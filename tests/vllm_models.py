@@ -26,7 +26,7 @@ MODELS = {
     "published-converted": {},
     "table-per-layer": {"routing": "balanced", "routing_per_layer": True},
     "value-embeddings": {"value_embedding_layers": [0, 2]},
-    "learned-mu-router": {"mu_router_gradient": True},
+    "learned-mu-router-bounded-mu": {"mu_router_gradient": True, "use_mu_norm": True},
     "sliding-window": {"sliding_window": 8},
     "without-dynamics": {"use_dynamics": False, "use_qk_norm": False, "tie_word_embeddings": True},
     "dense": {"use_token_routed_mlp": False, "hidden_act": "gelu"},
