@@ -38,6 +38,7 @@ try:
         MAX_WIDTH,
         decode_attend,
         decode_layer_tail,
+        decode_plain_tail,
         decode_qkv,
     )
     from .kernels.first_call import compile_layer_kernels
@@ -351,10 +352,10 @@ def _is_plain_tree(module: nn.Module, origin: str, dtype: torch.dtype) -> bool:
         return False
     for tensors in (module._parameters, module._buffers):
         for x in tensors.values():
-            if x is not None and not (type(x) in PLAIN_TENSORS and x.dtype == dtype and x.is_contiguous()):
+            if x is not None and not _is_plain_weight(x, dtype):
                 return False
     for name, child in module._modules.items():
-        if child is None:
+        if child is None or (name == "value_embedding" and type(child) is nn.Embedding):  # looked at on its own
             continue
         if type(child) is nn.Linear and (child._parameters["bias"] is None) == (name in _BIASED):
             return False  # a caller has given it one, or taken it away
@@ -363,38 +364,60 @@ def _is_plain_tree(module: nn.Module, origin: str, dtype: torch.dtype) -> bool:
     return True
 
 
-def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, cache) -> bool:
-    """Whether decode_layer.py computes this layer: few rows of one new token, no gradient, the published parts, plain.
+def _is_plain_weight(weight: Tensor, dtype: torch.dtype) -> bool:
+    return type(weight) in PLAIN_TENSORS and weight.dtype == dtype and weight.is_contiguous()
 
-    The kernels pass over the forward of every module of the layer but `mu_norm`, so that each must be plain.
+
+def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, cache) -> bool:
+    """Whether decode_layer.py computes this layer: few rows of one new token, no gradient, plain modules.
+
+    Such a layer has dynamics, or neither these nor mu. The kernels pass over the forward of every module of the layer
+    but `mu_norm`, so that each must be plain.
     """
     rows, _, hidden = hidden_states.shape
     attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
     experts: Any = getattr(mlp, "experts", None)
-    if any(type(part).__module__ != type(layer).__module__ for part in (attention, dynamics, mlp, experts)):
+    parts = (attention, mlp, experts) if dynamics is None else (attention, dynamics, mlp, experts)
+    if any(type(part).__module__ != type(layer).__module__ for part in parts):
         return False  # None, or the class of an adapter or of the caller, which need not have the attributes of ours
     # A compiled program holds for what was asked while it was traced. The number of rows is asked about in steps of one
     # token only, so that a program for longer rows holds for any number of them.
     if not _is_decode_step(attention, hidden_states, mask, cache) or rows > MAX_ROWS:
         return False
+    origin, dtype = type(layer).__module__, hidden_states.dtype
     return (
-        layer.config.use_dynamics
-        and mlp.shared_expert is None
+        (dynamics is None or (layer.config.use_dynamics and dynamics.controller_in.out_features <= MAX_CONTROLLER))
         and activation_of(experts) is not None
         and _has_own_norms(attention)
-        and attention.value_embedding is None
+        and _is_plain_embedding(attention.value_embedding, dtype)
         and layer.config._experts_implementation == "cggr"
         and not getattr(experts, "_is_expert_parallel", False)
         and not torch.is_autocast_enabled(hidden_states.device.type)
-        and experts.num_experts <= MAX_EXPERTS
-        and dynamics.controller_in.out_features <= MAX_CONTROLLER
+        and (mlp.mu_router is None or experts.num_experts <= MAX_EXPERTS)
         and max(hidden, attention.q_proj.out_features, experts.down_proj.shape[2]) <= MAX_WIDTH
+        and _fits_decoding(mlp.shared_expert, experts, origin)
         and all(
-            _is_plain_tree(part, type(layer).__module__, hidden_states.dtype)
+            _is_plain_tree(part, origin, dtype)
             for part in layer._modules.values()
-            if part is not layer.mu_norm
+            if part is not None and part is not layer.mu_norm
         )
     )
+
+
+def _is_plain_embedding(embedding: nn.Module | None, dtype: torch.dtype) -> bool:
+    """Whether a call of the embedding is no more than a look-up in its weight; also if there is none."""
+    if embedding is None:
+        return True
+    is_own = type(embedding) is nn.Embedding and is_unhooked(embedding) and embedding.max_norm is None
+    return is_own and _is_plain_weight(embedding.weight, dtype)
+
+
+def _fits_decoding(shared: nn.Module | None, experts: nn.Module, origin: str) -> bool:
+    """Whether the decode kernels compute a shared expert beside these experts, with their activation."""
+    if shared is None:
+        return True
+    is_own = type(shared).__module__ == origin and activation_of(shared) == activation_of(experts)
+    return is_own and shared.down_proj.in_features <= MAX_WIDTH
 
 
 def plain_static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
@@ -558,26 +581,40 @@ def triton_layer(
         attention.mu_to_q.weight if is_guided else None,
         attention.mu_to_k.weight if is_guided else None,
         attention.mu_to_v.weight if is_guided else None,
+        *_value_weights(attention, kwargs.get("token_ids")),
     )
     cos, sin = kwargs["position_embeddings"]
     heads = _decode_heads(attention, qkv, cos, sin, mask, cache, hidden_states)
+    norm, shared = layer.post_attention_layernorm, layer.mlp.shared_expert
+    weights = [experts.gate_up_proj, experts.down_proj, activation_of(experts)]
+    if shared is not None:
+        weights += [shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight]
+    ids, output = expert_ids.flatten().contiguous(), attention.o_proj.weight
+    if dynamics is None:
+        out = decode_plain_tail(heads, flat(hidden_states), ids, output, norm.weight, norm.eps, *weights)
+        return out.view(B, 1, H), velocity, guidance, highway
     states = decode_layer_tail(
         heads,
         flat(hidden_states),
         flat(velocity),
         flat(highway),
-        expert_ids.flatten(),
-        attention.o_proj.weight,
+        ids,
+        output,
         *_dynamics_weights(dynamics),
-        layer.post_attention_layernorm.weight,
-        layer.post_attention_layernorm.eps,
+        norm.weight,
+        norm.eps,
         None if router is None else router.weight,
         0.0 if router is None else router.base_logit,
-        experts.gate_up_proj,
-        experts.down_proj,
-        activation_of(experts),
+        *weights,
     )
     return tuple(x.view(B, 1, H) for x in states)
+
+
+def _value_weights(attention: nn.Module, token_ids: Tensor | None) -> tuple[Tensor, ...]:
+    """Ids, gates and vectors of value embeddings for `decode_qkv`; nothing where there are none."""
+    if attention.value_embedding is None:
+        return ()
+    return token_ids.flatten().contiguous(), attention.value_gate.weight, attention.value_embedding.weight
 
 
 def triton_mlp(

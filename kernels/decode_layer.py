@@ -13,6 +13,9 @@ I width of one expert. m is the guidance of the layer below, and m' that of the 
     a       = act(gate[e] n) * (up[e] n),  n = RMSNorm(x')             decode_gate_up_kernel
     x''     = x' + down[e] a                                           decode_down_kernel
 
+A shared expert takes programs of its own in the last two. Without mu and dynamics, x' = x + h comes from
+decode_linear_kernel. Value embeddings are added to v by decode_value_kernel.
+
 The time is that of reading the weights: 67 MB a layer of the 1.5b shape, 16 us of an H200's memory. A program holds a
 few whole weight rows in registers. The kernels are chained by programmatic dependent launch, so that a kernel's rows
 are on their way while the kernel before it still runs. Every program that needs a norm computes it again, from x in the
@@ -41,7 +44,7 @@ from .token_routed_gemm import activate
 # Rows of the batch. On an H100, 1, 2 and 4 rows take 53, 67 and 90 us a layer here, and 84, 97 and 111 us in the other
 # kernels. With 8 rows the other kernels are faster.
 MAX_ROWS = 4
-MAX_EXPERTS = 32  # every program of decode_gate_up_kernel scores them all
+MAX_EXPERTS = 32  # that mu may choose among, for every program of decode_gate_up_kernel scores them all
 MAX_WIDTH = 16384  # a weight row must fit in registers
 ROW_BYTES = 16384  # weights that a program holds at once
 UPDATE_COLUMNS = 16  # columns of the hidden state in one program of decode_update_kernel
@@ -93,6 +96,30 @@ def decode_qkv_kernel(
         tl.store(out_ptr + t * (Q + 2 * KV) + column + o_n, acc.to(dtype), mask=o_n < N)
 
 
+@kernel()
+def decode_value_kernel(
+    x_ptr, norm_ptr, guidance_ptr, ids_ptr, gate_ptr, table_ptr, qkv_ptr, A, K, D, H, eps,
+    PDL: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """v of qkv [T, (A + 2K) D] += 2 sigmoid(gate m) table[id]: one head of one row. gate [K, H], table [V, K D]."""
+    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_d, o_k = tl.arange(0, BD), tl.arange(0, BK)
+    dtype = qkv_ptr.dtype.element_ty
+    added = _vector(table_ptr + tl.load(ids_ptr + t) * K * D + head * D, o_d, D)
+    weight = _vector(gate_ptr + head * H, o_k, H)
+    wait(PDL)
+    if guidance_ptr is not None:
+        m = _vector(guidance_ptr + t * H, o_k, H)
+    else:
+        x = _vector(x_ptr + t * H, o_k, H)
+        m = _rms_norm(x, _vector(norm_ptr, o_k, H), tl.rsqrt(tl.sum(x * x, 0) / H + eps), dtype)
+    logit = tl.sum(weight * m, 0).to(dtype).to(tl.float32)
+    gate = (2.0 * (1.0 / (1.0 + tl.exp(-logit))).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    at = qkv_ptr + (t * (A + 2 * K) + A + K + head) * D
+    value = _vector(at, o_d, D) + (gate * added).to(dtype).to(tl.float32)
+    tl.store(at + o_d, value.to(dtype), mask=o_d < D)
+
+
 @kernel("L", "cos_stride_b", *STRIDES[2:])
 def decode_rope_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, used_ptr, q_out_ptr, keys_ptr, values_ptr,
@@ -135,14 +162,22 @@ def decode_rope_kernel(
 
 
 @kernel()
-def decode_linear_kernel(x_ptr, w_ptr, out_ptr, T, N, K, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """out [T, N] = x [T, K] wᵀ."""
+def decode_linear_kernel(
+    x_ptr, w_ptr, residual_ptr, out_ptr, parts_ptr, T, N, K, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [T, N] = x [T, K] wᵀ; with a residual [T, N], their sum, and parts [T, programs, 2] begin with sum(out²)."""
     o_n, o_k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     w = _rows(w_ptr, o_n, o_k, N, K)
     wait(PDL)
+    dtype = out_ptr.dtype.element_ty
     for t in range(T):
-        acc = _times(w, _vector(x_ptr + t * K, o_k, K))
-        tl.store(out_ptr + t * N + o_n, acc.to(out_ptr.dtype.element_ty), mask=o_n < N)
+        out = _times(w, _vector(x_ptr + t * K, o_k, K)).to(dtype)
+        if residual_ptr is not None:
+            out = (_vector(residual_ptr + t * N, o_n, N) + out.to(tl.float32)).to(dtype)
+            square = out.to(tl.float32) * out.to(tl.float32)
+            part = parts_ptr + (t * tl.num_programs(0) + tl.program_id(0)) * 2
+            tl.store(part, tl.sum(square, 0))
+        tl.store(out_ptr + t * N + o_n, out, mask=o_n < N)
 
 
 @kernel()
@@ -218,17 +253,30 @@ def decode_update_kernel(
 
 @kernel()
 def decode_gate_up_kernel(
-    x_ptr, norm_ptr, parts_ptr, expert_ptr, weight_ptr, act_ptr, chosen_ptr, blocks, H, inter, E, eps, base_logit,
+    x_ptr, norm_ptr, parts_ptr, expert_ptr, weight_ptr, shared_gate_ptr, shared_up_ptr,
+    act_ptr, shared_act_ptr, chosen_ptr, blocks, H, inter, shared, E, eps, base_logit,
     ACTIVATION: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """act [T, I] and chosen [T], the expert that mu routing takes; weight [E, 2I, H]; parts of decode_update_kernel."""
-    t = tl.program_id(1)
-    o_n, o_k, o_p, o_e = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, BP), tl.arange(0, BE)
+    """act [T, I] and chosen [T], the expert that mu routing takes; weight [E, 2I, H]; parts of decode_update_kernel.
+
+    The last programs: shared_act [T, S] of the shared expert, whose gate and up are [S, H].
+    """
+    t, block = tl.program_id(1), tl.program_id(0)
+    o_k, o_p, o_e = tl.arange(0, BK), tl.arange(0, BP), tl.arange(0, BE)
     base = tl.load(expert_ptr + t).to(tl.int32)
     size = inter.to(tl.int64) * H
-    gate_rows = _rows(weight_ptr + base * 2 * size, o_n, o_k, inter, H)
-    up_rows = _rows(weight_ptr + (base * 2 + 1) * size, o_n, o_k, inter, H)
+    gate_ptr, up_ptr, out_ptr = weight_ptr + base * 2 * size, weight_ptr + (base * 2 + 1) * size, act_ptr + t * inter
+    width, is_own = inter, True
+    if shared_gate_ptr is not None:
+        own = tl.cdiv(inter, BN)
+        is_own = block < own
+        block = tl.where(is_own, block, block - own)
+        gate_ptr, up_ptr = tl.where(is_own, gate_ptr, shared_gate_ptr), tl.where(is_own, up_ptr, shared_up_ptr)
+        out_ptr = tl.where(is_own, out_ptr, shared_act_ptr + t * shared)
+        width = tl.where(is_own, inter, shared)
+    o_n = block * BN + tl.arange(0, BN)
+    gate_rows, up_rows = _rows(gate_ptr, o_n, o_k, width, H), _rows(up_ptr, o_n, o_k, width, H)
     norm = _vector(norm_ptr, o_k, H)
     wait(PDL)
     dtype = act_ptr.dtype.element_ty
@@ -241,26 +289,28 @@ def decode_gate_up_kernel(
         scores = tl.where(o_e == base, base_logit, 0.0) + logits
         scores = tl.where(scores == scores, scores, float("inf"))  # NaN counts as the largest, as in torch
         expert = tl.argmax(tl.where(o_e < E, scores, float("-inf")), 0)  # ties: the lowest
-        if expert != base:
+        if (expert != base) & is_own:
             gate_rows = _rows(weight_ptr + expert * 2 * size, o_n, o_k, inter, H)
             up_rows = _rows(weight_ptr + (expert * 2 + 1) * size, o_n, o_k, inter, H)
         if tl.program_id(0) == 0:
             tl.store(chosen_ptr + t, expert)
     value, _ = activate(_times(gate_rows, n), ACTIVATION)
-    tl.store(act_ptr + t * inter + o_n, (value * _times(up_rows, n)).to(dtype), mask=o_n < inter)
+    tl.store(out_ptr + o_n, (value * _times(up_rows, n)).to(dtype), mask=o_n < width)
 
 
 @kernel()
 def decode_down_kernel(
-    x_ptr, act_ptr, expert_ptr, chosen_ptr, weight_ptr, out_ptr, H, inter,
-    ROUTED: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, act_ptr, shared_act_ptr, expert_ptr, chosen_ptr, weight_ptr, shared_ptr, out_ptr, H, inter, shared,
+    ROUTED: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """out [T, H] = x + down[chosen] act; weight [E, H, I]."""
+    """out [T, H] = x + down[chosen] act (+ shared down [H, S] times its act); weight [E, H, I]."""
     t = tl.program_id(1)
-    o_n, o_k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    o_n, o_k, o_s = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, BS)
     base = tl.load(expert_ptr + t).to(tl.int32)
     size = inter.to(tl.int64) * H
     rows = _rows(weight_ptr + base * size, o_n, o_k, H, inter)
+    if shared_ptr is not None:
+        shared_rows = _rows(shared_ptr, o_n, o_s, H, shared)
     wait(PDL)
     if ROUTED:
         expert = tl.load(chosen_ptr + t)
@@ -268,6 +318,9 @@ def decode_down_kernel(
             rows = _rows(weight_ptr + expert * size, o_n, o_k, H, inter)
     dtype = out_ptr.dtype.element_ty
     out = _times(rows, _vector(act_ptr + t * inter, o_k, inter)).to(dtype).to(tl.float32)
+    if shared_ptr is not None:
+        out += _times(shared_rows, _vector(shared_act_ptr + t * shared, o_s, shared)).to(dtype).to(tl.float32)
+        out = out.to(dtype).to(tl.float32)
     tl.store(out_ptr + t * H + o_n, (_vector(x_ptr + t * H, o_n, H) + out).to(dtype), mask=o_n < H)
 
 
@@ -283,11 +336,13 @@ def _rows_config(rows: int, columns: int, matrices: int, itemsize: int) -> tuple
 def decode_qkv(
     x: Tensor, norm_weight: Tensor, eps: float, guidance: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     mu_q: Tensor | None, mu_k: Tensor | None, mu_v: Tensor | None,
+    ids: Tensor | None = None, value_gate: Tensor | None = None, value_embedding: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The normed residual stream and the guidance through the six projections.
+    """The normed residual stream and the guidance through the six projections, with value embeddings.
 
     x: residual stream [T, H]; guidance: [T, H] or None. norm_weight: [H], with its eps. q, k, v and mu_q, mu_k, mu_v:
-    [out, H]; without guidance the last three are None. All are contiguous and of one dtype.
+    [out, H]; without guidance the last three are None. ids: token ids [T] int64, with value_gate [K, H] and
+    value_embedding [V, KV]; or None, all three. All but ids are contiguous and of one dtype.
 
     Returns: [T, Q + 2 KV], the columns of q, k and v side by side.
     """
@@ -299,11 +354,19 @@ def decode_qkv(
         x, norm_weight, guidance, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV, eps,
         HAS_MU=guidance is not None, **tile, **pdl_options(x.device),
     )  # fmt: skip
+    if value_gate is not None:
+        K = value_gate.shape[0]
+        D = KV // K
+        decode_value_kernel.launch(
+            (T, K),
+            x, norm_weight, guidance, ids, value_gate, value_embedding, out, Q // D, K, D, H, eps,
+            BD=next_power_of_2(D), BK=next_power_of_2(H), num_warps=4, **pdl_options(x.device),
+        )  # fmt: skip
     return out
 
 
 @decode_qkv.register_fake
-def _(x, norm_weight, eps, guidance, q, k, v, mu_q, mu_k, mu_v):
+def _(x, norm_weight, eps, guidance, q, k, v, *_):
     return x.new_empty(x.shape[0], q.shape[0] + 2 * k.shape[0])
 
 
@@ -339,6 +402,34 @@ def _(qkv, q_weight, k_weight, eps, cos, sin, keys, values, used, mask, scale):
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3])
 
 
+def _launch_mlp(
+    x: Tensor, parts: Tensor, norm_weight: Tensor, eps: float, expert_ids: Tensor, router: Tensor | None,
+    base_logit: float, gate_up_proj: Tensor, down_proj: Tensor, activation: str,
+    shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """x'' [T, H] of x' and the parts [T, blocks, 1 + BE] of its sum of squares and of the router's logits."""
+    (T, H), (E, _, inter), shared = x.shape, down_proj.shape, 0 if shared_down is None else shared_down.shape[1]
+    act, shared_act, out = x.new_empty(T, inter), x.new_empty(T, shared), torch.empty_like(x)
+    chosen = torch.empty(T if router is not None else 0, dtype=torch.int32, device=x.device)
+    options = {"ROUTED": router is not None} | pdl_options(x.device)
+    blocks, BE = parts.shape[1], parts.shape[2] - 1
+    programs, tile = _rows_config(inter, H, 2, x.element_size())
+    decode_gate_up_kernel.launch(
+        (programs + cdiv(shared, tile["BN"]), T),
+        x, norm_weight, parts, expert_ids, gate_up_proj, shared_gate, shared_up,
+        act, shared_act, chosen, blocks, H, inter, shared, E, eps, base_logit,
+        ACTIVATION=activation, BE=BE, BP=next_power_of_2(blocks), **tile, **options,
+    )  # fmt: skip
+    widths = [max(16, next_power_of_2(width)) for width in (inter, shared)]
+    programs, tile = _rows_config(H, widths[0] + (widths[1] if shared else 0), 1, x.element_size())
+    tile |= {"BK": widths[0], "BS": widths[1]}
+    weights = down_proj, shared_down
+    decode_down_kernel.launch(
+        (programs, T), x, act, shared_act, expert_ids, chosen, *weights, out, H, inter, shared, **tile, **options
+    )
+    return out
+
+
 @custom_op("decode_layer_tail")
 @on_its_device
 def decode_layer_tail(
@@ -346,6 +437,7 @@ def decode_layer_tail(
     mu: Tensor, mu_proj: Tensor, controller_in: Tensor, controller_in_bias: Tensor,
     controller_out: Tensor, controller_out_bias: Tensor, dt: float, norm_weight: Tensor, eps: float,
     router: Tensor | None, base_logit: float, gate_up_proj: Tensor, down_proj: Tensor, activation: str,
+    shared_gate: Tensor | None = None, shared_up: Tensor | None = None, shared_down: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What a decoder layer does after attention: output projection, dynamics, residual, norm, routing, experts.
 
@@ -353,42 +445,62 @@ def decode_layer_tail(
     expert_ids: [T] integers, those of the routing table. o_proj: [H, A D].
     mu, mu_proj, controller_in .. controller_out_bias, dt: as in `inl_dynamics_block`.
     norm_weight: [H], with its eps. router: [E, H], with base_logit; None where mu overrides no expert.
-    gate_up_proj: [E, 2I, H]. down_proj: [E, H, I]. All tensors but expert_ids are contiguous and of one dtype.
+    gate_up_proj: [E, 2I, H]. down_proj: [E, H, I]. shared_gate, shared_up: [S, H], shared_down: [H, S], or None, all
+    three. All tensors but expert_ids are contiguous and of one dtype.
 
     Returns: (x'', velocity', guidance of the layer above, highway'), each [T, H].
     """
-    (T, H), C, (E, _, inter) = x.shape, controller_in.shape[0], down_proj.shape
+    (T, H), C, E = x.shape, controller_in.shape[0], down_proj.shape[0]
     options, itemsize = pdl_options(x.device), x.element_size()
-    h, mu_l, x_mid, velocity_out, guidance_out, highway_out, out = (torch.empty_like(x) for _ in range(7))
-    z, act = x.new_empty(T, C), x.new_empty(T, inter)
-    power = next_power_of_2
+    h, mu_l, x_mid, velocity_out, guidance_out, highway_out = (torch.empty_like(x) for _ in range(6))
+    z = x.new_empty(T, C)
     programs, tile = _rows_config(H, attention.shape[1], 1, itemsize)
-    decode_linear_kernel.launch((programs,), attention, o_proj, h, T, H, attention.shape[1], **tile, **options)
+    decode_linear_kernel.launch(
+        (programs,), attention, o_proj, None, h, None, T, H, attention.shape[1], **tile, **options
+    )
     programs, tile = _rows_config(H, H, 1, itemsize)
     controller = h, velocity, mu, mu_proj, controller_in, controller_in_bias, z, mu_l
     decode_controller_kernel.launch((programs + C,), *controller, T, H, C, **tile, **options)
-    BE, blocks = 1 if router is None else power(E), cdiv(H, UPDATE_COLUMNS)
+    BE, blocks = 1 if router is None else next_power_of_2(E), cdiv(H, UPDATE_COLUMNS)
     parts = torch.empty(T, blocks, 1 + BE, dtype=torch.float32, device=x.device)
-    chosen = torch.empty(T if router is not None else 0, dtype=torch.int32, device=x.device)
-    routed = {"ROUTED": router is not None} | options
     decode_update_kernel.launch(
         (blocks,),
         x, h, velocity, highway, z, mu_l, controller_out, controller_out_bias, router,
         x_mid, velocity_out, guidance_out, highway_out, parts, T, H, C, E, dt,
-        HAS_HIGHWAY=highway is not None, BH=UPDATE_COLUMNS, BC=power(C), BE=BE, num_warps=4, **routed,
+        HAS_HIGHWAY=highway is not None, BH=UPDATE_COLUMNS, BC=next_power_of_2(C), BE=BE, num_warps=4,
+        ROUTED=router is not None, **options,
     )  # fmt: skip
-    programs, tile = _rows_config(inter, H, 2, itemsize)
-    decode_gate_up_kernel.launch(
-        (programs, T),
-        x_mid, norm_weight, parts, expert_ids, gate_up_proj, act, chosen, blocks, H, inter, E, eps, base_logit,
-        ACTIVATION=activation, BE=BE, BP=power(blocks), **tile, **routed,
-    )  # fmt: skip
-    programs, tile = _rows_config(H, inter, 1, itemsize)
-    down = x_mid, act, expert_ids, chosen, down_proj, out
-    decode_down_kernel.launch((programs, T), *down, H, inter, **tile, **routed)
+    weights = gate_up_proj, down_proj, activation, shared_gate, shared_up, shared_down
+    out = _launch_mlp(x_mid, parts, norm_weight, eps, expert_ids, router, base_logit, *weights)
     return out, velocity_out, guidance_out, highway_out
 
 
 @decode_layer_tail.register_fake
 def _(attention, x, *_):
     return tuple(torch.empty_like(x) for _ in range(4))
+
+
+@custom_op("decode_plain_tail")
+@on_its_device
+def decode_plain_tail(
+    attention: Tensor, x: Tensor, expert_ids: Tensor, o_proj: Tensor, norm_weight: Tensor, eps: float,
+    gate_up_proj: Tensor, down_proj: Tensor, activation: str,
+    shared_gate: Tensor | None = None, shared_up: Tensor | None = None, shared_down: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What a decoder layer without mu and dynamics does after attention; arguments as in `decode_layer_tail`.
+
+    Returns: x'' [T, H].
+    """
+    (T, H), options = x.shape, pdl_options(x.device)
+    programs, tile = _rows_config(H, attention.shape[1], 1, x.element_size())
+    x_mid, parts = torch.empty_like(x), torch.empty(T, programs, 2, dtype=torch.float32, device=x.device)
+    decode_linear_kernel.launch(
+        (programs,), attention, o_proj, x, x_mid, parts, T, H, attention.shape[1], **tile, **options
+    )
+    weights = gate_up_proj, down_proj, activation, shared_gate, shared_up, shared_down
+    return _launch_mlp(x_mid, parts, norm_weight, eps, expert_ids, None, 0.0, *weights)
+
+
+@decode_plain_tail.register_fake
+def _(attention, x, *_):
+    return torch.empty_like(x)

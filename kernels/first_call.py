@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .decode_attention import launch_decode_attention
-from .decode_layer import MAX_ROWS, decode_attend, decode_layer_tail, decode_qkv
+from .decode_layer import MAX_EXPERTS, MAX_ROWS, decode_attend, decode_layer_tail, decode_plain_tail, decode_qkv
 from .fused_dynamics import MAX_CONTROLLER, _inl_dynamics_block, _inl_dynamics_block_backward
 from .kernel_launch import compiling_ahead
 from .layer_tail import MAX_HIDDEN, _add_norm, _add_norm_backward
@@ -107,18 +107,28 @@ class _Layer:
         """A step of one new token in each of few rows, by the kernels of a whole layer."""
         x, weights = self.empty(rows, self.hidden), self.projections()
         norm, eps = self.empty(self.hidden), self.config.rms_norm_eps
-        dynamics = *self.dynamics_weights(), self.config.dynamics_dt
         query_norm, key_norm, cos, sin, norm_eps = self.norm_and_tables(1)
         keys, values, mask = self.cache(rows)
         used, ids = self.empty(dtype=torch.int64), self.empty(rows, dtype=torch.int64)
-        router = self.empty(self.experts, self.hidden) if self.config.use_mu_routing else None
-        base_logit = self.config.mu_router_base_logit if self.config.use_mu_routing else 0.0
-        for given in (x, None):
-            decode_qkv.function(x, norm, eps, given, *weights[:3], *(weights[3:] if given is not None else (None,) * 3))
-            decode_layer_tail.function(
-                x, x, x, given, ids, weights[0], *dynamics, norm, eps, router, base_logit, *self.expert_weights(),
-                self.config.hidden_act,
-            )  # fmt: skip
+        mlp = [*self.expert_weights(), self.config.hidden_act]
+        if width := self.config.shared_expert_intermediate_size:
+            mlp += [self.empty(*shape) for shape in ((width, self.hidden), (width, self.hidden), (self.hidden, width))]
+        layers = [()]  # those without value embeddings, and those with
+        if self.config.value_embedding_layers:
+            gate, table = self.empty(self.kv_heads, self.hidden), self.empty(self.config.vocab_size, self.kv)
+            layers.append((ids, gate, table))
+        for given in (x, None) if self.config.use_dynamics else (None,):
+            guided = weights[3:] if given is not None else (None,) * 3
+            for embedded in layers:
+                decode_qkv.function(x, norm, eps, given, *weights[:3], *guided, *embedded)
+            if self.config.use_dynamics:
+                dynamics = *self.dynamics_weights(), self.config.dynamics_dt
+                router = self.empty(self.experts, self.hidden) if self.config.use_mu_routing else None
+                base_logit = self.config.mu_router_base_logit if self.config.use_mu_routing else 0.0
+                states = x, x, x, given, ids, weights[0]
+                decode_layer_tail.function(*states, *dynamics, norm, eps, router, base_logit, *mlp)
+            else:
+                decode_plain_tail.function(x, x, ids, weights[0], norm, eps, *mlp)
         qkv, scale = self.empty(rows, self.hidden + 2 * self.kv), self.head_dim**-0.5
         decode_attend.function(qkv, query_norm, key_norm, norm_eps, cos, sin, keys, values, used, mask, scale)
 
@@ -159,5 +169,7 @@ def compile_layer_kernels(
                 layer.experts_of(tokens, trains)
         if rows:
             layer.decode_attention(rows)
-            if rows <= MAX_ROWS and experts and has_dynamics:
+            has_mu = config.use_dynamics or config.use_mu_guidance or config.use_mu_routing
+            is_routed_by_few = not config.use_mu_routing or config.num_experts <= MAX_EXPERTS
+            if rows <= MAX_ROWS and experts and is_routed_by_few and (has_dynamics or not has_mu):
                 layer.decode(rows)

@@ -7,6 +7,7 @@ of one expert, L positions in the cache.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from complexity_deep.kernels.kernel_reference import (
     inl_dynamics_block_reference,
@@ -44,12 +45,16 @@ def decode_qkv_reference(
     mu_q: Tensor | None,
     mu_k: Tensor | None,
     mu_v: Tensor | None,
+    ids: Tensor | None = None,
+    value_gate: Tensor | None = None,
+    value_embedding: Tensor | None = None,
 ) -> Tensor:
-    """The normed residual stream and the guidance through the six projections.
+    """The normed residual stream and the guidance through the six projections, with value embeddings.
 
     Args:
         x: residual stream [T, H]. norm_weight: [H], with its `eps`. guidance: [T, H] or None.
         q, k, v, mu_q, mu_k, mu_v: [out, H] each; without guidance the last three are None.
+        ids: token ids [T], value_gate: [K, H], value_embedding: [V, K D], or None, all three.
 
     Returns: [T, (A + 2K) D], the columns of q, k and v side by side.
     """
@@ -57,6 +62,10 @@ def decode_qkv_reference(
     projected = [F.linear(normed, weight) for weight in (q, k, v)]
     if guidance is not None:
         projected = [part + F.linear(guidance, weight) for part, weight in zip(projected, (mu_q, mu_k, mu_v))]
+    if value_gate is not None:
+        gate = 2 * torch.sigmoid(F.linear(normed if guidance is None else guidance, value_gate))  # [T, K]
+        embedded = F.embedding(ids, value_embedding).unflatten(-1, (len(value_gate), -1))
+        projected[2] = projected[2] + (gate[..., None] * embedded).flatten(1)
     return torch.cat(projected, dim=-1)
 
 
@@ -113,6 +122,7 @@ def decode_layer_tail_reference(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     activation: str = "silu",
+    *shared: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a decoder layer does after attention: output projection, dynamics, residual, norm, routing, experts.
 
@@ -121,7 +131,7 @@ def decode_layer_tail_reference(
         expert_ids: [T], those of the routing table. o_proj: [H, A D].
         mu, mu_proj, controller_in .. controller_out_bias, dt: as in `inl_dynamics_block_reference`.
         norm_weight: [H], with its `eps`. router: [E, H], with `base_logit`; None where mu overrides no expert.
-        gate_up_proj: [E, 2I, H]. down_proj: [E, H, I].
+        gate_up_proj: [E, 2I, H]. down_proj: [E, H, I]. shared: gate and up [S, H] and down [H, S] of a shared expert.
 
     Returns: (x'', velocity', guidance for the layer above, highway'), each [T, H].
     """
@@ -134,6 +144,38 @@ def decode_layer_tail_reference(
         logits = F.linear(mu, router)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         expert_ids = (base_logit * F.one_hot(expert_ids.long(), len(router)) + logits).argmax(dim=-1)
-    plan = routing_plan_reference(expert_ids, len(down_proj))
-    x = x + token_routed_mlp_reference(normed, gate_up_proj, down_proj, *plan, activation)
+    x = x + mlp_reference(normed, expert_ids, gate_up_proj, down_proj, activation, *shared)
     return x, velocity, guidance, highway
+
+
+def decode_plain_tail_reference(
+    attention: Tensor,
+    x: Tensor,
+    expert_ids: Tensor,
+    o_proj: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    *weights,
+) -> Tensor:
+    """What a layer without mu and dynamics does after attention: x'' [T, H]; arguments as above."""
+    x = x + F.linear(attention, o_proj)
+    return x + mlp_reference(F.rms_norm(x, norm_weight.shape, norm_weight, eps), expert_ids, *weights)
+
+
+def mlp_reference(
+    normed: Tensor,
+    expert_ids: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: str,
+    shared_gate: Tensor | None = None,
+    shared_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
+) -> Tensor:
+    """normed [T, H] through the expert of each token, and the shared one where there is one: [T, H]."""
+    plan = routing_plan_reference(expert_ids, len(down_proj))
+    out = token_routed_mlp_reference(normed, gate_up_proj, down_proj, *plan, activation)
+    if shared_down is None:
+        return out
+    gate, up = F.linear(normed, shared_gate), F.linear(normed, shared_up)
+    return out + F.linear(ACT2FN[activation](gate) * up, shared_down)

@@ -13,10 +13,16 @@ pytest.importorskip("triton")
 from kernel_twins import (  # noqa: E402
     decode_attend_reference,
     decode_layer_tail_reference,
+    decode_plain_tail_reference,
     decode_qkv_reference,
 )
 
-from complexity_deep.kernels.decode_layer import decode_attend, decode_layer_tail, decode_qkv  # noqa: E402
+from complexity_deep.kernels.decode_layer import (  # noqa: E402
+    decode_attend,
+    decode_layer_tail,
+    decode_plain_tail,
+    decode_qkv,
+)
 from support import assert_near_truth  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -54,6 +60,17 @@ def inputs(T, H, Q, KV, C, E, I, has_mu, has_router, activation):  # noqa: E741
     return qkv, tail
 
 
+def with_more(qkv, tail, K, S):
+    """The arguments with value embeddings of K heads and a shared expert of width S, and those of a layer without mu."""
+    generator = torch.Generator().manual_seed(1)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    (T, H), KV = qkv[0].shape, qkv[5].shape[0]
+    values = [torch.randint(0, 30, (T,), generator=generator), make(K, H) * H**-0.5, make(30, KV)]
+    shared = [make(S, H) * H**-0.5, make(S, H) * H**-0.5, make(H, S) * S**-0.5]
+    plain = [tail[index] for index in (0, 1, 4, 5, 13, 14, 17, 18, 19)]
+    return qkv + values, tail + shared, plain + shared, plain
+
+
 def linear_experts(make, experts, out, width):
     return make(experts, out, width, scale=width**-0.5)
 
@@ -68,9 +85,14 @@ def cast(arguments, dtype, rounded):
 def test_matches_fp64(T, H, Q, KV, C, E, I, has_mu, has_router, activation, dtype):  # noqa: E741
     torch.backends.cuda.matmul.allow_tf32 = False
     qkv, tail = inputs(T, H, Q, KV, C, E, I, has_mu, has_router, activation)
+    valued, shared, plain_shared, plain = with_more(qkv, tail, KV // 128 or 2, I + 4)
     for function, reference, arguments in (
         (decode_qkv, decode_qkv_reference, qkv),
+        (decode_qkv, decode_qkv_reference, valued),
         (decode_layer_tail, decode_layer_tail_reference, tail),
+        (decode_layer_tail, decode_layer_tail_reference, shared),
+        (decode_plain_tail, decode_plain_tail_reference, plain_shared),
+        (decode_plain_tail, decode_plain_tail_reference, plain),
     ):
         truth = reference(*cast(arguments, torch.float64, dtype))
         found = function(*cast(arguments, dtype, dtype))
@@ -168,7 +190,14 @@ def test_nan_in_the_bias_of_beta_is_not_hidden():
 def test_custom_op_contract():
     qkv, tail = inputs(2, 32, 32, 16, 16, 4, 8, True, True, "silu")
     checks = ("test_schema", "test_faketensor")
-    attend = attend_inputs(2, 4, 2, 16, 8, 3, True)
-    for operator, arguments in (("decode_qkv", qkv), ("decode_layer_tail", tail), ("decode_attend", attend)):
+    valued, shared, plain_shared, _ = with_more(qkv, tail, 4, 12)
+    for operator, arguments in (
+        ("decode_qkv", qkv),
+        ("decode_qkv", valued),
+        ("decode_layer_tail", tail),
+        ("decode_layer_tail", shared),
+        ("decode_plain_tail", plain_shared),
+        ("decode_attend", attend_inputs(2, 4, 2, 16, 8, 3, True)),
+    ):
         arguments = cast(arguments, torch.float32, torch.float32)
         torch.library.opcheck(getattr(torch.ops.complexity_deep, operator).default, arguments, test_utils=checks)

@@ -254,7 +254,9 @@ needs_expert_dispatch = pytest.mark.skipif(
 
 @needs_expert_dispatch
 @pytest.mark.parametrize("implementation", ["auto", "all_to_all", "all_reduce"])
-@pytest.mark.parametrize("variant", ["published", "router learns, mu norm", "plain token-routed", "shared expert, untied"])
+@pytest.mark.parametrize(
+    "variant", ["published", "router learns, mu norm", "plain token-routed", "shared expert, untied"]
+)
 def test_expert_and_tensor_parallel_equal_one_process(ranks, checkpoints, tmp_path, variant, implementation):
     options = {"tp_size": 2, "ep_size": 2, "ep_implementation": implementation}
     check_sharded(ranks(sharded_job, checkpoints / variant, tmp_path, options), 32, 2)

@@ -74,6 +74,11 @@ def test_generation_has_the_kernels_of_the_prompt_and_of_a_step(compiled):
     assert "decode_attention_kernel" in compiled and "decode_qkv_kernel" not in compiled
     for options in ({"use_mu_routing": False}, {"use_qk_norm": False}, {"use_dynamics": False}):
         compile_for([33, 2048], rows=2, **options)
+    compiled.clear()
+    plain = {"use_dynamics": False, "use_mu_guidance": False, "use_mu_routing": False, "num_experts": 64}
+    compile_for([33], rows=1, **plain, shared_expert_intermediate_size=32, value_embedding_layers=[1])
+    assert {"decode_value_kernel", "decode_linear_kernel", "decode_down_kernel"} <= {*compiled}
+    assert "decode_update_kernel" not in compiled
 
 
 def test_kernels_compiled_by_threads_have_their_own_launchers(monkeypatch):

@@ -17,6 +17,18 @@ from support import GOLDEN, random_ids, tiny_model
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The options of configs/*_best.json, small, with more experts than mu may choose among by the decode kernels.
+BEST = {
+    "use_mu_guidance": False,
+    "use_dynamics": False,
+    "use_mu_routing": False,
+    "num_experts": 40,
+    "intermediate_size": 320,
+    "shared_expert_intermediate_size": 24,
+    "routing": "random",
+    "routing_per_layer": True,
+    "value_embedding_layers": [1],
+}
 
 
 @pytest.mark.parametrize("folder", ("v0.13-tiny", "v0.13-dense"))
@@ -107,8 +119,10 @@ def test_short_rows_make_no_plans_of_cudnn(monkeypatch):
 
 def decode_calls(monkeypatch) -> list:
     """Grows by one for every layer that the decode kernels compute."""
-    calls, tail = [], accelerated.decode_layer_tail
-    monkeypatch.setattr(accelerated, "decode_layer_tail", lambda *a: calls.append(1) or tail(*a))
+    calls = []
+    for name in ("decode_layer_tail", "decode_plain_tail"):
+        tail = getattr(accelerated, name)
+        monkeypatch.setattr(accelerated, name, lambda *a, tail=tail: calls.append(1) or tail(*a))
     return calls
 
 
@@ -121,11 +135,13 @@ def decode_calls(monkeypatch) -> list:
         pytest.param({"sliding_window": 3}, 2, id="window"),
         pytest.param({"use_mu_norm": True}, 2, id="mu-norm"),
         pytest.param({"use_dynamics": False}, 0, id="no-dynamics"),
-        pytest.param({"shared_expert_intermediate_size": 16}, 0, id="shared-expert"),
+        pytest.param({"shared_expert_intermediate_size": 16}, 2, id="shared-expert"),
+        pytest.param(BEST, 2, id="best"),
+        pytest.param(BEST | {"use_token_routed_mlp": False, "num_experts": 1}, 0, id="best-dense"),
         pytest.param({"use_token_routed_mlp": False}, 0, id="dense"),
         pytest.param(
             {"routing": "random", "routing_per_layer": True, "value_embedding_layers": [1]},
-            1,
+            2,
             id="routing-per-layer-values-in-one",
         ),
     ),
@@ -172,11 +188,39 @@ def test_the_decode_kernels_pass_over_no_module_that_does_more(monkeypatch):
 
 
 @torch.no_grad()
-def test_the_decode_kernels_take_no_more_experts_than_they_can():
+def test_the_decode_kernels_pass_over_no_shared_expert_or_value_embedding_that_does_more(monkeypatch):
+    options = BEST | {"num_hidden_layers": 1, "value_embedding_layers": [0]}
+    calls, model, ids = decode_calls(monkeypatch), tiny_model(std=0.1, **options).to(DEVICE), random_ids(1, 1)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    layer, ids = model.model.layers[0], ids.to(DEVICE)
+    model(ids)
+    assert len(calls) == 1
+    shared, embedding = layer.mlp.shared_expert, layer.self_attn.value_embedding
+    for module in (shared, shared.up_proj, embedding, layer.self_attn.value_gate):
+        handle = module.register_forward_hook(lambda *_: None)
+        model(ids)
+        handle.remove()
+    embedding.max_norm = 1.0
+    model(ids)
+    embedding.max_norm = None
+    act, shared.act_fn = shared.act_fn, torch.nn.ReLU()  # other than that of the experts
+    model(ids)
+    shared.act_fn = act
+    layer.self_attn.value_embedding = torch.nn.Sequential(embedding)
+    model(ids)
+    assert len(calls) == 1
+    layer.self_attn.value_embedding = embedding
+    model(ids)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_the_decode_kernels_take_no_more_experts_than_mu_can_choose_among():
     hidden = torch.zeros(1, 1, 64, device=DEVICE)
-    for experts, taken in ((32, True), (33, False), (1024, False)):
+    for experts, mu_chooses, taken in ((32, True, True), (33, True, False), (1024, True, False), (1024, False, True)):
         options = {"num_experts": experts, "intermediate_size": 4 * experts, "num_hidden_layers": 1}
-        model = tiny_model(**options, experts_implementation="cggr").to(DEVICE)
+        model = tiny_model(**options, use_mu_routing=mu_chooses, experts_implementation="cggr").to(DEVICE)
         assert accelerated._takes_decode_kernels(model.model.layers[0], hidden, None, None) == taken
 
 
