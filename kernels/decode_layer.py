@@ -165,7 +165,7 @@ def decode_rope_kernel(
 def decode_linear_kernel(
     x_ptr, w_ptr, residual_ptr, out_ptr, parts_ptr, T, N, K, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [T, N] = x [T, K] wᵀ; with a residual [T, N], their sum, and parts [T, programs, 2] begin with sum(out²)."""
+    """out [T, N] = x [T, K] wᵀ. A residual [T, N] is added; then parts [T, programs, 2] begin with sum(out²)."""
     o_n, o_k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     w = _rows(w_ptr, o_n, o_k, N, K)
     wait(PDL)

@@ -61,7 +61,7 @@ def inputs(T, H, Q, KV, C, E, I, has_mu, has_router, activation):  # noqa: E741
 
 
 def with_more(qkv, tail, K, S):
-    """The arguments with value embeddings of K heads and a shared expert of width S, and those of a layer without mu."""
+    """Arguments with value embeddings of K heads and a shared expert of width S, and those of a layer without mu."""
     generator = torch.Generator().manual_seed(1)
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     (T, H), KV = qkv[0].shape, qkv[5].shape[0]
