@@ -581,7 +581,7 @@ def triton_layer(
         attention.mu_to_q.weight if is_guided else None,
         attention.mu_to_k.weight if is_guided else None,
         attention.mu_to_v.weight if is_guided else None,
-        *_value_weights(attention, kwargs.get("token_ids")),
+        *_value_weights(attention, kwargs),
     )
     cos, sin = kwargs["position_embeddings"]
     heads = _decode_heads(attention, qkv, cos, sin, mask, cache, hidden_states)
@@ -610,11 +610,11 @@ def triton_layer(
     return tuple(x.view(B, 1, H) for x in states)
 
 
-def _value_weights(attention: nn.Module, token_ids: Tensor | None) -> tuple[Tensor, ...]:
+def _value_weights(attention: nn.Module, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     """Ids, gates and vectors of value embeddings for `decode_qkv`; nothing where there are none."""
     if attention.value_embedding is None:
         return ()
-    return token_ids.flatten().contiguous(), attention.value_gate.weight, attention.value_embedding.weight
+    return kwargs["token_ids"].flatten().contiguous(), attention.value_gate.weight, attention.value_embedding.weight
 
 
 def triton_mlp(

@@ -113,7 +113,7 @@ class _Layer:
         mlp = [*self.expert_weights(), self.config.hidden_act]
         if width := self.config.shared_expert_intermediate_size:
             mlp += [self.empty(*shape) for shape in ((width, self.hidden), (width, self.hidden), (self.hidden, width))]
-        layers = [()]  # those without value embeddings, and those with
+        layers: list[tuple[Tensor, ...]] = [()]  # those without value embeddings, and those with
         if self.config.value_embedding_layers:
             gate, table = self.empty(self.kv_heads, self.hidden), self.empty(self.config.vocab_size, self.kv)
             layers.append((ids, gate, table))
