@@ -48,7 +48,7 @@ def run_plans(args: argparse.Namespace) -> None:
     results = Results(Path(args.output_dir, "runs.csv"))
     results.path.parent.mkdir(parents=True, exist_ok=True)
     data, rows = read_data(args.data), read_rows(results.path)
-    runs = runs_of(args.plan, rows, data, args.only, args.seeds, args.tokens, args.smoke)
+    runs = runs_of(args.plan, rows, data, args.only, args.seeds, args.tokens, args.smoke, args.repeat)
     missing = missing_of(runs, [] if args.repeat else rows)
     for run in missing:
         check_length(run, data)
@@ -110,7 +110,7 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--plan", nargs="+", required=True, help="files of recipes/evidence")
     run.add_argument("--only", nargs="+", help="only these variants")
     run.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
-    run.add_argument("--repeat", action="store_true", help="train what runs.csv has once more")
+    run.add_argument("--repeat", action="store_true", help="train what runs.csv has once more, as it was")
     run.add_argument("--tokens", type=positive, help="train on so many tokens instead, for no table of the plan's")
     run.add_argument("--gpus", type=at_least(1), help="use so many GPUs (default: all)")
     run.add_argument("--runs-per-gpu", type=at_least(1), default=1, help="runs that share a GPU (default: 1)")

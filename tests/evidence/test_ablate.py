@@ -18,6 +18,7 @@ from complexity_deep.workflow.evidence.ablation_plan import (
     identity,
     missing_of,
     newest_speeds,
+    runs_of,
     swept_rate,
 )
 from complexity_deep.workflow.evidence.ablation_results import read_rows
@@ -145,6 +146,21 @@ def test_a_family_takes_the_best_rate_of_its_sweep():
     assert sorted({run["learning_rate"] for run in stability}) == [3e-3, 4e-3, 8e-3, 16e-3]
     with pytest.raises(InputError, match="has no swept learning rate yet, for 0 rates were tried"):
         expand(PLANS / "headline.yaml", [], DATA)
+
+
+def test_a_run_is_repeated_as_it_was():
+    """Sweeps and speeds of later rows give other rates and lengths. What is not there yet takes those."""
+    rows = all_swept(best=1e-3) + [swept(name, 1e-3, 3.0, "speed", 700) for name in ("dense_active", "shared_64")]
+    plans = [str(PLANS / f"{name}.yaml") for name in ("headline", "equal_seconds")]
+    asked = {"data": DATA, "only": ["shared_64"], "seeds": [0, 1]}
+    first = runs_of(plans, rows, **asked)
+    rows += [{**run, "status": "ok", "held_out_edu": 3.0} for run in first if run["seed"] == 0]
+    rows += [swept("shared_64", 1e-3, 9.0), swept("shared_64", 1e-3, 3.0, "speed", 350)]
+    again, now = (runs_of(plans, rows, **asked, repeat=repeat) for repeat in (True, False))
+    assert [run["learning_rate"] for run in now] == [2e-3] * 4
+    for run, was, new in zip(again, first, now, strict=True):
+        assert run == (was if run["seed"] == 0 else new)
+    assert {run["tokens"] for run in now} != {run["tokens"] for run in first}
 
 
 def test_equal_seconds_gives_the_slower_model_fewer_tokens():

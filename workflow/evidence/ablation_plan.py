@@ -74,10 +74,13 @@ def check_numbers(path: Path, name: str, values) -> None:
         raise InputError(f"{path} has {name} that are no numbers above 0.")
 
 
-def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None = None) -> list[dict]:
+def expand(
+    plan_path: Path, rows: list[dict], data: dict, only: list[str] | None = None, repeat: bool = False
+) -> list[dict]:
     """The runs of a plan, seed by seed; `rows` are those of runs.csv and `data` the contents of data.json.
 
-    `only` names the variants that are asked for, None for all.
+    `only` names the variants that are asked for, None for all. With `repeat`, runs that runs.csv has get the rates and
+    lengths that they had, which sweeps and speeds may have left since.
 
     Raises `InputError` for a plan that cannot be read, and for one that needs runs which runs.csv does not have yet.
     """
@@ -95,33 +98,44 @@ def expand(plan_path: Path, rows: list[dict], data: dict, only: list[str] | None
                 continue  # before its rate and its speed are looked up
             variant = base["variants"][name]
             check_optimizer(name, variant)
-            rates = plan["learning_rates"]
-            if rates == SWEPT:
-                rates = [swept_rate(variant["family"], base, known)]
-            tokens = float(plan["tokens"])
-            if reference := plan.get("equal_seconds_to"):
-                tokens *= speed(name, known, reference) / speed(reference, known, reference)
-            for rate in rates:
-                for factor in plan.get("learning_rate_factors", [1]):
-                    run = {
-                        "variant": name,
-                        "seed": seed,
-                        "size": base["size"],
-                        "tokens": tokens,
-                        "learning_rate": float(rate) * float(factor),
-                        "data": data["id"],
-                        "config": {**base["shape"], **variant["config"]},
-                        "init": variant.get("init", "default"),
-                        "freeze_mlp": variant.get("freeze_mlp", False),
-                        "balance_loss": variant.get("balance_loss", 0.0),
-                        **base["training"],
-                    }
-                    if "optimizer" in variant:  # not in the settings of runs with AdamW
-                        run["optimizer"] = variant["optimizer"]
-                    if plan.get("repeat_data"):  # not in the settings of runs that take a single pass
-                        run["repeat_data"] = True
-                    runs.append({**run, "plan": plan_path.stem})
+            run = {
+                "variant": name,
+                "seed": seed,
+                "size": base["size"],
+                "data": data["id"],
+                "config": {**base["shape"], **variant["config"]},
+                "init": variant.get("init", "default"),
+                "freeze_mlp": variant.get("freeze_mlp", False),
+                "balance_loss": variant.get("balance_loss", 0.0),
+                **base["training"],
+                "plan": plan_path.stem,
+            }
+            if "optimizer" in variant:  # not in the settings of runs with AdamW
+                run["optimizer"] = variant["optimizer"]
+            if plan.get("repeat_data"):  # not in the settings of runs that take a single pass
+                run["repeat_data"] = True
+            made = rates_and_lengths_made(run, known) if repeat else []
+            for rate, tokens in made or rates_and_lengths(plan, name, base, known):
+                runs.append({**run, "learning_rate": rate, "tokens": tokens})
     return runs
+
+
+def rates_and_lengths(plan: dict, name: str, base: dict, known: list[dict]) -> list[tuple[float, float]]:
+    """The rates at which a plan trains a variant of `base`, each with the number of tokens."""
+    rates, tokens = plan["learning_rates"], float(plan["tokens"])
+    if rates == SWEPT:
+        rates = [swept_rate(base["variants"][name]["family"], base, known)]
+    if reference := plan.get("equal_seconds_to"):
+        tokens *= speed(name, known, reference) / speed(reference, known, reference)
+    factors = plan.get("learning_rate_factors", [1])
+    return [(float(rate) * float(factor), tokens) for rate in rates for factor in factors]
+
+
+def rates_and_lengths_made(run: dict, known: list[dict]) -> list[tuple[float, float]]:
+    """Those of the rows that there are of a run, on its token files."""
+    names = ("plan", "variant", "seed", "data")
+    own = [row for row in known if all(row[name] == run[name] for name in names)]
+    return list(dict.fromkeys((row["learning_rate"], row["tokens"]) for row in own))
 
 
 def runs_of(
@@ -132,6 +146,7 @@ def runs_of(
     seeds: list[int] | None = None,
     tokens: float | None = None,
     smoke: bool = False,
+    repeat: bool = False,
 ) -> list[dict]:
     """The finished descriptions of the runs of several plans, those of some variants and seeds alone if they are named.
 
@@ -145,7 +160,7 @@ def runs_of(
             raise InputError(f"{option} names {', '.join(unknown)}, which no plan of {', '.join(plans)} has.")
     runs = []
     for plan in plans:
-        for run in expand(Path(plan), rows, data, only):
+        for run in expand(Path(plan), rows, data, only, repeat):
             if tokens:
                 run |= {"tokens": tokens, "plan": f"{run['plan']} of {tokens:g} tokens"}
             runs.append(finish(run, smoke))
