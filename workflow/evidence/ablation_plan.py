@@ -79,8 +79,8 @@ def expand(
 ) -> list[dict]:
     """The runs of a plan, seed by seed; `rows` are those of runs.csv and `data` the contents of data.json.
 
-    `only` names the variants that are asked for, None for all. With `repeat`, runs that runs.csv has get the rates and
-    lengths that they had, which sweeps and speeds may have left since.
+    `only` names the variants that are asked for, None for all. With `repeat` they are those that runs.csv has on these
+    token files, at the rates and lengths that they had, which sweeps and speeds may have left since.
 
     Raises `InputError` for a plan that cannot be read, and for one that needs runs which runs.csv does not have yet.
     """
@@ -114,8 +114,8 @@ def expand(
                 run["optimizer"] = variant["optimizer"]
             if plan.get("repeat_data"):  # not in the settings of runs that take a single pass
                 run["repeat_data"] = True
-            made = rates_and_lengths_made(run, known) if repeat else []
-            for rate, tokens in made or rates_and_lengths(plan, name, base, known):
+            made = rates_and_lengths_made(run, known) if repeat else rates_and_lengths(plan, name, base, known)
+            for rate, tokens in made:
                 runs.append({**run, "learning_rate": rate, "tokens": tokens})
     return runs
 
@@ -166,7 +166,8 @@ def runs_of(
             runs.append(finish(run, smoke))
     runs = [run for run in runs if seeds is None or run["seed"] in seeds]
     if not runs:
-        raise InputError("No plan has a run of both --only and --seeds.")
+        found = "runs.csv has no such run on these token files: leave --repeat out." if repeat else None
+        raise InputError(found or "No plan has a run of both --only and --seeds.")
     return runs
 
 
