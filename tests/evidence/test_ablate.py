@@ -161,7 +161,7 @@ def test_a_run_is_repeated_as_it_was():
     assert [run["learning_rate"] for run in now] == [2e-3] * 4
     assert {run["tokens"] for run in now} != {run["tokens"] for run in first}
     assert runs_of(plans, rows, **asked, repeat=True) == [run for run in first if run["seed"] == 0]
-    with pytest.raises(InputError, match="runs.csv has no such run on these token files: leave --repeat out"):
+    with pytest.raises(InputError, match=r"runs\.csv has no such run on these token files: leave --repeat out"):
         runs_of(plans, rows, DATA, ["shared_64"], [1], repeat=True)
 
 

@@ -31,7 +31,10 @@ How to read a name: `v0` is the published architecture with 4 experts. `dense_ac
 models with as many parameters as `v0` has active and in total. `learned_16` has 16 experts and a learned router, which
 chooses one. `shared_64` has 64 experts, and one that every token passes through. Then `layers` stands for a table of
 its own for each layer, `values` for value embeddings in every second layer and `all_values` for them in all, `plain`
-for no mu and no dynamics, and `wide` for the same with their parameters in the shared expert.
+for no mu and no dynamics, `wide` for the same with their parameters in the shared expert, and `mu_norm` for a mu that
+is bounded before it guides attention. `v0_` and the name of a part is `v0` with that part changed: `no_guidance` and
+the like are without it, `frozen_experts` gives the experts no gradient, as the published CUDA path does, `random` has a
+random table, and `router_gradient` trains the router by which mu overrides experts.
 """.splitlines()
 TEXT_OF_THE_RUNS = """\
 The text of these runs is not in this repository, and no command here makes it: it was drawn from public repositories of
