@@ -215,6 +215,12 @@ def test_stability_is_of_one_set_of_token_files_and_of_whole_numbers(page):
     assert "| v0 | second | 0.001 | 2 | 1 | 0.0 | not finite | 5.0000 |" in text
 
 
+def test_stability_where_all_diverged_is_said_to_tell_nothing(page):
+    rows = [finished(name, 0, 9.0, "stability", status="diverged") for name in ("v0", "v0_no_dynamics")]
+    sentence = "All of them diverged, so that they do not tell the variants apart."
+    assert sentence in page(rows) and sentence not in page([*rows, finished("v0", 1, 3.0, "stability")])
+
+
 def test_a_sweep_says_where_it_does_not_enclose_its_best(page):
     rates = (1e-3, 2e-3, 4e-3)
     rows = [finished("v0", 0, 3 + abs(rate - 2e-3), "learning_rates", learning_rate=rate) for rate in rates]

@@ -384,7 +384,10 @@ def stability_table(rows: list[dict]) -> list[str]:
         cells += [f"{statistics.mean(column(found, 'spikes')):.1f}"]
         cells += [f"{max(norms):.1f}" if all(map(math.isfinite, norms)) else "not finite"]
         lines.append([*cells, as_mean(ended) if ended else ""])
-    return table([*header, "held-out edu, of those that ended"], lines, text_columns=2)
+    shown = table([*header, "held-out edu, of those that ended"], lines, text_columns=2)
+    if all(row["status"] == "diverged" for row in last.values()):
+        shown += ["", "All of them diverged, so that they do not tell the variants apart."]
+    return shown
 
 
 def repeats_section(rows: list[dict]) -> list[str]:
