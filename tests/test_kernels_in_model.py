@@ -215,6 +215,20 @@ def test_the_decode_kernels_pass_over_no_shared_expert_or_value_embedding_that_d
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("name", ("self_attn.q_proj", "dynamics.controller_in", "mlp.shared_expert.down_proj"))
+@torch.no_grad()
+def test_modules_that_a_caller_put_around_ours_need_no_sizes(monkeypatch, name):
+    model = tiny_model(std=0.1, num_hidden_layers=1, shared_expert_intermediate_size=24).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    calls, ids, layer = decode_calls(monkeypatch), random_ids(1, 1).to(DEVICE), model.model.layers[0]
+    expected = model(ids).logits
+    assert len(calls) == 1
+    layer.set_submodule(name, torch.nn.Sequential(layer.get_submodule(name)))
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1
+
+
 @torch.no_grad()
 def test_the_decode_kernels_take_no_more_experts_than_mu_can_choose_among():
     hidden = torch.zeros(1, 1, 64, device=DEVICE)
