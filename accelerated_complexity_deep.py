@@ -302,6 +302,7 @@ def _may_leave_out_cudnn(attention: nn.Module, hidden_states: Tensor) -> bool:
         and attention.config._attn_implementation == "sdpa"
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.backends.cuda.mem_efficient_sdp_enabled()  # which takes any mask
+        and torch.backends.cuda.flash_sdp_enabled()  # which takes fewer key heads than queries, as the other does not
         and _runs_on_triton(hidden_states)
     )
 

@@ -92,7 +92,7 @@ def test_layers_compiled_one_by_one_share_their_code():
 
 
 def test_short_rows_make_no_plans_of_cudnn(monkeypatch):
-    """Longer ones may, and all where the caller has left PyTorch nothing else; the caller's setting stays."""
+    """Longer ones may, and all where the caller has left PyTorch too little else; the caller's setting stays."""
     enabled, sdpa = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(*args, **kwargs):
@@ -109,11 +109,12 @@ def test_short_rows_make_no_plans_of_cudnn(monkeypatch):
         model(random_ids(1, length).to(DEVICE), use_cache=False)
     with pytest.raises(MemoryError):
         model(random_ids(1, 7).to(DEVICE), use_cache=False)
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
-        model(random_ids(1, 9).to(DEVICE), use_cache=False)
+    for other in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, other, SDPBackend.MATH]):
+            model(random_ids(1, 9).to(DEVICE), use_cache=False)
     model.set_kernels_implementation("eager")
     model(random_ids(1, 9).to(DEVICE), use_cache=False)
-    assert enabled == [False, True, False, True, True]
+    assert enabled == [False, True, False, True, True, True]
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
