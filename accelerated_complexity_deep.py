@@ -576,13 +576,13 @@ def triton_layer(
     attention, dynamics, experts, router = layer.self_attn, layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
     B, _, H = hidden_states.shape  # one token in each row; a routing plan would not be worth following
     flat = lambda x: None if x is None else x.reshape(B, -1).contiguous()  # noqa: E731
-    guidance = layer.guide(guidance)
-    is_guided = guidance is not None
+    guided_by = layer.guide(guidance)
+    is_guided = guided_by is not None
     qkv = decode_qkv(
         flat(hidden_states),
         layer.input_layernorm.weight,
         layer.input_layernorm.eps,
-        flat(guidance),
+        flat(guided_by),
         attention.q_proj.weight,
         attention.k_proj.weight,
         attention.v_proj.weight,

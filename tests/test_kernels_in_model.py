@@ -216,6 +216,18 @@ def test_the_decode_kernels_pass_over_no_shared_expert_or_value_embedding_that_d
     assert len(calls) == 2
 
 
+@torch.no_grad()
+def test_a_layer_without_mu_hands_on_what_it_gets(monkeypatch):
+    model = tiny_model(num_hidden_layers=1, **BEST | {"value_embedding_layers": None}).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    x, ids = torch.ones(1, 1, 64, device=DEVICE), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    calls, tables = decode_calls(monkeypatch), model.model.rotary_emb(x, ids)
+    given = {"expert_ids": ids, "position_embeddings": tables, "attention_mask": None}
+    states = model.model.layers[0](x, x + 1, x + 2, x + 3, **given)[1:]
+    assert len(calls) == 1 and all(torch.equal(state, x + 1 + index) for index, state in enumerate(states))
+
+
 @pytest.mark.parametrize("name", ("self_attn.q_proj", "dynamics.controller_in", "mlp.shared_expert.down_proj"))
 @torch.no_grad()
 def test_modules_that_a_caller_put_around_ours_need_no_sizes(monkeypatch, name):
