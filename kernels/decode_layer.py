@@ -20,8 +20,8 @@ The time is that of reading the weights: 67 MB a layer of the 1.5b shape, 16 us 
 few whole weight rows in registers. The kernels are chained by programmatic dependent launch, so that a kernel's rows
 are on their way while the kernel before it still runs. Every program that needs a norm computes it again, from x in the
 cache. The rows of an expert are fetched for the expert of the routing table, and again in the rare case that mu
-overrides it. Sums for the second norm and for the router come in parts from decode_update_kernel, and are added in a
-fixed order. Results are rounded to the model's dtype where the modules round, and sums are fp32. There is no backward,
+overrides it. Sums for the second norm and for the router come in parts from the kernel that makes x', and are added in
+a fixed order. Results are rounded to the model's dtype where the modules round, and sums are fp32. There is no backward,
 because generation needs no gradient.
 """
 
@@ -96,7 +96,7 @@ def decode_qkv_kernel(
         tl.store(out_ptr + t * (Q + 2 * KV) + column + o_n, acc.to(dtype), mask=o_n < N)
 
 
-@kernel()
+@kernel("ids_ptr")
 def decode_value_kernel(
     x_ptr, norm_ptr, guidance_ptr, ids_ptr, gate_ptr, table_ptr, qkv_ptr, A, K, D, H, eps,
     PDL: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
@@ -251,14 +251,14 @@ def decode_update_kernel(
             tl.store(part + 1 + o_e, _times(router, mu))
 
 
-@kernel()
+@kernel("expert_ptr")
 def decode_gate_up_kernel(
     x_ptr, norm_ptr, parts_ptr, expert_ptr, weight_ptr, shared_gate_ptr, shared_up_ptr,
     act_ptr, shared_act_ptr, chosen_ptr, blocks, H, inter, shared, E, eps, base_logit,
     ACTIVATION: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """act [T, I] and chosen [T], the expert that mu routing takes; weight [E, 2I, H]; parts of decode_update_kernel.
+    """act [T, I] and chosen [T], the expert that mu routing takes; weight [E, 2I, H]; parts of x' [T, blocks, 1 + BE].
 
     The last programs: shared_act [T, S] of the shared expert, whose gate and up are [S, H].
     """
@@ -298,7 +298,7 @@ def decode_gate_up_kernel(
     tl.store(out_ptr + o_n, (value * _times(up_rows, n)).to(dtype), mask=o_n < width)
 
 
-@kernel()
+@kernel("expert_ptr")
 def decode_down_kernel(
     x_ptr, act_ptr, shared_act_ptr, expert_ptr, chosen_ptr, weight_ptr, shared_ptr, out_ptr, H, inter, shared,
     ROUTED: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
@@ -341,8 +341,8 @@ def decode_qkv(
     """The normed residual stream and the guidance through the six projections, with value embeddings.
 
     x: residual stream [T, H]; guidance: [T, H] or None. norm_weight: [H], with its eps. q, k, v and mu_q, mu_k, mu_v:
-    [out, H]; without guidance the last three are None. ids: token ids [T] int64, with value_gate [K, H] and
-    value_embedding [V, KV]; or None, all three. All but ids are contiguous and of one dtype.
+    [out, H]; without guidance the last three are None. ids: token ids [T], with value_gate [K, H] and value_embedding
+    [V, KV]; or None, all three. All are contiguous, and all but ids of one dtype.
 
     Returns: [T, Q + 2 KV], the columns of q, k and v side by side.
     """
@@ -359,7 +359,7 @@ def decode_qkv(
         D = KV // K
         decode_value_kernel.launch(
             (T, K),
-            x, norm_weight, guidance, ids, value_gate, value_embedding, out, Q // D, K, D, H, eps,
+            x, norm_weight, guidance, ids.long(), value_gate, value_embedding, out, Q // D, K, D, H, eps,
             BD=next_power_of_2(D), BK=next_power_of_2(H), num_warps=4, **pdl_options(x.device),
         )  # fmt: skip
     return out
@@ -412,7 +412,7 @@ def _launch_mlp(
     act, shared_act, out = x.new_empty(T, inter), x.new_empty(T, shared), torch.empty_like(x)
     chosen = torch.empty(T if router is not None else 0, dtype=torch.int32, device=x.device)
     options = {"ROUTED": router is not None} | pdl_options(x.device)
-    blocks, BE = parts.shape[1], parts.shape[2] - 1
+    blocks, BE, expert_ids = parts.shape[1], parts.shape[2] - 1, expert_ids.long()
     programs, tile = _rows_config(inter, H, 2, x.element_size())
     decode_gate_up_kernel.launch(
         (programs + cdiv(shared, tile["BN"]), T),
@@ -446,7 +446,7 @@ def decode_layer_tail(
     mu, mu_proj, controller_in .. controller_out_bias, dt: as in `inl_dynamics_block`.
     norm_weight: [H], with its eps. router: [E, H], with base_logit; None where mu overrides no expert.
     gate_up_proj: [E, 2I, H]. down_proj: [E, H, I]. shared_gate, shared_up: [S, H], shared_down: [H, S], or None, all
-    three. All tensors but expert_ids are contiguous and of one dtype.
+    three. All tensors are contiguous, and all but expert_ids of one dtype.
 
     Returns: (x'', velocity', guidance of the layer above, highway'), each [T, H].
     """
