@@ -21,8 +21,8 @@ few whole weight rows in registers. The kernels are chained by programmatic depe
 are on their way while the kernel before it still runs. Every program that needs a norm computes it again, from x in the
 cache. The rows of an expert are fetched for the expert of the routing table, and again in the rare case that mu
 overrides it. Sums for the second norm and for the router come in parts from the kernel that makes x', and are added in
-a fixed order. Results are rounded to the model's dtype where the modules round, and sums are fp32. There is no backward,
-because generation needs no gradient.
+a fixed order. Results are rounded to the model's dtype where the modules round, and sums are fp32. There is no
+backward, because generation needs no gradient.
 """
 
 import torch
@@ -354,7 +354,7 @@ def decode_qkv(
         x, norm_weight, guidance, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV, eps,
         HAS_MU=guidance is not None, **tile, **pdl_options(x.device),
     )  # fmt: skip
-    if value_gate is not None:
+    if ids is not None and value_gate is not None:
         K = value_gate.shape[0]
         D = KV // K
         decode_value_kernel.launch(
