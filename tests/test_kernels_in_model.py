@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from complexity_deep import ComplexityDeepForCausalLM
+from complexity_deep import ComplexityDeepForCausalLM, routing_complexity_deep
 from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.routing_complexity_deep import ROUTING_PLANS, layer_routing_plans
@@ -260,6 +260,18 @@ def test_plans_of_all_layers_are_those_of_each(experts):
     for plan, own in zip(plans, ids, strict=True):
         for found, expected in zip(plan, make_plan(own, experts), strict=True):
             assert found.dtype == expected.dtype == torch.int32 and torch.equal(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", (1, 5))
+def test_a_step_of_one_token_makes_no_plan_of_all_layers(monkeypatch, rows):
+    """The decode kernels of up to four rows need none, and the other layers each sort their own few tokens."""
+    model, ids = tiny_model(std=0.1, num_hidden_layers=2, **BEST).to(DEVICE), random_ids(rows, 1).to(DEVICE)
+    expected = model(ids, use_cache=False).logits
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    monkeypatch.setattr(routing_complexity_deep, "layer_routing_plans", None)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
