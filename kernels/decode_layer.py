@@ -347,7 +347,7 @@ def decode_qkv(
     Returns: [T, Q + 2 KV], the columns of q, k and v side by side.
     """
     (T, H), Q, KV = x.shape, q.shape[0], k.shape[0]
-    out = x.new_empty(T, Q + 2 * KV)
+    out, ids = x.new_empty(T, Q + 2 * KV), None if ids is None else ids.long()  # see `decode_layer_tail`
     _, tile = _rows_config(Q, H, 1 if guidance is None else 2, x.element_size())
     decode_qkv_kernel.launch(
         (cdiv(Q, tile["BN"]) + 2 * cdiv(KV, tile["BN"]),),
@@ -359,7 +359,7 @@ def decode_qkv(
         D = KV // K
         decode_value_kernel.launch(
             (T, K),
-            x, norm_weight, guidance, ids.long(), value_gate, value_embedding, out, Q // D, K, D, H, eps,
+            x, norm_weight, guidance, ids, value_gate, value_embedding, out, Q // D, K, D, H, eps,
             BD=next_power_of_2(D), BK=next_power_of_2(H), num_warps=4, **pdl_options(x.device),
         )  # fmt: skip
     return out
@@ -407,12 +407,12 @@ def _launch_mlp(
     base_logit: float, gate_up_proj: Tensor, down_proj: Tensor, activation: str,
     shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """x'' [T, H] of x' and the parts [T, blocks, 1 + BE] of its sum of squares and of the router's logits."""
+    """x'' [T, H] of x', int64 ids, and parts [T, blocks, 1 + BE] of x's sum of squares and of the router's logits."""
     (T, H), (E, _, inter), shared = x.shape, down_proj.shape, 0 if shared_down is None else shared_down.shape[1]
     act, shared_act, out = x.new_empty(T, inter), x.new_empty(T, shared), torch.empty_like(x)
     chosen = torch.empty(T if router is not None else 0, dtype=torch.int32, device=x.device)
     options = {"ROUTED": router is not None} | pdl_options(x.device)
-    blocks, BE, expert_ids = parts.shape[1], parts.shape[2] - 1, expert_ids.long()
+    blocks, BE = parts.shape[1], parts.shape[2] - 1
     programs, tile = _rows_config(inter, H, 2, x.element_size())
     decode_gate_up_kernel.launch(
         (programs + cdiv(shared, tile["BN"]), T),
@@ -450,7 +450,8 @@ def decode_layer_tail(
 
     Returns: (x'', velocity', guidance of the layer above, highway'), each [T, H].
     """
-    (T, H), C, E = x.shape, controller_in.shape[0], down_proj.shape[0]
+    # Ids are cast before the first of the kernels, for a later one reads them before it waits for the one before it.
+    (T, H), C, E, expert_ids = x.shape, controller_in.shape[0], down_proj.shape[0], expert_ids.long()
     options, itemsize = pdl_options(x.device), x.element_size()
     h, mu_l, x_mid, velocity_out, guidance_out, highway_out = (torch.empty_like(x) for _ in range(6))
     z = x.new_empty(T, C)
@@ -491,7 +492,7 @@ def decode_plain_tail(
 
     Returns: x'' [T, H].
     """
-    (T, H), options = x.shape, pdl_options(x.device)
+    (T, H), options, expert_ids = x.shape, pdl_options(x.device), expert_ids.long()  # see `decode_layer_tail`
     programs, tile = _rows_config(H, attention.shape[1], 1, x.element_size())
     x_mid, parts = torch.empty_like(x), torch.empty(T, programs, 2, dtype=torch.float32, device=x.device)
     decode_linear_kernel.launch(
