@@ -302,6 +302,7 @@ def _may_leave_out_cudnn(attention: nn.Module, hidden_states: Tensor) -> bool:
         and attention.config._attn_implementation == "sdpa"
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.backends.cuda.mem_efficient_sdp_enabled()  # which takes any mask
+        and torch.backends.cuda.flash_sdp_enabled()  # which takes fewer key heads than queries, as the other does not
         and _runs_on_triton(hidden_states)
     )
 
@@ -374,7 +375,6 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
     Such a layer has dynamics, or neither these nor mu. The kernels pass over the forward of every module of the layer
     but `mu_norm`, so that each must be plain.
     """
-    rows, _, hidden = hidden_states.shape
     attention, dynamics, mlp = layer.self_attn, layer.dynamics, layer.mlp
     experts: Any = getattr(mlp, "experts", None)
     parts = (attention, mlp, experts) if dynamics is None else (attention, dynamics, mlp, experts)
@@ -382,25 +382,24 @@ def _takes_decode_kernels(layer: nn.Module, hidden_states: Tensor, mask: Tensor 
         return False  # None, or the class of an adapter or of the caller, which need not have the attributes of ours
     # A compiled program holds for what was asked while it was traced. The number of rows is asked about in steps of one
     # token only, so that a program for longer rows holds for any number of them.
-    if not _is_decode_step(attention, hidden_states, mask, cache) or rows > MAX_ROWS:
+    if not _is_decode_step(attention, hidden_states, mask, cache) or len(hidden_states) > MAX_ROWS:
         return False
     origin, dtype = type(layer).__module__, hidden_states.dtype
     return (
-        (dynamics is None or (layer.config.use_dynamics and dynamics.controller_in.out_features <= MAX_CONTROLLER))
+        (dynamics is None or layer.config.use_dynamics)
         and activation_of(experts) is not None
         and _has_own_norms(attention)
         and _is_plain_embedding(attention.value_embedding, dtype)
         and layer.config._experts_implementation == "cggr"
         and not getattr(experts, "_is_expert_parallel", False)
         and not torch.is_autocast_enabled(hidden_states.device.type)
-        and (mlp.mu_router is None or experts.num_experts <= MAX_EXPERTS)
-        and max(hidden, attention.q_proj.out_features, experts.down_proj.shape[2]) <= MAX_WIDTH
-        and _fits_decoding(mlp.shared_expert, experts, origin)
+        and _is_like_experts(mlp.shared_expert, experts, origin)
         and all(
             _is_plain_tree(part, origin, dtype)
             for part in layer._modules.values()
             if part is not None and part is not layer.mu_norm
         )
+        and _fits_decode_kernels(attention, dynamics, mlp)
     )
 
 
@@ -412,12 +411,21 @@ def _is_plain_embedding(embedding: nn.Module | None, dtype: torch.dtype) -> bool
     return is_own and _is_plain_weight(embedding.weight, dtype)
 
 
-def _fits_decoding(shared: nn.Module | None, experts: nn.Module, origin: str) -> bool:
-    """Whether the decode kernels compute a shared expert beside these experts, with their activation."""
-    if shared is None:
-        return True
-    is_own = type(shared).__module__ == origin and activation_of(shared) == activation_of(experts)
-    return is_own and shared.down_proj.in_features <= MAX_WIDTH
+def _is_like_experts(shared: nn.Module | None, experts: nn.Module, origin: str) -> bool:
+    """Whether a shared expert, if there is one, is of our class and has the activation of the experts."""
+    return shared is None or (type(shared).__module__ == origin and activation_of(shared) == activation_of(experts))
+
+
+def _fits_decode_kernels(attention: nn.Module, dynamics: nn.Module | None, mlp: nn.Module) -> bool:
+    """Whether the sizes are ones that the decode kernels take. All modules are plain: others may not have these."""
+    widths = [attention.q_proj.in_features, attention.q_proj.out_features, mlp.experts.down_proj.shape[2]]
+    if mlp.shared_expert is not None:
+        widths.append(mlp.shared_expert.down_proj.in_features)
+    return (
+        max(widths) <= MAX_WIDTH
+        and (dynamics is None or dynamics.controller_in.out_features <= MAX_CONTROLLER)
+        and (mlp.mu_router is None or mlp.experts.num_experts <= MAX_EXPERTS)
+    )
 
 
 def plain_static_layer(cache: Cache | None, layer_idx: int) -> StaticLayer | None:
@@ -568,13 +576,13 @@ def triton_layer(
     attention, dynamics, experts, router = layer.self_attn, layer.dynamics, layer.mlp.experts, layer.mlp.mu_router
     B, _, H = hidden_states.shape  # one token in each row; a routing plan would not be worth following
     flat = lambda x: None if x is None else x.reshape(B, -1).contiguous()  # noqa: E731
-    guidance = layer.guide(guidance)
-    is_guided = guidance is not None
+    guided_by = layer.guide(guidance)
+    is_guided = guided_by is not None
     qkv = decode_qkv(
         flat(hidden_states),
         layer.input_layernorm.weight,
         layer.input_layernorm.eps,
-        flat(guidance),
+        flat(guided_by),
         attention.q_proj.weight,
         attention.k_proj.weight,
         attention.v_proj.weight,

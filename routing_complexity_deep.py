@@ -237,11 +237,15 @@ class TokenRoutingMixin(PreTrainedModel):
     def routing_plans(self, expert_ids: list[Tensor]) -> Sequence[RoutingPlan | None]:
         """The plan of each layer, made at once for all, or None where the layer itself has to sort its tokens.
 
-        A layer has to where mu may override the expert, and where `experts_implementation` takes no plan.
+        A layer has to where mu may override the expert, and where `experts_implementation` takes no plan. It also does
+        in a step of one new token per row on the kernels: it then needs one launch or no order at all, which is less
+        work than to divide a plan of all layers.
         """
         make_plan = ROUTING_PLANS.get(self.config._experts_implementation)
         if make_plan is None or self.config.use_mu_routing or is_transformed():
             return [None] * len(expert_ids)
         if self.config.routing_per_layer:
+            if self.config._experts_implementation == "cggr" and expert_ids[0].shape[1] == 1:
+                return [None] * len(expert_ids)
             return layer_routing_plans(make_plan, torch.stack(expert_ids).flatten(1), self.config.num_experts)
         return [RoutingPlan(*make_plan(expert_ids[0].flatten(), self.config.num_experts))] * len(expert_ids)

@@ -20,9 +20,9 @@ The time is that of reading the weights: 67 MB a layer of the 1.5b shape, 16 us 
 few whole weight rows in registers. The kernels are chained by programmatic dependent launch, so that a kernel's rows
 are on their way while the kernel before it still runs. Every program that needs a norm computes it again, from x in the
 cache. The rows of an expert are fetched for the expert of the routing table, and again in the rare case that mu
-overrides it. Sums for the second norm and for the router come in parts from decode_update_kernel, and are added in a
-fixed order. Results are rounded to the model's dtype where the modules round, and sums are fp32. There is no backward,
-because generation needs no gradient.
+overrides it. Sums for the second norm and for the router come in parts from the kernel that makes x', and are added in
+a fixed order. Results are rounded to the model's dtype where the modules round, and sums are fp32. There is no
+backward, because generation needs no gradient.
 """
 
 import torch
@@ -96,7 +96,7 @@ def decode_qkv_kernel(
         tl.store(out_ptr + t * (Q + 2 * KV) + column + o_n, acc.to(dtype), mask=o_n < N)
 
 
-@kernel()
+@kernel("ids_ptr")
 def decode_value_kernel(
     x_ptr, norm_ptr, guidance_ptr, ids_ptr, gate_ptr, table_ptr, qkv_ptr, A, K, D, H, eps,
     PDL: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
@@ -251,14 +251,14 @@ def decode_update_kernel(
             tl.store(part + 1 + o_e, _times(router, mu))
 
 
-@kernel()
+@kernel("expert_ptr")
 def decode_gate_up_kernel(
     x_ptr, norm_ptr, parts_ptr, expert_ptr, weight_ptr, shared_gate_ptr, shared_up_ptr,
     act_ptr, shared_act_ptr, chosen_ptr, blocks, H, inter, shared, E, eps, base_logit,
     ACTIVATION: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """act [T, I] and chosen [T], the expert that mu routing takes; weight [E, 2I, H]; parts of decode_update_kernel.
+    """act [T, I] and chosen [T], the expert that mu routing takes; weight [E, 2I, H]; parts of x' [T, blocks, 1 + BE].
 
     The last programs: shared_act [T, S] of the shared expert, whose gate and up are [S, H].
     """
@@ -298,7 +298,7 @@ def decode_gate_up_kernel(
     tl.store(out_ptr + o_n, (value * _times(up_rows, n)).to(dtype), mask=o_n < width)
 
 
-@kernel()
+@kernel("expert_ptr")
 def decode_down_kernel(
     x_ptr, act_ptr, shared_act_ptr, expert_ptr, chosen_ptr, weight_ptr, shared_ptr, out_ptr, H, inter, shared,
     ROUTED: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
@@ -341,20 +341,20 @@ def decode_qkv(
     """The normed residual stream and the guidance through the six projections, with value embeddings.
 
     x: residual stream [T, H]; guidance: [T, H] or None. norm_weight: [H], with its eps. q, k, v and mu_q, mu_k, mu_v:
-    [out, H]; without guidance the last three are None. ids: token ids [T] int64, with value_gate [K, H] and
-    value_embedding [V, KV]; or None, all three. All but ids are contiguous and of one dtype.
+    [out, H]; without guidance the last three are None. ids: token ids [T], with value_gate [K, H] and value_embedding
+    [V, KV]; or None, all three. All are contiguous, and all but ids of one dtype.
 
     Returns: [T, Q + 2 KV], the columns of q, k and v side by side.
     """
     (T, H), Q, KV = x.shape, q.shape[0], k.shape[0]
-    out = x.new_empty(T, Q + 2 * KV)
+    out, ids = x.new_empty(T, Q + 2 * KV), None if ids is None else ids.long()  # see `decode_layer_tail`
     _, tile = _rows_config(Q, H, 1 if guidance is None else 2, x.element_size())
     decode_qkv_kernel.launch(
         (cdiv(Q, tile["BN"]) + 2 * cdiv(KV, tile["BN"]),),
         x, norm_weight, guidance, q, k, v, mu_q, mu_k, mu_v, out, T, H, Q, KV, eps,
         HAS_MU=guidance is not None, **tile, **pdl_options(x.device),
     )  # fmt: skip
-    if value_gate is not None:
+    if ids is not None and value_gate is not None:
         K = value_gate.shape[0]
         D = KV // K
         decode_value_kernel.launch(
@@ -407,7 +407,7 @@ def _launch_mlp(
     base_logit: float, gate_up_proj: Tensor, down_proj: Tensor, activation: str,
     shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """x'' [T, H] of x' and the parts [T, blocks, 1 + BE] of its sum of squares and of the router's logits."""
+    """x'' [T, H] of x', int64 ids, and parts [T, blocks, 1 + BE] of x's sum of squares and of the router's logits."""
     (T, H), (E, _, inter), shared = x.shape, down_proj.shape, 0 if shared_down is None else shared_down.shape[1]
     act, shared_act, out = x.new_empty(T, inter), x.new_empty(T, shared), torch.empty_like(x)
     chosen = torch.empty(T if router is not None else 0, dtype=torch.int32, device=x.device)
@@ -446,11 +446,12 @@ def decode_layer_tail(
     mu, mu_proj, controller_in .. controller_out_bias, dt: as in `inl_dynamics_block`.
     norm_weight: [H], with its eps. router: [E, H], with base_logit; None where mu overrides no expert.
     gate_up_proj: [E, 2I, H]. down_proj: [E, H, I]. shared_gate, shared_up: [S, H], shared_down: [H, S], or None, all
-    three. All tensors but expert_ids are contiguous and of one dtype.
+    three. All tensors are contiguous, and all but expert_ids of one dtype.
 
     Returns: (x'', velocity', guidance of the layer above, highway'), each [T, H].
     """
-    (T, H), C, E = x.shape, controller_in.shape[0], down_proj.shape[0]
+    # Ids are cast before the first of the kernels, for a later one reads them before it waits for the one before it.
+    (T, H), C, E, expert_ids = x.shape, controller_in.shape[0], down_proj.shape[0], expert_ids.long()
     options, itemsize = pdl_options(x.device), x.element_size()
     h, mu_l, x_mid, velocity_out, guidance_out, highway_out = (torch.empty_like(x) for _ in range(6))
     z = x.new_empty(T, C)
@@ -491,7 +492,7 @@ def decode_plain_tail(
 
     Returns: x'' [T, H].
     """
-    (T, H), options = x.shape, pdl_options(x.device)
+    (T, H), options, expert_ids = x.shape, pdl_options(x.device), expert_ids.long()  # see `decode_layer_tail`
     programs, tile = _rows_config(H, attention.shape[1], 1, x.element_size())
     x_mid, parts = torch.empty_like(x), torch.empty(T, programs, 2, dtype=torch.float32, device=x.device)
     decode_linear_kernel.launch(

@@ -36,6 +36,10 @@ class _Layer:
     def projections(self) -> tuple[Tensor, ...]:
         return tuple(self.empty(rows, self.hidden) for rows in (self.hidden, self.kv, self.kv) * 2)
 
+    def guidances(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """What attention takes besides x, of its shape: nothing in layer 0, and in all layers of some models."""
+        return (x, None) if self.config.use_mu_guidance else (None,)
+
     def norm_and_tables(self, length: int) -> tuple:
         """Weights of the norms of queries and keys, cos, sin and eps."""
         weight = self.empty(self.head_dim, dtype=self.dtype) if self.config.use_qk_norm else None
@@ -53,8 +57,8 @@ class _Layer:
         return gate_up, self.empty(self.experts, self.hidden, self.width)
 
     def attention(self, tokens: int, trains: bool) -> None:
-        x, guidance = self.empty(tokens, self.hidden), self.empty(tokens, self.hidden)
-        for given in (guidance, None):
+        x = self.empty(tokens, self.hidden)
+        for given in self.guidances(x):
             weights = self.projections()
             _mu_guided_qkv.function(x, given, *weights[:3], *(weights[3:] if given is not None else (None,) * 3))
         heads = self.empty(1, tokens, self.heads + 2 * self.kv_heads, self.head_dim)
@@ -117,18 +121,19 @@ class _Layer:
         if self.config.value_embedding_layers:
             gate, table = self.empty(self.kv_heads, self.hidden), self.empty(self.config.vocab_size, self.kv)
             layers.append((ids, gate, table))
-        for given in (x, None) if self.config.use_dynamics else (None,):
+        for given in self.guidances(x):
             guided = weights[3:] if given is not None else (None,) * 3
             for embedded in layers:
                 decode_qkv.function(x, norm, eps, given, *weights[:3], *guided, *embedded)
-            if self.config.use_dynamics:
-                dynamics = *self.dynamics_weights(), self.config.dynamics_dt
-                router = self.empty(self.experts, self.hidden) if self.config.use_mu_routing else None
-                base_logit = self.config.mu_router_base_logit if self.config.use_mu_routing else 0.0
-                states = x, x, x, given, ids, weights[0]
+        if self.config.use_dynamics:
+            dynamics = *self.dynamics_weights(), self.config.dynamics_dt
+            router = self.empty(self.experts, self.hidden) if self.config.use_mu_routing else None
+            base_logit = self.config.mu_router_base_logit if self.config.use_mu_routing else 0.0
+            for highway in (x, None):
+                states = x, x, x, highway, ids, weights[0]
                 decode_layer_tail.function(*states, *dynamics, norm, eps, router, base_logit, *mlp)
-            else:
-                decode_plain_tail.function(x, x, ids, weights[0], norm, eps, *mlp)
+        else:
+            decode_plain_tail.function(x, x, ids, weights[0], norm, eps, *mlp)
         qkv, scale = self.empty(rows, self.hidden + 2 * self.kv), self.head_dim**-0.5
         decode_attend.function(qkv, query_norm, key_norm, norm_eps, cos, sin, keys, values, used, mask, scale)
 

@@ -108,7 +108,8 @@ class Kernel:
     launch. Here, that is one look-up: the dtypes of tensors, the values of the integers that Triton specialises (sizes
     of the model), and the compile-time constants. Integers named in `runtime`, such as the number of tokens, take no
     part: the kernel is compiled once for all their values. Tensors must begin at a multiple of 16 bytes, as all that
-    PyTorch allocates do; others take Triton's own launch, and so does the interpreter.
+    PyTorch allocates do; others take Triton's own launch, and so does the interpreter. A tensor named in `runtime` may
+    begin anywhere, as the ids of one layer among those of all do, and must always be of one dtype.
     """
 
     def __init__(self, function: Callable, runtime: tuple[str, ...]):
@@ -219,5 +220,5 @@ def compiling_ahead() -> Iterator[None]:
 
 
 def kernel(*runtime: str) -> Callable[[Callable], Kernel]:
-    """Make a function in Triton's language a `Kernel`; `runtime` names the integers that change from call to call."""
+    """Make a function in Triton's language a `Kernel`; `runtime` names what changes from call to call."""
     return lambda function: Kernel(function, runtime)

@@ -24,7 +24,7 @@ from .op_registration import custom_op
 MAX_ROUTED = 128  # experts whose scores a program of mu_route_kernel holds at once
 
 
-@kernel("num_tokens")
+@kernel("num_tokens", "ids")
 def routing_plan_kernel(ids, order, offsets, num_tokens, num_experts, BLOCK: tl.constexpr):
     """Few tokens: a token's sorted position is the number of tokens before it; offsets[e], of ids below e."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -69,7 +69,7 @@ def routing_place_kernel(
     tl.store(offsets + experts, bound, mask=experts <= tl.where(pid == 0, num_experts, -1))
 
 
-@kernel("T")
+@kernel("T", "ids_ptr")
 def mu_route_kernel(
     mu_ptr, router_ptr, ids_ptr, chosen_ptr, T, H, E, base_logit, BT: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr
 ):
@@ -101,7 +101,7 @@ def mu_route(mu: Tensor, router: Tensor, expert_ids: Tensor, base_logit: float) 
     (T, H), E = mu.shape, router.shape[0]
     chosen = torch.empty_like(expert_ids)
     mu_route_kernel.launch(
-        (cdiv(T, 16),), mu, router, expert_ids, chosen, T, H, E, base_logit,
+        (cdiv(T, 16),), mu, router, expert_ids.long(), chosen, T, H, E, base_logit,
         BT=16, BK=128, BE=max(16, next_power_of_2(E)), num_warps=4,
     )  # fmt: skip
     return chosen
@@ -119,7 +119,7 @@ def routing_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
     Stable, like `routing_plan_reference`. One launch up to 512 tokens; beyond, count, running sum, place.
     """
-    expert_ids, tokens = expert_ids.contiguous(), expert_ids.shape[0]
+    expert_ids, tokens = expert_ids.contiguous().long(), expert_ids.shape[0]
     order = expert_ids.new_empty(tokens, dtype=torch.int32)
     offsets = expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
     if tokens <= 512:

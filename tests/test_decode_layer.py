@@ -1,6 +1,8 @@
 """The decoder layer of a few new tokens: its twins in fp64 are the truth, the twins in the same dtype the limit."""
 
 import os
+from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from kernel_twins import (  # noqa: E402
     decode_qkv_reference,
 )
 
+from complexity_deep.kernels import decode_layer, kernel_launch  # noqa: E402
 from complexity_deep.kernels.decode_layer import (  # noqa: E402
     decode_attend,
     decode_layer_tail,
@@ -185,6 +188,29 @@ def test_nan_in_the_bias_of_beta_is_not_hidden():
     arguments[11][32 + 5] = float("nan")
     found = decode_layer_tail(*arguments)[1]
     assert found.isnan().sum() == 1 and found[0, 5].isnan()
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.int32), ids=str)
+def test_ids_may_begin_anywhere(monkeypatch, dtype):
+    """With a table for each layer, a layer's ids lie among those of all: the launch is still the short one."""
+    looked_up, found = [], SimpleNamespace(run=lambda *_: None, function=None, packed_metadata=None)
+    kernels = [x for x in vars(decode_layer).values() if isinstance(x, kernel_launch.Kernel)]
+    for kernel in kernels:
+        jit = defaultdict(lambda kernel=kernel: lambda *_, **__: looked_up.append(kernel.__name__) or found)
+        for name, value in (("is_interpreted", False), ("jit", jit), ("compiled", {})):
+            monkeypatch.setattr(kernel, name, value)
+    monkeypatch.setattr(kernel_launch, "_current_device", lambda: 0)
+    monkeypatch.setattr(kernel_launch, "_current_stream", lambda device: 0)
+    qkv, tail = inputs(2, 32, 32, 16, 16, 4, 8, True, True, "silu")
+    valued, shared, plain, _ = (cast(part, torch.float32, torch.float32) for part in with_more(qkv, tail, 4, 12))
+    ids = torch.zeros(3, 3, dtype=dtype, device=DEVICE)[:, :2]
+    for layer in (0, 1, 2):
+        valued[10], shared[4], plain[2] = ids[layer], ids[layer], ids[layer]
+        decode_qkv(*valued)
+        decode_layer_tail(*shared)
+        decode_plain_tail(*plain)
+    counts = Counter(looked_up)
+    assert counts["decode_value_kernel"] == 1 and max(counts.values()) == 2  # of both tails, whose arguments differ
 
 
 def test_custom_op_contract():

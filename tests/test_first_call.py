@@ -79,6 +79,8 @@ def test_generation_has_the_kernels_of_the_prompt_and_of_a_step(compiled):
     compile_for([33], rows=1, **plain, shared_expert_intermediate_size=32, value_embedding_layers=[1])
     assert {"decode_value_kernel", "decode_linear_kernel", "decode_down_kernel"} <= {*compiled}
     assert "decode_update_kernel" not in compiled
+    # Without guidance the queries, keys and values of all layers come from one kernel.
+    assert compiled.count("decode_qkv_kernel") == compiled.count("decode_value_kernel") == 1
 
 
 def test_kernels_compiled_by_threads_have_their_own_launchers(monkeypatch):

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from complexity_deep import ComplexityDeepForCausalLM
+from complexity_deep import ComplexityDeepForCausalLM, routing_complexity_deep
 from complexity_deep import accelerated_complexity_deep as accelerated
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.routing_complexity_deep import ROUTING_PLANS, layer_routing_plans
@@ -92,7 +92,7 @@ def test_layers_compiled_one_by_one_share_their_code():
 
 
 def test_short_rows_make_no_plans_of_cudnn(monkeypatch):
-    """Longer ones may, and all where the caller has left PyTorch nothing else; the caller's setting stays."""
+    """Longer ones may, and all where the caller has left PyTorch too little else; the caller's setting stays."""
     enabled, sdpa = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(*args, **kwargs):
@@ -109,11 +109,12 @@ def test_short_rows_make_no_plans_of_cudnn(monkeypatch):
         model(random_ids(1, length).to(DEVICE), use_cache=False)
     with pytest.raises(MemoryError):
         model(random_ids(1, 7).to(DEVICE), use_cache=False)
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
-        model(random_ids(1, 9).to(DEVICE), use_cache=False)
+    for other in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, other, SDPBackend.MATH]):
+            model(random_ids(1, 9).to(DEVICE), use_cache=False)
     model.set_kernels_implementation("eager")
     model(random_ids(1, 9).to(DEVICE), use_cache=False)
-    assert enabled == [False, True, False, True, True]
+    assert enabled == [False, True, False, True, True, True]
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -216,6 +217,32 @@ def test_the_decode_kernels_pass_over_no_shared_expert_or_value_embedding_that_d
 
 
 @torch.no_grad()
+def test_a_layer_without_mu_hands_on_what_it_gets(monkeypatch):
+    model = tiny_model(num_hidden_layers=1, **BEST | {"value_embedding_layers": None}).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    x, ids = torch.ones(1, 1, 64, device=DEVICE), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    calls, tables = decode_calls(monkeypatch), model.model.rotary_emb(x, ids)
+    given = {"expert_ids": ids, "position_embeddings": tables, "attention_mask": None}
+    states = model.model.layers[0](x, x + 1, x + 2, x + 3, **given)[1:]
+    assert len(calls) == 1 and all(torch.equal(state, x + 1 + index) for index, state in enumerate(states))
+
+
+@pytest.mark.parametrize("name", ("self_attn.q_proj", "dynamics.controller_in", "mlp.shared_expert.down_proj"))
+@torch.no_grad()
+def test_modules_that_a_caller_put_around_ours_need_no_sizes(monkeypatch, name):
+    model = tiny_model(std=0.1, num_hidden_layers=1, shared_expert_intermediate_size=24).to(DEVICE)
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    calls, ids, layer = decode_calls(monkeypatch), random_ids(1, 1).to(DEVICE), model.model.layers[0]
+    expected = model(ids).logits
+    assert len(calls) == 1
+    layer.set_submodule(name, torch.nn.Sequential(layer.get_submodule(name)))
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
 def test_the_decode_kernels_take_no_more_experts_than_mu_can_choose_among():
     hidden = torch.zeros(1, 1, 64, device=DEVICE)
     for experts, mu_chooses, taken in ((32, True, True), (33, True, False), (1024, True, False), (1024, False, True)):
@@ -233,6 +260,18 @@ def test_plans_of_all_layers_are_those_of_each(experts):
     for plan, own in zip(plans, ids, strict=True):
         for found, expected in zip(plan, make_plan(own, experts), strict=True):
             assert found.dtype == expected.dtype == torch.int32 and torch.equal(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", (1, 5))
+def test_a_step_of_one_token_makes_no_plan_of_all_layers(monkeypatch, rows):
+    """The decode kernels of up to four rows need none, and the other layers each sort their own few tokens."""
+    model, ids = tiny_model(std=0.1, num_hidden_layers=2, **BEST).to(DEVICE), random_ids(rows, 1).to(DEVICE)
+    expected = model(ids, use_cache=False).logits
+    model.set_kernels_implementation("triton")
+    model.set_experts_implementation("cggr")
+    monkeypatch.setattr(routing_complexity_deep, "layer_routing_plans", None)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -165,6 +165,14 @@ def test_a_run_is_repeated_as_it_was():
         runs_of(plans, rows, DATA, ["shared_64"], [1], repeat=True)
 
 
+def test_a_run_that_failed_is_repeated_beside_those_that_ended():
+    plans, asked = [str(PLANS / "stability.yaml")], {"data": DATA, "only": ["dense_active"], "seeds": [0]}
+    first = runs_of(plans, all_swept(), **asked)
+    assert len(first) > 1
+    rows = all_swept() + [{**run, "status": "failed" if run is first[0] else "ok"} for run in first]
+    assert runs_of(plans, rows, **asked, repeat=True) == first
+
+
 def test_equal_seconds_gives_the_slower_model_fewer_tokens():
     speeds = [swept("dense_active", 1e-3, 3.0, "speed", 1000), swept("shared_64", 1e-3, 3.0, "speed", 700)]
     with pytest.raises(InputError, match="The speed of 'shared_64_layers_values' is not measured by the commit"):

@@ -114,7 +114,7 @@ def expand(
                 run["optimizer"] = variant["optimizer"]
             if plan.get("repeat_data"):  # not in the settings of runs that take a single pass
                 run["repeat_data"] = True
-            made = rates_and_lengths_made(run, known) if repeat else rates_and_lengths(plan, name, base, known)
+            made = rates_and_lengths_made(run, rows) if repeat else rates_and_lengths(plan, name, base, known)
             for rate, tokens in made:
                 runs.append({**run, "learning_rate": rate, "tokens": tokens})
     return runs
@@ -131,10 +131,10 @@ def rates_and_lengths(plan: dict, name: str, base: dict, known: list[dict]) -> l
     return [(float(rate) * float(factor), tokens) for rate in rates for factor in factors]
 
 
-def rates_and_lengths_made(run: dict, known: list[dict]) -> list[tuple[float, float]]:
-    """Those of the rows that there are of a run, on its token files."""
-    names = ("plan", "variant", "seed", "data")
-    own = [row for row in known if all(row[name] == run[name] for name in names)]
+def rates_and_lengths_made(run: dict, rows: list[dict]) -> list[tuple[float, float]]:
+    """Those of the rows that there are of a run, on its token files, failed ones too."""
+    names = ("plan", "variant", "seed", "size", "data")
+    own = [row for row in rows if all(row[name] == run[name] for name in names)]
     return list(dict.fromkeys((row["learning_rate"], row["tokens"]) for row in own))
 
 
