@@ -303,3 +303,17 @@ def test_expected_cosine_of_fresh_experts():
     pairs = torch.randn(2, 20_000, 2 * 16 * 16)
     found = torch.nn.functional.cosine_similarity(*pairs, dim=-1).abs().mean().item()
     assert claims.fresh_cosine(base) == pytest.approx(found, rel=0.02)
+
+
+def test_the_same_losses_at_every_point_are_no_gain_and_level():
+    """With one seed too, for that is no chance; one that differs at a point is compared as all others are."""
+    rows = [finished("v0", 0, 3.2), finished("v0_no_mu_routing", 0, 3.2, "ablations"), finished("v0", 1, 3.3)]
+    study = claim_measures.Study(rows, {"variants": {}}, None)
+    outcomes = []
+    for allowed in (0.0, claim_measures.MARGIN):
+        measured = claim_measures.LossDifference("v0", "v0_no_mu_routing", allowed).measure(study)
+        assert "v0 minus v0_no_mu_routing: exactly 0 at every point of the curves" in measured.text
+        outcomes += measured.outcomes
+    assert outcomes == ["does not hold", "holds"]
+    rows[1]["curve"] = [*rows[1]["curve"][:-1], [8, 3.25, 4.25]]
+    assert "exactly" not in claim_measures.LossDifference("v0", "v0_no_mu_routing").measure(study).text

@@ -147,6 +147,13 @@ class Comparison:
         return self.ours, self.control
 
 
+def are_one_computation(ours: list[dict], control: list[dict]) -> bool:
+    """Whether runs of the same seeds have the same losses at every point, which no two models have by chance."""
+    curves = [{row["seed"]: row["curve"] for row in rows} for rows in (ours, control)]
+    common = curves[0].keys() & curves[1].keys()
+    return bool(common) and all(curves[0][seed] == curves[1][seed] for seed in common)
+
+
 @dataclass(frozen=True)
 class LossDifference(Comparison):
     """Held-out loss of `ours` minus that of `control`, which is to be at most `allowed`: 0 for a gain."""
@@ -159,12 +166,15 @@ class LossDifference(Comparison):
         name = f"{self.ours} minus {self.control}"
         if not data:
             return Measured(f"{name}: {no_measurement(study, self.variants)}", [UNMEASURED])
+        found = basis(study, data, self.variants, [len(ours), len(control)])
+        if are_one_computation(ours, control):
+            outcome = HOLDS if self.allowed else FAILS  # as level, or as a gain
+            return Measured(f"{name}: exactly 0 at every point of the curves {found}", [outcome])
         shown, outcomes = [], []
         for text, title in TEXTS.items():
             mean, bounds = difference([row[text] for row in ours], [row[text] for row in control])
             shown.append(f"{title} {signed(mean, bounds)}")
             outcomes.append(judge(bounds, self.allowed, self.allowed - MARGIN))
-        found = basis(study, data, self.variants, [len(ours), len(control)])
         return Measured(f"{name}: {', '.join(shown)} {found}", outcomes)
 
 

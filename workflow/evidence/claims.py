@@ -254,6 +254,8 @@ A verdict follows from the intervals alone:
   -{MARGIN}. Two runs that differ in their seed alone are about {MARGIN} apart.
 - "As good as" **holds** on a text if the interval lies below +{MARGIN}. Otherwise it does not hold if the interval lies
   above 0.
+- Runs of the same seed with the same losses at every point are one computation. Their difference is 0, whatever the
+  number of seeds: no gain, and level.
 - The cost of shifted experts is a gain of the other sign.
 - A ratio or a share holds if its whole interval is on the side of the claim, and does not hold if it is wholly on the
   other.
