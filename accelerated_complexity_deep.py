@@ -309,8 +309,8 @@ def _may_leave_out_cudnn(attention: nn.Module, hidden_states: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _without_cudnn():
-    """On an H100 PyTorch prefers cuDNN, which makes a plan for each new shape. That keeps the host busy for far longer
-    than short rows keep the GPU, and rows of text have a new length in nearly every step."""
+    """On an H100 PyTorch prefers cuDNN, which makes a plan for each new shape. The host makes it while the GPU waits,
+    and rows of text have a new length in nearly every step."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield

@@ -391,6 +391,11 @@ class ComplexityDeepConfig(PreTrainedConfig):
         return self.use_token_routed_mlp and self.num_experts > 1
 
     @property
+    def has_mu(self) -> bool:
+        """Whether any part of a layer takes mu, so that the layers compute it."""
+        return self.use_dynamics or self.use_mu_guidance or (self.is_routed and self.use_mu_routing)
+
+    @property
     def moe_intermediate_size(self) -> int:
         """Width I of one expert (other engines read this name)."""
         return self.intermediate_size // self.num_experts

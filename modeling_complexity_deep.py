@@ -338,7 +338,8 @@ class ComplexityDeepDynamics(nn.Module):
         if self.config.use_dynamics:
             hidden_states, velocity = self.pull(hidden_states, velocity, mu)
         highway = mu if highway is None else highway + mu
-        return hidden_states, velocity, mu, mu + HIGHWAY_SHARE * highway, highway
+        guidance = mu + HIGHWAY_SHARE * highway
+        return hidden_states, velocity, mu, guidance, highway
 
     def pull(self, hidden_states: Tensor, velocity: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
         """One step towards mu: (hidden_states, velocity), each [B, S, H]."""
@@ -504,8 +505,7 @@ class ComplexityDeepDecoderLayer(GradientCheckpointingLayer):
         # An eps of 1 bounds a large mu, and leaves alone a small one, such as that of a new model.
         self.mu_norm = nn.RMSNorm(config.hidden_size, 1.0, elementwise_affine=False) if config.use_mu_norm else None
         self.self_attn = ComplexityDeepAttention(config, layer_idx)
-        needs_mu = config.use_dynamics or config.use_mu_guidance or (config.is_routed and config.use_mu_routing)
-        self.dynamics = ComplexityDeepDynamics(config, layer_idx) if needs_mu else None
+        self.dynamics = ComplexityDeepDynamics(config, layer_idx) if config.has_mu else None
         self.mlp = ComplexityDeepTokenRoutedMLP(config) if config.is_routed else ComplexityDeepMLP(config)
         self.input_layernorm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = ComplexityDeepRMSNorm(config.hidden_size, config.rms_norm_eps)

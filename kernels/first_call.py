@@ -174,7 +174,6 @@ def compile_layer_kernels(
                 layer.experts_of(tokens, trains)
         if rows:
             layer.decode_attention(rows)
-            has_mu = config.use_dynamics or config.use_mu_guidance or config.use_mu_routing
             is_routed_by_few = not config.use_mu_routing or config.num_experts <= MAX_EXPERTS
-            if rows <= MAX_ROWS and experts and is_routed_by_few and (has_dynamics or not has_mu):
+            if rows <= MAX_ROWS and experts and is_routed_by_few and (has_dynamics or not config.has_mu):
                 layer.decode(rows)

@@ -52,7 +52,8 @@ def run_plans(args: argparse.Namespace) -> None:
     missing = missing_of(runs, [] if args.repeat else rows)
     for run in missing:
         check_length(run, data)
-        check_data(args.data, data, run["row_length"])
+    for row_length in {run["row_length"] for run in missing}:
+        check_data(args.data, data, row_length)
     gpus = visible_gpus()
     print(
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",

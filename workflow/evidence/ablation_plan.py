@@ -150,8 +150,9 @@ def runs_of(
 ) -> list[dict]:
     """The finished descriptions of the runs of several plans, those of some variants and seeds alone if they are named.
 
-    Runs of another length, `tokens`, get a plan of their own, for they belong in no table of the plan's.
-    Raises `InputError` for names and seeds that the plans do not have.
+    Runs of another length, `tokens`, get a plan of their own, for they belong in no table of the plan's. With `repeat`
+    they are those that runs.csv has, as they were. Raises `InputError` for names and seeds that the plans do not have,
+    and where no run is left.
     """
     plans = [shipped(plan) for plan in plans]
     for option, names, field in (("--only", only, "variants"), ("--seeds", seeds, "seeds")):
