@@ -30,8 +30,8 @@ def modulo_routing(vocab_size: int, num_experts: int) -> Tensor:
 
 
 def random_routing(vocab_size: int, num_experts: int, seed: int = 0) -> Tensor:
-    """A fixed random table with equal numbers of ids per expert. Returns [V] int64."""
-    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))
+    """A fixed random table with equal numbers of ids per expert, the same on every device. Returns [V] int64."""
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed), device="cpu")
     return modulo_routing(vocab_size, num_experts)[order]
 
 
@@ -53,11 +53,12 @@ def balanced_routing(token_counts: Tensor, num_experts: int, seed: int = 0) -> T
     the fewest ids. Another `seed` gives another table as balanced, because it disturbs the order in which ids are given
     out: each count weighs up to twice as much. Returns [V] int64.
     """
-    table = torch.empty(len(token_counts), dtype=torch.int64)
     counts = token_counts.cpu()
-    weight = torch.ones(len(counts), dtype=torch.float64)
+    table = torch.empty_like(counts, dtype=torch.int64)
+    weight = torch.ones_like(counts, dtype=torch.float64)
     if seed:
-        weight += torch.rand(len(counts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        weight += torch.rand(weight.shape, generator=generator, dtype=torch.float64, device="cpu")
     order = torch.argsort(counts * weight, descending=True, stable=True)
     counts = counts[order]
     seen = int((counts > 0).sum())

@@ -20,7 +20,7 @@ from complexity_deep import (
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
 from complexity_deep.kernels.kernel_reference import routing_plan_reference
 from complexity_deep.modeling_complexity_deep import ComplexityDeepRMSNorm
-from complexity_deep.routing_complexity_deep import ROUTING_PLANS, balanced_routing
+from complexity_deep.routing_complexity_deep import ROUTING_PLANS, balanced_routing, random_routing
 from support import random_ids, tiny_config, tiny_model
 
 ABLATIONS = {
@@ -389,6 +389,18 @@ def test_mu_routing_overrides_each_layer_s_own_table():
     for layer in range(3):
         assert torch.equal(outputs.expert_ids[layer], outputs.router_logits[layer].argmax(-1).view(2, 9))
         assert not torch.equal(outputs.expert_ids[layer], model.model.token_to_expert[layer][ids])
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda" if torch.cuda.is_available() else "cpu"])
+def test_routing_tables_do_not_depend_on_the_default_device(device):
+    counts = torch.arange(24) % 7
+    random, balanced = random_routing(24, 4, seed=1), balanced_routing(counts, 4, seed=1)
+    with torch.device(device):
+        tables = random_routing(24, 4, seed=1), balanced_routing(counts, 4, seed=1)
+        model = ComplexityDeepForCausalLM(tiny_config(routing="random", routing_per_layer=True))
+    assert torch.equal(tables[1], balanced) and model.model.token_to_expert.device.type == device
+    if device != "meta":
+        assert torch.equal(tables[0].cpu(), random)
 
 
 def test_balanced_routing_per_layer_is_balanced_and_differs():
