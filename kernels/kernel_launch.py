@@ -206,11 +206,15 @@ def compiling_ahead() -> Iterator[None]:
     them. A kernel that does not compile is left to its first launch, which says so.
     """
     jobs = _AHEAD.jobs = {}
-    # The key of every compiled kernel has a hash of all of Triton, 400 MB. Triton keeps it, but threads that begin
-    # together would each compute it, and wait for Python's lock after every megabyte.
-    triton.runtime.cache.triton_key()
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as _AHEAD.pool:
         try:
+            # On an empty cache a C compiler makes what Triton calls the driver with, which takes half a second.
+            driver = _AHEAD.pool.submit(lambda: triton.runtime.driver.active)
+            # The key of every compiled kernel has a hash of all of Triton, 400 MB. Triton keeps it, but threads that
+            # begin together would each compute it, and wait for Python's lock after every megabyte.
+            triton.runtime.cache.triton_key()
+            with contextlib.suppress(Exception):  # the first launch says why there is none
+                driver.result()
             yield
         finally:
             _AHEAD.pool, _AHEAD.jobs = None, {}
