@@ -284,7 +284,7 @@ def test_nothing_is_said_without_measurements(tmp_path):
     assert words.pop(exact)[1] == "holds"  # it needs no run
     assert {word for _, word in words.values()} == {"open", "not testable here"}
     assert all("not measured yet" in measured for measured, word in words.values() if word == "open")
-    assert f"**{len(claims.CLAIMS)} claims: 1 holds" in page
+    assert f"**{len(claims.CLAIMS)} claims: holds (1)" in page
 
 
 def test_commands_make_the_rows_that_a_claim_compares():

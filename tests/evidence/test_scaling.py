@@ -181,10 +181,11 @@ def test_spread_is_pooled_within_variants_and_token_files():
     rows = [finished("v0", seed, loss) for seed, loss in enumerate((3.0, 3.02))]
     rows += [finished("dense_active", seed, loss, data="second") for seed, loss in enumerate((5.0, 5.01, 5.02))]
     rows += [finished("dense_active", 0, 4.0), finished("shared_64", 0, 9.0)]  # one seed each
+    rows += [finished("v0_plain", seed, 3.0 + seed, plan="ablations") for seed in (0, 1)]  # takes part in no comparison
     spread = estimate.spread_of_seeds(rows, "held_out_edu")
     assert spread.freedom == 3 and spread.deviation == pytest.approx(math.sqrt((0.0002 + 0.0002) / 3))
     assert spread.upper == pytest.approx(spread.deviation * math.sqrt(3 / stats.chi2.ppf(0.05, 3)))
-    assert estimate.spread_of_seeds(rows[-2:], "held_out_edu") is None
+    assert estimate.spread_of_seeds(rows[-4:], "held_out_edu") is None
 
 
 @pytest.fixture

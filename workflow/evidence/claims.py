@@ -284,7 +284,7 @@ def write_claims(output: Path, rows: list[dict], recipes: str) -> str:
         shown = word if word == OPEN else f"**{word}**"
         lines.append([f"{number}", f"{claim.claim} ({claim.source})", claim.quantity, claim.null, measured, shown])
     found = ", ".join(
-        f"{verdicts.count(word)} {word}" for word in (HOLDS, IN_PART, FAILS, OPEN, NOT_TESTABLE) if word in verdicts
+        f"{word} ({verdicts.count(word)})" for word in (HOLDS, IN_PART, FAILS, OPEN, NOT_TESTABLE) if word in verdicts
     )
     header = ["", "claim (source)", "quantity", "null", "measured here", "verdict"]
     page = ["# The claims, and what was measured", "", f"**{len(CLAIMS)} claims: {found}.**", ""]
