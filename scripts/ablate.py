@@ -45,6 +45,9 @@ def run_plans(args: argparse.Namespace) -> None:
         )
     for folder, option in ((args.output_dir, "--output-dir"), (args.log_dir, "--log-dir")):
         check_output_folder(folder, option)
+    if args.save_models:
+        check_output_folder(args.save_models, "--save-models")
+        Path(args.save_models).mkdir(parents=True, exist_ok=True)
     results = Results(Path(args.output_dir, "runs.csv"))
     results.path.parent.mkdir(parents=True, exist_ok=True)
     data, rows = read_data(args.data), read_rows(results.path)
@@ -60,6 +63,7 @@ def run_plans(args: argparse.Namespace) -> None:
         flush=True,
     )
     options = {"data": args.data, "eos_token_id": data["eos_token_id"], "compiled": not args.eager}
+    options["models"] = args.save_models
     runner = Runner(
         results,
         train_in_child,
@@ -120,6 +124,7 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--eager", action="store_true", help="compile nothing")
     run.add_argument("--start-method", default="forkserver", choices=("forkserver", "spawn"), help="of the processes")
     run.add_argument("--log-dir", default="runs/evidence/logs", help="what each run prints (default: %(default)s)")
+    run.add_argument("--save-models", metavar="FOLDER", help="keep the trained models, for evaluate.py and analyze.py")
     run.add_argument("--commit", default=commit(), help="commit to record (default: that of this checkout)")
     report = commands.add_parser("report", help="write docs/evidence.md, its pages and figures from runs.csv")
     report.add_argument("--data", help="count the tokens of each expert in these token files first, into balance.json")

@@ -24,7 +24,7 @@ from complexity_deep.workflow.evaluation import task_data
 from complexity_deep.workflow.evaluation.contamination import contamination
 from complexity_deep.workflow.evaluation.harness import HarnessModel
 from complexity_deep.workflow.evaluation.perplexity import perplexity_metrics, perplexity_scores, token_nll
-from complexity_deep.workflow.evaluation.task_data import stage, task_manager
+from complexity_deep.workflow.evaluation.task_data import find_file, stage, task_manager
 from support import REPOSITORY
 
 CONTEXT, VOCABULARY = 96, 300
@@ -424,6 +424,20 @@ def test_contamination(tmp_path, our_folder, data, rows):
         assert notes[task] == "only the first 2 documents of each task"
     page = (tmp_path / "out" / "evaluation.md").read_text()
     assert "fine-tuned on allenai/ai2_arc" in page and "| arc_challenge, acc |" in page
+
+
+def test_files_are_found_in_folders_that_are_links(tmp_path):
+    real, data = tmp_path / "elsewhere" / "wikitext2", tmp_path / "data"
+    real.mkdir(parents=True), data.mkdir()
+    (real / "test.txt.gz").touch()
+    (data / "wikitext2").symlink_to(real)
+    assert find_file(data, "wikitext", "test") == data / "wikitext2" / "test.txt.gz"
+    (data / "again").symlink_to(data)  # and so on, without an end
+    assert find_file(data, "wikitext", "test").resolve() == real / "test.txt.gz"
+    (data / "wikitext3").mkdir()
+    (data / "wikitext3" / "test.txt").touch()
+    with pytest.raises(InputError, match="more than one test file"):
+        find_file(data, "wikitext", "test")
 
 
 def bad_inputs():

@@ -298,6 +298,7 @@ def test_a_run_that_its_tokens_do_not_suffice_for_is_refused():
         (["--tokens", "nan"], "'nan' is not a number above 0"),
         (["--gpus", 0], "'0' is not a whole number of at least 1"),
         (["--output-dir", "/dev/null/here"], "--output-dir '/dev/null/here' cannot be a folder"),
+        (["--save-models", "/dev/null/here"], "--save-models '/dev/null/here' cannot be a folder"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_sentence(tmp_path, options, sentence):

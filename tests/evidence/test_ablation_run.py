@@ -62,6 +62,26 @@ def test_a_run_learns_and_measures_itself(data):
     assert ablation_run.train(toy_run(seed=1), data, eos_token_id=0, compiled=False)["curve"] != result["curve"]
 
 
+LEARNED = {"model_type": "qwen3_moe", "head_dim": 16, "num_experts_per_tok": 1, "norm_topk_prob": False}
+LEARNED |= {"moe_intermediate_size": 16, "scaled_residual_init": True}
+
+
+@pytest.mark.parametrize("config", [{}, LEARNED])
+def test_the_model_of_a_run_is_saved_whole(data, tmp_path, config):
+    run = toy_run(plan="headline", settings="0a1", tokens=64 * 4 * 4, config=config)
+    (tmp_path / "headline-toy-0-0a1" / "old").mkdir(parents=True)
+    result = ablation_run.train(run, data, 0, False, models=str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["headline-toy-0-0a1"] and "reason" not in result
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "headline-toy-0-0a1")
+    AutoTokenizer.from_pretrained(tmp_path / "headline-toy-0-0a1")
+    ablation_run.use_chunked_loss(model)
+    held_out = ablation_run.HeldOut(model, data, 64, 4, eos_token_id=0)
+    assert held_out()["edu"] == pytest.approx(result["held_out_edu"], abs=1e-4)
+    (tmp_path / "file").touch()
+    again = ablation_run.train(run, data, 0, False, models=str(tmp_path / "file"))
+    assert again["curve"] == result["curve"] and again["reason"].startswith("its model was not saved: ")
+
+
 @pytest.mark.parametrize("config", [{}, {"use_token_routed_mlp": False, "use_mu_guidance": False}])
 def test_a_run_with_muon_learns_and_repeats(data, config):
     short = {"config": config, "tokens": 64 * 4 * 12}
@@ -99,9 +119,7 @@ def test_a_run_that_diverges_in_its_warm_up_says_so(data):
 def test_frozen_experts_do_not_move_and_a_learned_router_trains(data):
     frozen = ablation_run.train(toy_run(freeze_mlp=True), data, eos_token_id=0, compiled=False)
     assert frozen["expert_norm_ratio"] == 1.0
-    moe = {"model_type": "qwen3_moe", "head_dim": 16, "num_experts_per_tok": 1, "norm_topk_prob": False}
-    moe |= {"moe_intermediate_size": 16, "scaled_residual_init": True}
-    learned = ablation_run.train(toy_run(config=moe, balance_loss=0.01), data, eos_token_id=0, compiled=False)
+    learned = ablation_run.train(toy_run(config=LEARNED, balance_loss=0.01), data, eos_token_id=0, compiled=False)
     assert learned["status"] == "ok" and learned["held_out_edu"] < 3.5 and "shifted_edu" not in learned
 
 

@@ -13,6 +13,7 @@ Few-shot examples come from mmlu_dev*.parquet, and from files with `train` in pl
 any source of data/text_sources.py; every source is a task of its own.
 """
 
+import glob
 import gzip
 import itertools
 import re
@@ -80,7 +81,9 @@ def find_file(data_dir: Path, task: str, split: str) -> Path | None:
     patterns = [f"{task}_{FILE_NAMES[split]}*.parquet"]
     if task == "wikitext":
         patterns = [f"wikitext*/{FILE_NAMES[split]}*.txt", f"wikitext*/{FILE_NAMES[split]}*.txt.gz"]
-    found = sorted(path for pattern in patterns for path in data_dir.rglob(pattern))
+    # `glob` goes into folders that are links, as `Path.rglob` does not. A file may then be found by several ways.
+    names = (name for pattern in patterns for name in glob.glob(f"**/{pattern}", root_dir=data_dir, recursive=True))
+    found = sorted({path.resolve(): path for path in map(data_dir.joinpath, names)}.values())
     if len(found) > 1:
         raise InputError(f"{task} has more than one {split} file: {', '.join(map(str, found))}.")
     return found[0] if found else None

@@ -256,6 +256,11 @@ def finish(run: dict, smoke: bool) -> dict:
     return run
 
 
+def name_of(run: dict) -> str:
+    """What its log and its saved model are called."""
+    return f"{run['plan']}-{run['variant']}-{run['seed']}-{run['settings']}"
+
+
 def identity(run: dict) -> tuple:
     return tuple(str(run[name]) for name in IDENTITY)
 

@@ -5,9 +5,11 @@ weights under bf16 autocast, AdamW or Muon that decays matrices, a loss in chunk
 """
 
 import math
+import shutil
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter,
 from complexity_deep.accelerated_complexity_deep import cggr_experts_forward
 from complexity_deep.training_graph_complexity_deep import is_replayed
 from complexity_deep.workflow.evidence.ablation_data import TrainingBatches, batch_of, token_counts, token_rows
-from complexity_deep.workflow.evidence.ablation_plan import MUON
+from complexity_deep.workflow.evidence.ablation_plan import MUON, name_of
 from complexity_deep.workflow.flops import active_parameters, total_parameters
 from complexity_deep.workflow.training.chunked_loss import use_chunked_loss
 from complexity_deep.workflow.training.muon import muon_for_trainer
@@ -234,9 +236,20 @@ def training_arguments(run: dict, steps: int, folder: str) -> TrainingArguments:
     )
 
 
-def train(run: dict, data: str, eos_token_id: int, compiled: bool) -> dict:
+def save(model: PreTrainedModel, data: str, folder: Path) -> None:
+    """Model and tokenizer as `from_pretrained` takes them; in `folder` once all of it is written."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    load_tokenizer(f"{data}/tokenizer").save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def train(run: dict, data: str, eos_token_id: int, compiled: bool, models: str | None = None) -> dict:
     """Train and measure one run; returns the columns of runs.csv that only the run itself can know.
 
+    `models` is a folder that a model which did not diverge is saved in. Where that fails, the row says so.
     Raises `InputError` for data that do not suffice, and whatever training raises.
     """
     wall = time.perf_counter()
@@ -292,5 +305,10 @@ def train(run: dict, data: str, eos_token_id: int, compiled: bool) -> dict:
             result["expert_norm_ratio"] = round(expert_norm(model) / norm_before, 4)
         if getattr(model.base_model, "token_to_expert", None) is not None:
             result["shifted_edu"] = round(shifted_loss(model, held_out), 5)
+        if models:
+            try:
+                save(model, data, Path(models, name_of(run)))
+            except Exception as error:  # the measurements are kept; a full disk has a class of its own
+                result["reason"] = f"its model was not saved: {error}"
     result["wall_seconds"] = round(time.perf_counter() - wall, 1)
     return result

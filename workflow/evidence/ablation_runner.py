@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from complexity_deep.workflow.evidence.ablation_plan import name_of
 from complexity_deep.workflow.evidence.ablation_results import Results, is_dead
 
 
@@ -109,7 +110,7 @@ class Runner:
     def _train(self, run: dict, gpu: str) -> dict | None:
         """What the child sends, or why it sent nothing; None for a run that was not begun."""
         receiver, sender = self.context.Pipe(duplex=False)
-        log = self.logs / f"{run['plan']}-{run['variant']}-{run['seed']}-{run['settings']}.log"
+        log = self.logs / f"{name_of(run)}.log"
         arguments = (run, gpu, self.threads, str(log), sender)
         process = self.context.Process(target=self.train_in_child, args=arguments, kwargs=self.options)
         with self.starts_and_joins:
@@ -136,4 +137,5 @@ class Runner:
         return (
             f"{what}: edu {row['held_out_edu']:.4f}, books {row['held_out_books']:.4f}, {row['seconds']:.0f} s of "
             f"{row['wall_seconds']:.0f}, {row['tokens_per_second']:,} tokens/s"
+            + (f"; {row['reason']}" if row.get("reason") else "")
         )
