@@ -3,7 +3,7 @@
     python scripts/ablate.py prepare --tokenizer runs/tokenizer --sources 'edu/train-*.parquet' 'more/*.parquet' \\
         --source-weights 0.25 0.75 --tokens 1.06e8 --held-out-edu edu/validation.parquet --held-out-books books.parquet
     python scripts/ablate.py run --plan recipes/evidence/headline.yaml --runs-per-gpu 2
-    python scripts/ablate.py run --plan recipes/evidence/headline.yaml --only shared_64 --seeds 0
+    python scripts/ablate.py run --plan recipes/evidence/headline.yaml --only v0 --seeds 0 --save-models runs/models
     python scripts/ablate.py report
     python scripts/ablate.py report --data runs/evidence/data      counts the tokens of each expert too
 
