@@ -24,6 +24,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
 from complexity_deep.workflow.evidence.balance import FILE as BALANCE
 from complexity_deep.workflow.evidence.claims import write_claims
 from complexity_deep.workflow.evidence.estimate import write_estimate
+from complexity_deep.workflow.evidence.parts import parts_section
 from complexity_deep.workflow.evidence.scaling import SIZES, scaling_section
 
 NAMES_OF_VARIANTS = """\
@@ -84,6 +85,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         "",
         *NAMES_OF_VARIANTS,
         "",
+        *parts_section(rows, base),
     ]
     for title, found, plans in (
         ("At equal tokens", equal_tokens, EQUAL_TOKENS),
