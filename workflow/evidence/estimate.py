@@ -288,7 +288,7 @@ def write_estimate(output: Path, rows: list[dict], recipes: str) -> str:
     page += [
         "An estimate on paper: nothing of that size was trained for it. Written by `python scripts/ablate.py report`;"
     ]
-    page += ["the runs at three sizes are in the [study](../evidence.md).", ""]
+    page += ["the runs that there are, all of them far smaller, are in the [study](../evidence.md).", ""]
     results, config = REPOSITORY / "benchmarks/results.csv", REPOSITORY / "configs/1.5b.json"
     (output / "scaling.md").write_text("\n".join([*page, *estimate_lines(rows, Path(recipes), results, config)]) + "\n")
     return f"from {len(rows)} runs"

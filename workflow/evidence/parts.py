@@ -12,10 +12,10 @@ from complexity_deep.workflow.evidence.ablation_report import (
 )
 from complexity_deep.workflow.evidence.claim_measures import (
     Study,
-    are_one_computation,
     diverged,
     most_seeds,
     no_measurement,
+    seeds_of_one_computation,
 )
 from complexity_deep.workflow.markdown_table import table
 
@@ -73,7 +73,7 @@ def pair_line(pair: Pair, study: Study) -> list[str]:
     )
     rates = "; ".join(f"{rows[0]['learning_rate']:g}" for rows in groups)
     cells = [part, named, sizes, rates, "; ".join(str(len(rows)) for rows in groups)]
-    if are_one_computation(*groups):
+    if seeds_of_one_computation(*groups):
         return [*cells, "0", "0", "the same computation"]
     found = [difference(column(groups[0], text), column(groups[1], text)) for text in TEXTS]
     cells += [signed(mean, bounds) for mean, bounds in found]
@@ -105,8 +105,8 @@ def parts_section(rows: list[dict], base: dict) -> list[str]:
         "## What each part gives",
         "",
         "Held-out loss at equal tokens of a variant with the part minus that of one without it, so that less than 0 is",
-        "a gain. `better` or `worse`: the interval lies wholly below or above 0. `open`: it holds 0, which does not say",
-        "that the part gives nothing. A part may bring parameters and another learning rate: those of the first",
+        "a gain. `better` or `worse`: the interval lies wholly below or above 0. `open`: it holds 0, which does not",
+        "say that the part gives nothing. A part may bring parameters and another learning rate: those of the first",
         "variant stand before a semicolon, those of the second behind it. Intervals are at 95 %, without a correction",
         f"for {len(PARTS)} lines.",
         "",
