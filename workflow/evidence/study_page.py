@@ -84,7 +84,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         "`shifted experts` the loss with each token sent to the next expert, `norm` the growth of the experts' norms",
         "(1 where they were not trained), and `tokens/s alone` the speed of training with nothing else on the GPU.",
         "Parameters include the tied embedding. Losses compare within one set of token files only; the newest comes",
-        "first.",
+        f"first. [scaling.md]({output.name}/scaling.md) has the spread of seeds pooled over variants.",
         f"All runs are of the study's {base['size']} shape where nothing else is said, which is wider than",
         "`configs/30m.json`; [30m.yaml](../recipes/evidence/30m.yaml) has it and says what each variant is.",
         f"[claims.md]({output.name}/claims.md) puts what the preprints claim beside what these runs say.",
