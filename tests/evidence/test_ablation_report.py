@@ -8,8 +8,14 @@ import pytest
 import yaml
 
 from ablation_rows import PLANS, finished
-from complexity_deep.workflow.evidence import study_page
-from complexity_deep.workflow.evidence.ablation_report import difference, interval
+from complexity_deep.workflow.evidence import ablation_report, study_page
+from complexity_deep.workflow.evidence.ablation_report import (
+    BEYOND,
+    difference,
+    draw_curves,
+    draw_differences,
+    interval,
+)
 from support import REPOSITORY, outcome_of
 
 PREPARE = ["prepare", "--tokenizer", "none", "--sources", "none", "--held-out-edu", "none", "--held-out-books", "none"]
@@ -78,6 +84,7 @@ def test_losses_of_other_token_files_are_not_compared(page):
     assert "-0.200 (95 %: -0.223 to -0.177) at equal tokens on educational text" in text
     assert "-0.500 (1 and 2 seeds, no interval) at equal seconds on educational text" in text
     assert "At equal tokens, token files second" in text and "| 4.9000 | 5.9000 | -0.100 | -0.100 |" in text
+    assert text.index("token files second") < text.index("token files first")  # the newest are read first
 
 
 def test_the_best_at_equal_seconds_is_that_of_the_token_files_with_most_runs(page):
@@ -122,7 +129,10 @@ def test_a_candidate_is_chosen_by_the_seeds_that_were_planned_for_it(page):
     assert "With fewer seeds at equal tokens, and so not compared yet: `shared_64_layers`." in text
     # Two seeds each, 0.003 and 0.001 apart.
     assert "With the seeds 3 and 4 alone, by which it was not chosen, it is -0.092 (95 %: -0.10" in text
+    assert "best of" not in text
     assert "alone" not in page([*dense[:3], *ours[:3]]).partition("Written by")[0]
+    text = page([*dense[:3], *ours[:3], *other[:3], *lucky])
+    assert "It is the best of 2 that were compared" in text and "no seed by which it was not chosen was run" in text
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -230,6 +240,36 @@ def test_a_sweep_says_where_it_does_not_enclose_its_best(page):
     rows[2] = {**rows[2], "status": "diverged", "held_out_edu": None}
     text = page([*rows, finished("v0", 0, 1.0, "learning_rates", learning_rate=2e-3, data="second")])
     assert "| v0 | first | 3.0010 | 3.0000 | diverged |" in text and "for `dense_active`. ##" in text
+
+
+def test_a_sweep_names_variants_for_which_token_files_disagree(page):
+    def sweep(variant, losses, data):
+        rates = (5e-4, 1e-3, 2e-3)
+        return [
+            finished(variant, 0, loss, "learning_rates", learning_rate=rate, data=data)
+            for rate, loss in zip(rates, losses)
+            if loss
+        ]
+
+    rows = sweep("v0", (3.2, 3.0, 3.1), "first") + sweep("v0", (3.2, 3.1, 3.0), "second")
+    rows += sweep("shared_64", (None, 3.1, 3.2), "first") + sweep("shared_64", (3.0, 3.1, 3.2), "second")
+    text = page(rows)
+    assert "Two sets of token files find different rates best, of those that both have, for `v0`: so short" in text
+    assert "Held-out loss on educational text after 100M tokens, one seed each." in text
+
+
+def test_one_wide_interval_does_not_hide_the_others(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(ablation_report, "write_figure", lambda figure, path: figures.append(figure))
+    runs = {"dense_active": [finished("dense_active", seed, 3.2 + seed / 1000) for seed in range(2)]}
+    runs["shared_64"] = [finished("shared_64", seed, 3.0 + seed / 1000) for seed in range(2)]
+    runs["v0_router_gradient"] = [finished("v0_router_gradient", seed, 3.2 + seed / 2) for seed in range(2)]
+    draw_differences(tmp_path / "differences.png", runs, runs["dense_active"])
+    axes = figures[0].axes[0]
+    assert axes.get_xlim() == pytest.approx((-0.2 - BEYOND, 0.2495 + BEYOND))
+    draw_curves(tmp_path / "curves.png", runs)
+    ends = [line.get_ydata()[-1] for line in figures[1].axes[0].get_lines()]
+    assert ends == sorted(ends, reverse=True)  # as the legend is read
 
 
 def test_seeds_without_a_spread_have_no_interval():

@@ -188,6 +188,14 @@ def test_spread_is_pooled_within_variants_and_token_files():
     assert estimate.spread_of_seeds(rows[-4:], "held_out_edu") is None
 
 
+def test_interval_of_a_difference_by_the_pooled_spread():
+    losses = {"v0": [3.0, 3.02], "dense_active": [3.2, 3.21]}
+    rows = [finished(name, seed, loss) for name, both in losses.items() for seed, loss in enumerate(both)]
+    spread = estimate.spread_of_seeds(rows, "held_out_edu")
+    bounds = stats.ttest_ind(*losses.values(), equal_var=True).confidence_interval(0.95)
+    assert spread.half_width(2) == pytest.approx((bounds.high - bounds.low) / 2)
+
+
 @pytest.fixture
 def results(tmp_path):
     """Made-up rows of results.csv: an older one, the newest on an H100, and one of another GPU after it."""

@@ -30,8 +30,9 @@ TEXTS = {"held_out_edu": "educational text", "held_out_books": "books"}
 GOALS = {"equal tokens": -0.15, "equal seconds": -0.10}
 UPPER_BOUND = -0.05
 CHOICE_SEEDS = (0, 1, 2)  # by which the best candidate is chosen, as planned; later ones measure it without that choice
-MARGIN = 0.02  # nats: about the spread of two runs that differ in their seed alone
+MARGIN = 0.02  # nats: two whole runs that differ in their seed alone are seldom further apart
 SAME_LENGTH = 0.01  # of its tokens that a run of equal seconds may be off, for speeds are measured that well
+BEYOND = 0.15  # nats
 COLOURS = colormaps["tab10"].colors
 
 
@@ -196,6 +197,12 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
             fails |= bounds is not None and not (mean <= GOALS[what] and bounds[1] <= UPPER_BOUND)
             parts.append(f"{with_bounds(ours, theirs)} at {what} on {text}")
         later.append(at_later_seeds(found, others, what))
+    compared = choice_rows(equal_tokens[data], present)
+    if not any(later) and len(compared) > 1:
+        later = [
+            f"It is the best of {len(compared)} that were compared, which makes its difference look larger than it is;",
+            "no seed by which it was not chosen was run yet.",
+        ]
     word = "not reached" if fails else "reached" if is_known else "not decided yet"
     goal = f"{GOALS['equal tokens']} nats at equal tokens and {GOALS['equal seconds']} at equal seconds"
     return [
@@ -298,9 +305,13 @@ def with_bounds(values: list[float], reference: list[float]) -> str:
 
 
 def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
-    """Held-out educational loss against tokens, the mean of the seeds, from a quarter of the run on."""
+    """Held-out educational loss against tokens, the mean of the seeds, from a quarter of the run on.
+
+    The legend has the variants in the order in which their lines end.
+    """
     figure, axes = subplots(figsize=(8, 5))
-    for index, (variant, rows) in enumerate(sorted(runs.items())):
+    ordered = sorted(runs.items(), key=lambda item: statistics.mean(column(item[1], "held_out_edu")), reverse=True)
+    for index, (variant, rows) in enumerate(ordered):
         curves = [row["curve"] for row in rows]
         points = [statistics.mean(losses) for losses in zip(*([point[1] for point in curve] for curve in curves))]
         tokens = [point[0] / 1e6 for point in curves[0]]
@@ -308,14 +319,20 @@ def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
         style = {"color": COLOURS[index % 10], "linestyle": "--" if index >= 10 else "-"}
         axes.plot(tokens[start:], points[start:], label=f"{variant} ({len(rows)})", **style)
     axes.set(xlabel="training tokens, millions", ylabel="held-out loss, nats per token")
-    axes.set_title("Held-out educational text, mean over seeds (number of seeds)")
+    axes.set_title(
+        "Held-out educational text at equal tokens, mean over seeds (their number)\nlegend in the order of last losses"
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     write_figure(figure, path)
 
 
 def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[dict]) -> None:
-    """Difference of every variant to the reference on both texts, with its interval."""
+    """Difference of every variant to the reference on both texts, with its interval.
+
+    The axis reaches `BEYOND` nats past the differences, so that one interval which is much wider than all others does
+    not make these too small to read.
+    """
     name = reference[0]["variant"]
     mean_of = {variant: statistics.mean(column(rows, "held_out_edu")) for variant, rows in runs.items()}
     variants = sorted((variant for variant in runs if variant != name), key=mean_of.get, reverse=True)
@@ -327,11 +344,13 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
             label = title if height == 0 else None
             y = height + 0.15 * (1 - 2 * offset)
             axes.errorbar(mean, y, xerr=error, fmt="os"[offset], color=COLOURS[offset], capsize=3, label=label)
+    means = [difference(column(runs[v], text), column(reference, text))[0] for v in variants for text in TEXTS]
+    axes.set_xlim(min(0, *means) - BEYOND, max(0, *means) + BEYOND)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(variants)), variants)
+    axes.set_yticks([*range(len(variants))], [f"{v} ({len(runs[v])})" for v in variants])
     axes.set(
-        xlabel=f"held-out loss minus that of {name}, nats per token\n"
-        "(left is better, bars: 95 %, no bar: one seed on either side)"
+        title=f"Held-out loss minus that of {name} ({len(reference)})\nat equal tokens (number of seeds)",
+        xlabel="nats per token: left of 0 is better\n(bars: 95 %, cut off at the frame; no bar: one seed)",
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -341,7 +360,8 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
 def sweep_table(rows: list[dict]) -> list[str]:
     """Held-out educational loss of each swept variant and rate; one that diverged says so.
 
-    `rows` are of one size. A sentence names the variants whose best rate has no worse one on both sides.
+    `rows` are of one size. Sentences name the variants whose best rate has no worse one on both sides, and those for
+    which another set of token files finds another rate best.
     """
     sweeps = {row["variant"]: sweep_of(rows, [row["variant"]]) for row in rows if row["plan"] == SWEEP}
     sweeps = {variant: sweep for variant, sweep in sweeps.items() if sweep}
@@ -359,9 +379,36 @@ def sweep_table(rows: list[dict]) -> list[str]:
         lines.append([variant, next(iter(sweep.values()))[0]["data"], *shown])
         if ended and (len(sweep) < FEWEST_RATES or min(ended, key=ended.get) in (min(sweep), max(sweep))):
             at_edge.append(f"`{variant}`")
-    note = [f"The best rate may lie beyond those that were tried for {', '.join(at_edge)}."] if at_edge else []
+    notes = [f"The best rate may lie beyond those that were tried for {', '.join(at_edge)}."] if at_edge else []
+    disagreeing = ", ".join(f"`{variant}`" for variant in sweeps if len(best_rates(rows, variant)) > 1)
+    if disagreeing:
+        notes += [
+            f"Two sets of token files find different rates best, of those that both have, for {disagreeing}:",
+            "so short a sweep with so few seeds does not tell neighbouring rates apart for certain.",
+        ]
     rows_of_table = table(["variant", "token files", *(f"{rate:g}" for rate in rates)], lines, text_columns=2)
-    return [*rows_of_table, *([""] if note else []), *note]
+    lengths = sorted({tried[0]["tokens"] for sweep in sweeps.values() for tried in sweep.values()})
+    tokens = " and ".join(f"{length / 1e6:.0f}M" for length in lengths)
+    most = max(len(tried) for sweep in sweeps.values() for tried in sweep.values())
+    seeds = "one seed each" if most == 1 else f"the mean of up to {most} seeds"
+    above = f"Held-out loss on educational text after {tokens} tokens, {seeds}."
+    return [above, "", *rows_of_table, *([""] if notes else []), *notes]
+
+
+def best_rates(rows: list[dict], variant: str) -> set[float]:
+    """The best rates of a variant by each set of token files, of those that all sets have; `rows` are of one size.
+
+    None where they have fewer than two in common.
+    """
+    own = [row for row in rows if row["plan"] == SWEEP and row["variant"] == variant]
+    found = []
+    for data in dict.fromkeys(row["data"] for row in own):
+        sweep = sweep_of([row for row in own if row["data"] == data], [variant])
+        found.append({rate: tried for rate, tried in sweep.items() if all(row["status"] == "ok" for row in tried)})
+    common = set.intersection(*map(set, found)) if found else set()
+    if len(common) < 2:
+        return set()
+    return {min(common, key=lambda rate: statistics.mean(column(sweep[rate], "held_out_edu"))) for sweep in found}
 
 
 def stability_table(rows: list[dict]) -> list[str]:
@@ -415,8 +462,9 @@ def repeats_section(rows: list[dict]) -> list[str]:
         "",
         *table(header, lines, text_columns=4),
         "",
-        f"{agreeing} of {len(repeated)} agree within {MARGIN} nats on both texts, which is about what two runs of 100M",
-        "tokens that differ in their seed alone are apart. Each table has the last of them.",
+        f"{agreeing} of {len(repeated)} agree within {MARGIN} nats on both texts. Two runs of 100M tokens that differ",
+        "in their seed alone are seldom further apart; how far shorter ones are was not measured. Each table has the",
+        "last of them.",
         "",
     ]
 

@@ -89,10 +89,13 @@ def plural(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def basis(study: Study, data: str, variants: tuple[str, ...], numbers: list[int]) -> str:
-    """What a figure rests on: seeds of each variant, token files, seeds that diverged and rates that were left."""
+def basis(study: Study, data: str, variants: tuple[str, ...], numbers: list[int], is_exact: bool = False) -> str:
+    """What a figure rests on: seeds of each variant, token files, seeds that diverged and rates that were left.
+
+    One that is exact needs no interval.
+    """
     seeds = plural(numbers[0], "seed") if len(set(numbers)) == 1 else " and ".join(map(str, numbers)) + " seeds"
-    parts = [seeds if min(numbers) > 1 else f"{seeds}, so no interval", f"files {data}"]
+    parts = [seeds if min(numbers) > 1 or is_exact else f"{seeds}, so no interval", f"files {data}"]
     parts += [f"{lost} and left out" for lost in diverged(study, data, variants)]
     rates = old_rates(study.rows, data, EQUAL_TOKENS, study.base)
     for variant in dict.fromkeys(variants):
@@ -147,11 +150,12 @@ class Comparison:
         return self.ours, self.control
 
 
-def are_one_computation(ours: list[dict], control: list[dict]) -> bool:
-    """Whether runs of the same seeds have the same losses at every point, which no two models have by chance."""
+def seeds_of_one_computation(ours: list[dict], control: list[dict]) -> int:
+    """How many seeds both have, if all of these have the same losses at every point, which no two models have by
+    chance; else 0."""
     curves = [{row["seed"]: row["curve"] for row in rows} for rows in (ours, control)]
     common = curves[0].keys() & curves[1].keys()
-    return bool(common) and all(curves[0][seed] == curves[1][seed] for seed in common)
+    return len(common) if all(curves[0][seed] == curves[1][seed] for seed in common) else 0
 
 
 @dataclass(frozen=True)
@@ -166,10 +170,11 @@ class LossDifference(Comparison):
         name = f"{self.ours} minus {self.control}"
         if not data:
             return Measured(f"{name}: {no_measurement(study, self.variants)}", [UNMEASURED])
-        found = basis(study, data, self.variants, [len(ours), len(control)])
-        if are_one_computation(ours, control):
+        if common := seeds_of_one_computation(ours, control):
             outcome = HOLDS if self.allowed else FAILS  # as level, or as a gain
+            found = basis(study, data, self.variants, [common], is_exact=True)
             return Measured(f"{name}: exactly 0 at every point of the curves {found}", [outcome])
+        found = basis(study, data, self.variants, [len(ours), len(control)])
         shown, outcomes = [], []
         for text, title in TEXTS.items():
             mean, bounds = difference([row[text] for row in ours], [row[text] for row in control])

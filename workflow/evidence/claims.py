@@ -117,7 +117,7 @@ CLAIMS = (
     Claim(
         "Mu makes training converge 2 to 3 times as fast",
         CARD,
-        "tokens to the final loss of the slower one: without guidance / with it",
+        "tokens to the final loss of the slower one: without guidance and its parameters / with them",
         f"1; the claim needs {SPEEDUP:g} or more, and above 1 is in part",
         (Speedup("v0", "v0_no_guidance"),),
     ),
@@ -153,7 +153,7 @@ CLAIMS = (
     Claim(
         "The published CUDA path trains the experts",
         CODE,
-        f"{LOSS}: experts without a gradient, as that path leaves them, minus trained ones",
+        f"{LOSS}: experts without a gradient, as that path leaves them by its code, minus trained ones",
         f"0; level up to {MARGIN:+}",
         (LossDifference("v0_frozen_experts", "v0", MARGIN),),
     ),
@@ -199,9 +199,10 @@ CLAIMS = (
         "dense of equal total and equal active size",
         why_not=lambda study: (
             "A run at 1.5B is beyond this study; [scaling.md](scaling.md) says what it would take. The rows above are "
-            "such controls and ablations at the 30m shape, and [scaling](../evidence.md#scaling) takes a few at 150m. "
-            "A later [card](https://huggingface.co/Pacific-i64/TR-MoE-190M) of the authors shows four runs of 500M "
-            "tokens, one of each kind, of a model with a shared expert."
+            "such controls and ablations at the 30m shape. A few at 150m are planned, and stand in the section on "
+            "[scaling](../evidence.md#scaling) once they are run. A later "
+            "[card](https://huggingface.co/Pacific-i64/TR-MoE-190M) of the authors shows four runs of 500M tokens, "
+            "one of each kind, of a model with a shared expert."
         ),
         command="run --plan recipes/evidence/headline.yaml recipes/evidence/ablations.yaml",
     ),
@@ -251,7 +252,7 @@ experts, and with the residual-scaled init that all variants and controls share.
 A verdict follows from the intervals alone:
 
 - A gain **holds** on a text if the interval lies below 0. Otherwise it does not hold if the interval lies above
-  -{MARGIN}. Two runs that differ in their seed alone are about {MARGIN} apart.
+  -{MARGIN}. Two whole runs that differ in their seed alone are seldom further apart.
 - "As good as" **holds** on a text if the interval lies below +{MARGIN}. Otherwise it does not hold if the interval lies
   above 0.
 - Runs of the same seed with the same losses at every point are one computation. Their difference is 0, whatever the
@@ -262,7 +263,8 @@ A verdict follows from the intervals alone:
 - Counts are exact. Ids are even if experts differ by at most one. Tokens are even if the fullest expert has at most
   {100 * (BALANCED - 1):.0f} % more than the mean, and in part if 97.5 % of random tables load them less evenly.
 - A claim **holds** if all of its quantities hold on both texts. It **holds in part** if some do, or if a weaker form
-  that the row names does on both texts. It **does not hold** if each of its quantities does not hold on either text.
+  that the row names does on both texts. It **does not hold** if each of its quantities does not hold on either text,
+  and no weaker form is still without an interval.
 - Everything else is **open**: no rows, one seed and so no interval, or an interval too wide to decide.
 
 Each interval is at 95 %, without a correction for the number of claims. An interval from two or three seeds is wide.

@@ -70,6 +70,10 @@ class Spread(NamedTuple):
         """The one-sided bound at `CONFIDENCE`."""
         return self.deviation * math.sqrt(self.freedom / float(stats.chi2.ppf(1 - CONFIDENCE, self.freedom)))
 
+    def half_width(self, seeds: int) -> float:
+        """Half the interval of a difference between two variants of `seeds` runs each, if all spread alike."""
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom)) * self.deviation * math.sqrt(2 / seeds)
+
 
 def spread_of_seeds(rows: list[dict], text: str) -> Spread | None:
     """Pooled over the candidates and controls in `rows`, which are of one size, and their token files.
@@ -190,12 +194,19 @@ def spread_lines(spreads: dict[str, dict[str, Spread]]) -> list[str]:
     for size, found in spreads.items():
         cells = [f"{found[text].deviation:.4f} (at most {found[text].upper:.4f})" for text in TEXTS]
         described.append([size, str(found[TEXT].freedom), *cells])
-    text = paragraph(
+    before = paragraph(
         "Standard deviation of the held-out loss between runs that differ in their seed alone, pooled over the",
         "candidates and controls with several seeds in [runs.csv](runs.csv), and its one-sided",
         f"{percent(CONFIDENCE)} bound.",
     )
-    return ["## Spread of seeds", "", *text, "", *table(header, described), ""]
+    size, found = list(spreads.items())[-1]
+    widths = " and ".join(f"{found[text].half_width(2):.3f} on {title}" for text, title in TEXTS.items())
+    after = paragraph(
+        f"If all variants spread alike, the {percent(CONFIDENCE)} interval of a difference between two of them with",
+        f"two seeds each reaches {widths} to each side at {size}. Welch's intervals in the study do not assume that,",
+        "and with two seeds they are often several times as wide; verdicts are by Welch's, as the plan says.",
+    )
+    return ["## Spread of seeds", "", *before, "", *table(header, described), "", *after, ""]
 
 
 def speed_lines(arms: list[Arm], steps: dict[str, dict], active: int) -> list[str]:
@@ -288,7 +299,7 @@ def write_estimate(output: Path, rows: list[dict], recipes: str) -> str:
     page += [
         "An estimate on paper: nothing of that size was trained for it. Written by `python scripts/ablate.py report`;"
     ]
-    page += ["the runs at three sizes are in the [study](../evidence.md).", ""]
+    page += ["the runs that there are, all of them far smaller, are in the [study](../evidence.md).", ""]
     results, config = REPOSITORY / "benchmarks/results.csv", REPOSITORY / "configs/1.5b.json"
     (output / "scaling.md").write_text("\n".join([*page, *estimate_lines(rows, Path(recipes), results, config)]) + "\n")
     return f"from {len(rows)} runs"

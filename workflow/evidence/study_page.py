@@ -24,17 +24,21 @@ from complexity_deep.workflow.evidence.ablation_report import (
 from complexity_deep.workflow.evidence.balance import FILE as BALANCE
 from complexity_deep.workflow.evidence.claims import write_claims
 from complexity_deep.workflow.evidence.estimate import write_estimate
+from complexity_deep.workflow.evidence.parts import parts_section
 from complexity_deep.workflow.evidence.scaling import SIZES, scaling_section
 
 NAMES_OF_VARIANTS = """\
-How to read a name: `v0` is the published architecture with 4 experts. `dense_active` and `dense_total` are dense
-models with as many parameters as `v0` has active and in total. `learned_16` has 16 experts and a learned router, which
-chooses one. `shared_64` has 64 experts, and one that every token passes through. Then `layers` stands for a table of
-its own for each layer, `values` for value embeddings in every second layer and `all_values` for them in all, `plain`
-for no mu and no dynamics, `wide` for the same with their parameters in the shared expert, and `mu_norm` for a mu that
-is bounded before it guides attention. `v0_` and the name of a part is `v0` with that part changed: `no_guidance` and
-the like are without it, `frozen_experts` gives the experts no gradient, as the published CUDA path does, `random` has a
-random table, and `router_gradient` trains the router by which mu overrides experts.
+How to read a name: `v0` is the published architecture with 4 experts, but for the residual-scaled init, which all
+variants share. `dense_active` and `dense_total` are dense models with as many parameters as `v0` has active and in
+total. `learned_4` and `learned_16` are Qwen3-MoE with 4 and 16 experts as wide as the MLP of `dense_active`, of which
+a learned router chooses one. `shared_64` has 64 experts half as wide as those of `v0`, one as wide as them that every
+token passes through, and no mu routing; `shared_256` has 256. Then `layers` stands for a random table of its own for
+each layer instead of the token's id modulo the number of experts; `values` for value embeddings (a gated vector of the
+token's id, added to its values) in every second layer and `all_values` for them in all; `plain` for no mu and no
+dynamics; `wide` for the same with their parameters in the shared expert; and `mu_norm` for a mu that is bounded before
+it guides attention. `v0_` and the name of a part is `v0` with that part changed: `no_guidance` and the like are
+without it and its parameters, `frozen_experts` gives the experts no gradient, as the published CUDA path does,
+`random` has a random table, and `router_gradient` trains the router by which mu overrides experts.
 """.splitlines()
 TEXT_OF_THE_RUNS = """\
 The text of these runs is not in this repository, and no command here makes it: it was drawn from public repositories of
@@ -74,22 +78,26 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     lines = ["# Evidence", "", *verdict(equal_tokens, equal_seconds, name, base["candidates"]), ""]
     lines += [
         f"Written by `python scripts/ablate.py report` from [runs.csv]({output.name}/runs.csv); the plan, which is",
-        f"older than the runs, is [plan.md]({output.name}/plan.md). Means ± standard errors, 95 % intervals in",
-        "brackets; seeds that diverged are named below each table. `shifted experts` is the loss with each token sent",
-        "to the next expert, `norm` the growth of the experts' norms (1 where they were not trained). Losses compare",
-        f"within one set of token files only. All runs are of the study's {base['size']} shape where nothing else is",
-        "said, which is wider than `configs/30m.json`; [30m.yaml](../recipes/evidence/30m.yaml) has it and says what",
-        "each variant is.",
+        f"older than the runs, is [plan.md]({output.name}/plan.md). Losses are in nats per token. Means ± standard",
+        "errors, 95 % intervals in brackets: with two seeds that of a mean reaches 12.7 standard errors to each side;",
+        "seeds that diverged are named below each table. `rate` is the highest learning rate of the schedule,",
+        "`shifted experts` the loss with each token sent to the next expert, `norm` the growth of the experts' norms",
+        "(1 where they were not trained), and `tokens/s alone` the speed of training with nothing else on the GPU.",
+        "Parameters include the tied embedding. Losses compare within one set of token files only; the newest comes",
+        f"first. [scaling.md]({output.name}/scaling.md) has the spread of seeds pooled over variants.",
+        f"All runs are of the study's {base['size']} shape where nothing else is said, which is wider than",
+        "`configs/30m.json`; [30m.yaml](../recipes/evidence/30m.yaml) has it and says what each variant is.",
         f"[claims.md]({output.name}/claims.md) puts what the preprints claim beside what these runs say.",
         "",
         *NAMES_OF_VARIANTS,
         "",
+        *parts_section(rows, base),
     ]
     for title, found, plans in (
         ("At equal tokens", equal_tokens, EQUAL_TOKENS),
         (f"At the seconds of {name}", equal_seconds, EQUAL_SECONDS),
     ):
-        for data, runs in found.items():
+        for data, runs in reversed(found.items()):
             reference = equal_tokens.get(data, {}).get(name, [])
             lines += [f"## {title}, token files {data}", "", *variant_table(runs, reference, speeds), ""]
             lines += below_table(rows, data, plans, base)
