@@ -215,6 +215,22 @@ def test_runs_that_all_diverged_are_named(page):
     assert "in no mean: `shared_64` (1)." in seconds and "in no mean: `v0_muon` (1)." in muon
 
 
+def test_whole_runs_at_other_rates_are_compared_with_those_of_the_sweep(page):
+    rows = [finished("dense_active", seed, 3.1, learning_rate=1e-3) for seed in (0, 1)]
+    assert "Learning rates at the whole length" not in page(rows)
+    for rate, loss in ((5e-4, 3.2), (2e-3, 3.09)):
+        rows += [finished("dense_active", 0, loss, "whole_rates", learning_rate=rate)]
+    text = page(rows)
+    assert "| dense_active | first | 0 | 3.2000 | 3.1000 | 3.0900 |" in text
+    assert "No other rate ends more than 0.02" in text
+    assert "| dense_active | 2.0 / 1.0 | 0.001 | 2 |" in text  # at equal tokens, those of the headline alone
+    rows += [finished("dense_active", 0, 3.07, "whole_rates", learning_rate=2e-3)]  # again
+    rows += [finished("v0", 0, 9.0, "whole_rates", learning_rate=2e-3, status="diverged")]
+    text = page(rows)
+    assert "ends more than 0.02 nats lower for `dense_active`, whose" in text
+    assert "| v0 | first | 0 | | | diverged |" in text
+
+
 def test_stability_is_of_one_set_of_token_files_and_of_whole_numbers(page):
     rows = [finished("v0", seed, 3.0 + 0.01 * seed, "stability") for seed in range(2)]
     rows += [finished("v0", 0, 3.0, "stability", spikes=4)]  # again

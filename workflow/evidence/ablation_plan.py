@@ -15,6 +15,7 @@ DONE = ("ok", "diverged")
 FIELDS = ("base", "variants", "tokens", "learning_rates", "seeds")  # of a plan, and those that it may have:
 OPTIONS = ("equal_seconds_to", "learning_rate_factors", "repeat_data")
 BASE = ("size", "shape", "training", "variants")  # of the file of variants that a plan names
+WHOLE_RATES = "whole_rates"  # the plan that tries other rates than those of the sweep in whole runs
 SWEEP, SWEPT = "learning_rates", "swept"  # the plan that tries rates, and the rates of a plan that takes the best
 FEWEST_RATES = 3  # tried, diverged ones too, before a sweep says which is best
 MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW

@@ -15,6 +15,7 @@ from complexity_deep.workflow.evidence.ablation_plan import (
     FEWEST_RATES,
     MUON,
     SWEEP,
+    WHOLE_RATES,
     identity,
     rate_by_now,
     sweep_of,
@@ -409,6 +410,45 @@ def best_rates(rows: list[dict], variant: str) -> set[float]:
     if len(common) < 2:
         return set()
     return {min(common, key=lambda rate: statistics.mean(column(sweep[rate], "held_out_edu"))) for sweep in found}
+
+
+def whole_rates_section(rows: list[dict]) -> list[str]:
+    """Lines on whole runs at other rates than that of the sweep, beside those of the headline; none without any."""
+    found: dict[tuple, dict[float, dict]] = {}  # the last run of each rate
+    for row in rows:
+        if row["plan"] in (WHOLE_RATES, *EQUAL_TOKENS) and row["status"] in DONE:
+            found.setdefault((row["variant"], row["data"], row["seed"]), {})[row["learning_rate"]] = row
+    tried = {key: runs for key, runs in found.items() if any(row["plan"] == WHOLE_RATES for row in runs.values())}
+    if not tried:
+        return []
+    rates = sorted(set().union(*tried.values()))
+    lines, better = [], []
+    for (variant, data, seed), runs in sorted(tried.items()):
+        ended = {rate: row["held_out_edu"] for rate, row in runs.items() if row["status"] == "ok"}
+        shown = [f"{ended[rate]:.4f}" if rate in ended else "diverged" if rate in runs else "" for rate in rates]
+        lines.append([variant, data, str(seed), *shown])
+        others = [loss for rate, loss in ended.items() if runs[rate]["plan"] == WHOLE_RATES]
+        own = [loss for rate, loss in ended.items() if runs[rate]["plan"] != WHOLE_RATES]
+        if others and own and min(others) < min(own) - MARGIN:
+            better.append(f"`{variant}`")
+    header = ["variant", "token files", "seed", *(f"{rate:g}" for rate in rates)]
+    reading = f"No other rate ends more than {MARGIN} nats lower than that of the sweep."
+    if better:
+        names = ", ".join(dict.fromkeys(better))
+        reading = (
+            f"Another rate than that of the sweep ends more than {MARGIN} nats lower for {names}, whose differences "
+            "above are those of runs that could have been better."
+        )
+    return [
+        "## Learning rates at the whole length",
+        "",
+        "Held-out loss on educational text of whole runs at half and twice the rate of the sweep, beside those at it.",
+        "",
+        *table(header, lines, text_columns=2),
+        "",
+        reading,
+        "",
+    ]
 
 
 def stability_table(rows: list[dict]) -> list[str]:

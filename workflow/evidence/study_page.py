@@ -20,6 +20,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     sweep_table,
     variant_table,
     verdict,
+    whole_rates_section,
 )
 from complexity_deep.workflow.evidence.balance import FILE as BALANCE
 from complexity_deep.workflow.evidence.claims import write_claims
@@ -116,6 +117,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     for size in SIZES:
         swept = sweep_table([row for row in studied if row["size"] == size])
         lines += [f"## Learning rates at {size}", "", *swept, ""]
+    lines += whole_rates_section(rows)
     lines += repeats_section(studied)
     counted = Counter(row["status"] for row in studied)
     outcomes = ", ".join(f"{number} {status}" for status, number in sorted(counted.items()))
