@@ -82,6 +82,24 @@ def nearly_zero(dtype: torch.dtype) -> float:
     return max(1e-12, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
 
 
+def whole_tables(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` with whole numbers in its routing tables, where an average of models has made floats of them.
+
+    0.1 * 3 + 0.9 * 3 is less than 3 in fp32, and PyTorch would cut it to 2, the wrong expert. Raises `ValueError` where
+    the averaged models had tables that differ.
+    """
+    rounded = {}
+    for name, table in state_dict.items():
+        if name.endswith("token_to_expert") and table.is_floating_point() and not table.is_meta:
+            rounded[name] = table.round().long()
+            if (table - rounded[name]).abs().max() > 0.02:
+                raise ValueError(
+                    f"{name} does not hold the numbers of experts: only models with the same routing table can be "
+                    "averaged or merged."
+                )
+    return {**state_dict, **rounded}
+
+
 def trains_mu(config, layer_idx: int) -> bool:
     """Whether a gradient reaches mu of a layer."""
     # Without the update, mu of the last layer can only steer its router, whose argmax passes no gradient.
@@ -100,6 +118,14 @@ def renamed_tensors(config) -> dict[str, str]:
         if not trains_mu(config, layer):
             renamed[f"layers.{layer}.dynamics.mu_proj.weight"] = f"layers.{layer}.dynamics.frozen.mu_proj"
     return renamed
+
+
+def to_model_names(state_dict: dict[str, torch.Tensor], config, prefix: str) -> None:
+    """Give tensors of files, in place, the names of the model, whose base's begin with `prefix`; see `whole_tables`."""
+    for old, new in renamed_tensors(config).items():
+        if prefix + old in state_dict:
+            state_dict[prefix + new] = state_dict.pop(prefix + old)
+    state_dict.update(whole_tables(state_dict))
 
 
 def _native_renamings(config) -> list:
@@ -239,13 +265,18 @@ class Checkpoint:
                 checkpoint.tables.append(tensor)
         return checkpoint
 
+    def read(self) -> dict[str, torch.Tensor]:
+        """Read all tensors into `state_dict`, which is then what is loaded."""
+        if self.state_dict is None:
+            self.state_dict = {name: tensor for file in self.files for name, tensor in load_file(file).items()}
+        return self.state_dict
+
     def convert_experts(self) -> None:
         """Read all tensors and bring the experts to the native layout.
 
         For tensor and expert parallelism: the library shards a tensor as it lies in the file, before it transposes it.
         """
-        if self.state_dict is None:
-            self.state_dict = {name: tensor for file in self.files for name, tensor in load_file(file).items()}
+        self.state_dict = self.read()
         for name in [name for name in self.state_dict if name.endswith((".mlp.gate_proj", ".mlp.up_proj"))]:
             prefix = name.rpartition(".")[0]
             if name.endswith("gate_proj"):  # before 0.12.0
@@ -263,6 +294,12 @@ class Checkpoint:
         """Whether this is a layout of the published package rather than ours."""
         markers = ("mlp.token_to_expert", "mlp.gate_up_proj", "mlp.gate_proj", "rotary_emb.inv_freq")
         return any(self.has(marker) for marker in markers) or self.has("dynamics.controller.0.weight")
+
+    @property
+    def has_averaged_table(self) -> bool:
+        """Whether a routing table is one of floats, see `whole_tables`."""
+        tables = [dtype for name, (dtype, _) in self.keys.items() if name.endswith("token_to_expert")]
+        return any(dtype in _SAFETENSORS_DTYPES for dtype in tables)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -459,9 +496,13 @@ class CheckpointMixin(_Model):
             parallel = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
             if checkpoint.is_published and any(kwargs.get(key) is not None for key in parallel):
                 checkpoint.convert_experts()
+            if checkpoint.has_averaged_table:  # the library would cut its numbers before it converts anything
+                checkpoint.state_dict = whole_tables(checkpoint.read())
             if checkpoint.state_dict is not None:
                 kwargs = {key: value for key, value in kwargs.items() if key not in given}
                 path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
+        elif kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = whole_tables(kwargs["state_dict"])
         if isinstance(kwargs.get("device_map"), dict):
             kwargs["device_map"] = _with_routing_table(kwargs["device_map"], config)
         with file_layouts(config, checkpoint is not None and checkpoint.is_published):

@@ -360,6 +360,34 @@ def test_a_file_that_keeps_the_head_s_name_of_a_tied_weight(tmp_path):
         ComplexityDeepModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("way", ("state dict", "library", "file", "published file"))
+def test_an_average_of_models_has_their_routing_table(way, tmp_path):
+    """0.1 * 3 + 0.9 * 3 is less than 3 in fp32, and would be cut to 2."""
+    model, ids = tiny_model(routing="random"), random_ids(2, 20)
+
+    def average(tensors, others=None):
+        others = others or tensors
+        return {name: 0.1 * tensor + 0.9 * others[name] for name, tensor in tensors.items()}
+
+    def loaded(change):
+        if way == "state dict":
+            found = tiny_model(seed=1)
+            found.load_state_dict(change(model.state_dict()))
+            return found
+        if way == "library":
+            return load(None, config=model.config, state_dict=change(model.state_dict()))
+        save = model.save_published_format if way == "published file" else model.save_pretrained
+        save(tmp_path)
+        rewrite(tmp_path, change)
+        return load(tmp_path)
+
+    found = loaded(average)
+    assert torch.equal(found.model.token_to_expert, model.model.token_to_expert)
+    torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="only models with the same routing table can be averaged"):
+        loaded(lambda tensors: average(tensors, {n: x.flip(0) if "to_expert" in n else x for n, x in tensors.items()}))
+
+
 def test_models_that_threads_load_at_once_do_not_disturb_each_other(tmp_path):
     """The names of their tensors in files differ, and the library has one list of them."""
     ids, folders = random_ids(1, 9, vocab_size=100), {}
