@@ -24,7 +24,6 @@ from transformers.utils import cached_file
 
 PUBLISHED_VERSION = "0.13.0"
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TABLE = re.compile(r"(?:^|\.)layers\.\d+\.mlp\.token_to_expert$")
 # One model is loaded at a time, since the library knows one mapping for a type of model. Each folder with code of its
 # own has a copy of this file, and all of them share the lock.
 _LOADING = vars(conversion_mapping).setdefault("_complexity_deep_loading", threading.RLock())
@@ -189,7 +188,7 @@ def file_layouts(config, is_published: bool):
 class Checkpoint:
     """Names, dtypes and shapes of a checkpoint's tensors, read from the headers alone.
 
-    `keys` maps a name without its leading `model.` to (dtype string, shape). `tables` are the per-layer routing tables.
+    `keys` maps a name without its leading `model.` to (dtype string, shape). `tables` are the routing tables.
     `state_dict` holds the tensors themselves, where the library cannot read them from `files`.
     """
 
@@ -236,7 +235,7 @@ class Checkpoint:
                     for name in tensors.keys():  # noqa: SIM118 (a file handle, not a dict)
                         entry = tensors.get_slice(name)
                         checkpoint.keys[name.removeprefix("model.")] = (entry.get_dtype(), tuple(entry.get_shape()))
-                        if _TABLE.search(name):
+                        if name.endswith("token_to_expert"):
                             checkpoint.tables.append(tensors.get_tensor(name))
             except SafetensorError as error:
                 raise OSError(f"{file} is truncated or not a safetensors file ({error}); download it again.") from None
@@ -261,7 +260,7 @@ class Checkpoint:
         names = {value: key for key, value in _SAFETENSORS_DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
         for name, tensor in loaded.items():
             checkpoint.keys[name.removeprefix("model.")] = (names.get(tensor.dtype, "I64"), tuple(tensor.shape))
-            if _TABLE.search(name):
+            if name.endswith("token_to_expert"):
                 checkpoint.tables.append(tensor)
         return checkpoint
 
@@ -319,7 +318,16 @@ class Checkpoint:
             raise ValueError(f"{self.source} is not a Complexity-Deep checkpoint: it has no {' and no '.join(absent)}.")
 
     def check_version(self, config) -> None:
-        """Raise a clear `ValueError` where the published version that wrote this cannot be computed exactly."""
+        """Raise a clear `ValueError` where the published version that wrote this cannot be computed exactly.
+
+        In any layout, a table may name no expert that the config does not have: its tokens would get zeros.
+        """
+        highest = max((int(table.max()) for table in self.tables), default=0)
+        if config.is_routed and highest >= config.num_experts:
+            raise ValueError(
+                f"{self.source} routes tokens to expert {highest}, but its config has only {config.num_experts} "
+                "experts."
+            )
         if not self.is_published:
             return
         if not config.is_routed and self.has("mlp.gate_up_proj"):
@@ -327,11 +335,6 @@ class Checkpoint:
                 f"{self.source} holds token-routed experts, but its config.json asks for a dense MLP "
                 f"(use_token_routed_mlp={config.use_token_routed_mlp}, num_experts={config.num_experts}); the "
                 "published layout of a single expert is not supported."
-            )
-        if self.tables and int(self.tables[0].max()) >= config.num_experts:
-            raise ValueError(
-                f"{self.source} routes tokens to expert {int(self.tables[0].max())}, but config.json has only "
-                f"{config.num_experts} experts."
             )
         if any(dtype in ("I8", "U8") for dtype, _ in self.keys.values()):
             raise ValueError(f"{self.source} is an INT8 export, which is not supported.")

@@ -388,6 +388,14 @@ def test_an_average_of_models_has_their_routing_table(way, tmp_path):
         loaded(lambda tensors: average(tensors, {n: x.flip(0) if "to_expert" in n else x for n, x in tensors.items()}))
 
 
+def test_fewer_experts_than_the_table_names_are_refused(tmp_path):
+    """The tokens of those that are not there would get zeros. The library lets the experts differ if told to."""
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="routes tokens to expert 3, but its config has only 2 experts"):
+        load(tmp_path, num_experts=2, intermediate_size=88, ignore_mismatched_sizes=True)
+    assert not load(tmp_path, num_experts=1, ignore_mismatched_sizes=True, output_loading_info=True)[0].config.is_routed
+
+
 def test_models_that_threads_load_at_once_do_not_disturb_each_other(tmp_path):
     """The names of their tensors in files differ, and the library has one list of them."""
     ids, folders = random_ids(1, 9, vocab_size=100), {}
