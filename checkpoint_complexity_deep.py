@@ -22,6 +22,8 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
 
+from .configuration_complexity_deep import is_in_every_folder
+
 PUBLISHED_VERSION = "0.13.0"
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # One model is loaded at a time, since the library knows one mapping for a type of model. Each folder with code of its
@@ -534,6 +536,12 @@ class CheckpointMixin(_Model):
         if kernels_implementation is not None:
             model.set_kernels_implementation(kernels_implementation)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """The library's, for classes that are derived from ours; see `is_in_every_folder`."""
+        if not is_in_every_folder(cls):
+            super().register_for_auto_class(auto_class)
 
     @classmethod
     def _from_config(cls, config, **kwargs):
