@@ -18,7 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, conversion_mapping
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
 
@@ -178,12 +181,14 @@ def file_layouts(config, is_published: bool):
         ]
     if is_published:
         mapping += _published_layouts()
+    kind = config.model_type  # a config that is derived from ours may have one of its own
     with _LOADING:
-        register_checkpoint_conversion_mapping("complexity-deep", mapping, overwrite=True)
+        before = get_checkpoint_conversion_mapping(kind) or []
+        register_checkpoint_conversion_mapping(kind, mapping, overwrite=True)
         try:
             yield
         finally:
-            register_checkpoint_conversion_mapping("complexity-deep", [], overwrite=True)
+            register_checkpoint_conversion_mapping(kind, before, overwrite=True)
 
 
 @dataclass
@@ -561,7 +566,7 @@ class CheckpointMixin(_Model):
         # vLLM puts modules of its own in the place of those that our kernels compute, and its experts take no plan.
         config._kernels_implementation = "eager"
         model = super()._from_config(config, **{**kwargs, "experts_implementation": "batched_mm"})
-        register_checkpoint_conversion_mapping("complexity-deep", _native_renamings(config), overwrite=True)
+        register_checkpoint_conversion_mapping(config.model_type, _native_renamings(config), overwrite=True)
         return model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = True, **kwargs):

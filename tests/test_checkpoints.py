@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from transformers import Trainer, TrainingArguments
 
-from complexity_deep import ComplexityDeepForCausalLM, ComplexityDeepModel
+from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM, ComplexityDeepModel
 from complexity_deep.routing_complexity_deep import modulo_routing
 from support import GOLDEN, random_ids, tiny_config, tiny_model
 
@@ -386,6 +386,27 @@ def test_an_average_of_models_has_their_routing_table(way, tmp_path):
     torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="only models with the same routing table can be averaged"):
         loaded(lambda tensors: average(tensors, {n: x.flip(0) if "to_expert" in n else x for n, x in tensors.items()}))
+
+
+class DerivedConfig(ComplexityDeepConfig):
+    model_type = "derived-deep"
+
+
+class DerivedForCausalLM(ComplexityDeepForCausalLM):
+    config_class = DerivedConfig
+
+
+@pytest.mark.parametrize("options", ({}, {"use_mu_guidance": False, "num_experts": 1}))
+def test_a_configuration_derived_from_ours_loads_what_it_saved(options, tmp_path):
+    """The library looks by the type of the model for how tensors of files are called in it."""
+    model, ids = tiny_model(**options), random_ids(2, 9)
+    fields = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
+    derived = DerivedForCausalLM(DerivedConfig(**fields)).eval()
+    derived.load_state_dict(model.state_dict())
+    derived.save_pretrained(tmp_path)
+    loaded = DerivedForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.model_type == "derived-deep"
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_fewer_experts_than_the_table_names_are_refused(tmp_path):
