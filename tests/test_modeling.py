@@ -8,7 +8,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, Qwen2Config, StaticCache
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    StaticCache,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from complexity_deep import (
@@ -590,6 +597,44 @@ def test_resizing_extends_the_routing_table(tmp_path):
     assert torch.equal(reloaded.model.token_to_expert, model.model.token_to_expert)
     reloaded.resize_token_embeddings(100)
     assert torch.equal(reloaded.model.token_to_expert, table[:100])
+
+
+@pytest.mark.parametrize("options", [{}, VALUES[0], {"use_token_routed_mlp": False}])
+def test_a_new_embedding_takes_routing_table_and_value_embeddings_with_it(options):
+    model, ids, table = tiny_model(**options), random_ids(1, 8), torch.arange(257).flip(0) % 4
+    if model.config.is_routed:
+        model.model.token_to_expert[..., :] = table
+    before, larger = model(ids).logits, torch.nn.Embedding(300, 64)
+    with torch.no_grad():
+        larger.weight[:257] = model.get_input_embeddings().weight
+    model.set_input_embeddings(larger)
+    model.tie_weights()
+    close(model(ids).logits[..., :257], before)
+    assert model(torch.tensor([[299, 4]]), labels=torch.tensor([[299, 4]])).loss.isfinite()
+    if model.config.is_routed:
+        assert (model.model.token_to_expert[..., :257] == table).all()
+
+
+def test_a_model_that_holds_ours_may_resize_the_vocabulary(tmp_path):
+    """As everybody does who adds the token of an image."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**vision, image_size=8, patch_size=4)
+    config = LlavaConfig(vision_config=vision, text_config=tiny_config(), image_token_index=260)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.resize_token_embeddings(264)
+    inputs = {"input_ids": torch.tensor([[260] * 4 + [5, 262]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    logits = model(**inputs).logits
+    assert logits.shape == (1, 6, 264)
+    model.save_pretrained(tmp_path)
+    close(LlavaForConditionalGeneration.from_pretrained(tmp_path)(**inputs).logits, logits)
+
+
+def test_a_vocabulary_that_grew_without_the_routing_table_is_refused():
+    model = tiny_model()
+    model.model.embed_tokens = torch.nn.Embedding(300, 64)
+    model.config.vocab_size = 300
+    with pytest.raises(ValueError, match="has 300 ids, but the routing table has 257: .*resize_token_embeddings"):
+        model(torch.tensor([[299, 4]]))
 
 
 def test_inputs_embeds_route_as_their_own_or_nearest_token():
