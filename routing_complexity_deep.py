@@ -226,12 +226,12 @@ class TokenRoutingMixin(PreTrainedModel):
     def expert_ids_by_layer(self, token_ids: Tensor) -> list[Tensor]:
         """Expert of each token by the routing table, [B, S] for each layer, from the token ids [B, S].
 
-        Raises `ValueError` where the vocabulary has grown, or layers were removed or copied, and the table was not.
+        Raises `ValueError` where the embedding has grown, or layers were removed or copied, and the table was not.
         """
-        ids = self.routing_table.token_to_expert.shape[-1]
-        if ids != self.config.vocab_size:
+        ids, embedding = self.routing_table.token_to_expert.shape[-1], self.embed_tokens
+        if type(embedding) is nn.Embedding and embedding.weight.shape[0] > ids:  # others may be padded or divided
             raise ValueError(
-                f"The vocabulary has {self.config.vocab_size} ids, but the routing table has {ids}: change the "
+                f"The embedding has {embedding.weight.shape[0]} rows, but the routing table {ids}: change the "
                 "embedding by resize_token_embeddings or set_input_embeddings."
             )
         experts, layers = self.routing_table(token_ids), self.config.num_hidden_layers

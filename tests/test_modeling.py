@@ -629,12 +629,15 @@ def test_a_model_that_holds_ours_may_resize_the_vocabulary(tmp_path):
     close(LlavaForConditionalGeneration.from_pretrained(tmp_path)(**inputs).logits, logits)
 
 
-def test_a_vocabulary_that_grew_without_the_routing_table_is_refused():
-    model = tiny_model()
-    model.model.embed_tokens = torch.nn.Embedding(300, 64)
-    model.config.vocab_size = 300
-    with pytest.raises(ValueError, match="has 300 ids, but the routing table has 257: .*resize_token_embeddings"):
-        model(torch.tensor([[299, 4]]))
+def test_an_embedding_that_grew_without_the_routing_table_is_refused():
+    model, ids = tiny_model(), random_ids(1, 8)
+    twin, before = ComplexityDeepForCausalLM(model.config).eval(), model(ids).logits
+    twin.load_state_dict(model.state_dict())
+    model.resize_token_embeddings(300)
+    close(twin(ids).logits, before)  # of the same configuration, which has 300 ids now
+    twin.model.embed_tokens = torch.nn.Embedding(300, 64)
+    with pytest.raises(ValueError, match="has 300 rows, but the routing table 257: .*resize_token_embeddings"):
+        twin(torch.tensor([[299, 4]]))
 
 
 def test_inputs_embeds_route_as_their_own_or_nearest_token():
