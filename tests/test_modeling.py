@@ -636,7 +636,7 @@ def test_an_embedding_that_grew_without_the_routing_table_is_refused():
     model.resize_token_embeddings(300)
     close(twin(ids).logits, before)  # of the same configuration, which has 300 ids now
     twin.model.embed_tokens = torch.nn.Embedding(300, 64)
-    with pytest.raises(ValueError, match="has 300 rows, but the routing table 257: .*resize_token_embeddings"):
+    with pytest.raises(ValueError, match=r"has 300 rows, but the routing table 257: .*resize_token_embeddings"):
         twin(torch.tensor([[299, 4]]))
 
 
