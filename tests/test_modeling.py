@@ -615,6 +615,18 @@ def test_a_new_embedding_takes_routing_table_and_value_embeddings_with_it(option
         assert (model.model.token_to_expert[..., :257] == table).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"routing": "random", "routing_per_layer": True}])
+def test_a_vocabulary_with_other_numbers(options):
+    """As docs/training.md says."""
+    model, ids, kept = tiny_model(**options), random_ids(2, 9, vocab_size=100), torch.arange(150).flip(0)
+    table, before, embedding = model.base_model.token_to_expert, model(ids).logits, torch.nn.Embedding(150, 64)
+    embedding.weight.data = model.get_input_embeddings().weight.data[kept]
+    model.set_input_embeddings(embedding)
+    model.tie_weights()
+    model.base_model.token_to_expert = table[..., kept]
+    close(model(149 - ids).logits, before[..., kept])
+
+
 def test_a_model_that_holds_ours_may_resize_the_vocabulary(tmp_path):
     """As everybody does who adds the token of an image."""
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
