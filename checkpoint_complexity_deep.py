@@ -18,13 +18,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, conversion_mapping
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
 
+from .configuration_complexity_deep import is_in_every_folder
+
 PUBLISHED_VERSION = "0.13.0"
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TABLE = re.compile(r"(?:^|\.)layers\.\d+\.mlp\.token_to_expert$")
 # One model is loaded at a time, since the library knows one mapping for a type of model. Each folder with code of its
 # own has a copy of this file, and all of them share the lock.
 _LOADING = vars(conversion_mapping).setdefault("_complexity_deep_loading", threading.RLock())
@@ -82,6 +86,24 @@ def nearly_zero(dtype: torch.dtype) -> float:
     return max(1e-12, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
 
 
+def whole_tables(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` with whole numbers in its routing tables, where an average of models has made floats of them.
+
+    0.1 * 3 + 0.9 * 3 is less than 3 in fp32, and PyTorch would cut it to 2, the wrong expert. Raises `ValueError` where
+    the averaged models had tables that differ.
+    """
+    rounded = {}
+    for name, table in state_dict.items():
+        if name.endswith("token_to_expert") and table.is_floating_point() and not table.is_meta:
+            rounded[name] = table.round().long()
+            if (table - rounded[name]).abs().max() > 0.02:
+                raise ValueError(
+                    f"{name} does not hold the numbers of experts: only models with the same routing table can be "
+                    "averaged or merged."
+                )
+    return {**state_dict, **rounded}
+
+
 def trains_mu(config, layer_idx: int) -> bool:
     """Whether a gradient reaches mu of a layer."""
     # Without the update, mu of the last layer can only steer its router, whose argmax passes no gradient.
@@ -100,6 +122,14 @@ def renamed_tensors(config) -> dict[str, str]:
         if not trains_mu(config, layer):
             renamed[f"layers.{layer}.dynamics.mu_proj.weight"] = f"layers.{layer}.dynamics.frozen.mu_proj"
     return renamed
+
+
+def to_model_names(state_dict: dict[str, torch.Tensor], config, prefix: str) -> None:
+    """Give tensors of files, in place, the names of the model, whose base's begin with `prefix`; see `whole_tables`."""
+    for old, new in renamed_tensors(config).items():
+        if prefix + old in state_dict:
+            state_dict[prefix + new] = state_dict.pop(prefix + old)
+    state_dict.update(whole_tables(state_dict))
 
 
 def _native_renamings(config) -> list:
@@ -151,19 +181,21 @@ def file_layouts(config, is_published: bool):
         ]
     if is_published:
         mapping += _published_layouts()
+    kind = config.model_type  # a config that is derived from ours may have one of its own
     with _LOADING:
-        register_checkpoint_conversion_mapping("complexity-deep", mapping, overwrite=True)
+        before = get_checkpoint_conversion_mapping(kind) or []
+        register_checkpoint_conversion_mapping(kind, mapping, overwrite=True)
         try:
             yield
         finally:
-            register_checkpoint_conversion_mapping("complexity-deep", [], overwrite=True)
+            register_checkpoint_conversion_mapping(kind, before, overwrite=True)
 
 
 @dataclass
 class Checkpoint:
     """Names, dtypes and shapes of a checkpoint's tensors, read from the headers alone.
 
-    `keys` maps a name without its leading `model.` to (dtype string, shape). `tables` are the per-layer routing tables.
+    `keys` maps a name without its leading `model.` to (dtype string, shape). `tables` are the routing tables.
     `state_dict` holds the tensors themselves, where the library cannot read them from `files`.
     """
 
@@ -210,7 +242,7 @@ class Checkpoint:
                     for name in tensors.keys():  # noqa: SIM118 (a file handle, not a dict)
                         entry = tensors.get_slice(name)
                         checkpoint.keys[name.removeprefix("model.")] = (entry.get_dtype(), tuple(entry.get_shape()))
-                        if _TABLE.search(name):
+                        if name.endswith("token_to_expert"):
                             checkpoint.tables.append(tensors.get_tensor(name))
             except SafetensorError as error:
                 raise OSError(f"{file} is truncated or not a safetensors file ({error}); download it again.") from None
@@ -235,17 +267,22 @@ class Checkpoint:
         names = {value: key for key, value in _SAFETENSORS_DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
         for name, tensor in loaded.items():
             checkpoint.keys[name.removeprefix("model.")] = (names.get(tensor.dtype, "I64"), tuple(tensor.shape))
-            if _TABLE.search(name):
+            if name.endswith("token_to_expert"):
                 checkpoint.tables.append(tensor)
         return checkpoint
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """Read all tensors into `state_dict`, which is then what is loaded."""
+        if self.state_dict is None:
+            self.state_dict = {name: tensor for file in self.files for name, tensor in load_file(file).items()}
+        return self.state_dict
 
     def convert_experts(self) -> None:
         """Read all tensors and bring the experts to the native layout.
 
         For tensor and expert parallelism: the library shards a tensor as it lies in the file, before it transposes it.
         """
-        if self.state_dict is None:
-            self.state_dict = {name: tensor for file in self.files for name, tensor in load_file(file).items()}
+        self.state_dict = self.read()
         for name in [name for name in self.state_dict if name.endswith((".mlp.gate_proj", ".mlp.up_proj"))]:
             prefix = name.rpartition(".")[0]
             if name.endswith("gate_proj"):  # before 0.12.0
@@ -265,6 +302,12 @@ class Checkpoint:
         return any(self.has(marker) for marker in markers) or self.has("dynamics.controller.0.weight")
 
     @property
+    def has_averaged_table(self) -> bool:
+        """Whether a routing table is one of floats, see `whole_tables`."""
+        tables = [dtype for name, (dtype, _) in self.keys.items() if name.endswith("token_to_expert")]
+        return any(dtype in _SAFETENSORS_DTYPES for dtype in tables)
+
+    @property
     def dtype(self) -> torch.dtype | None:
         return _SAFETENSORS_DTYPES.get(self.keys.get("embed_tokens.weight", (None,))[0])
 
@@ -282,7 +325,16 @@ class Checkpoint:
             raise ValueError(f"{self.source} is not a Complexity-Deep checkpoint: it has no {' and no '.join(absent)}.")
 
     def check_version(self, config) -> None:
-        """Raise a clear `ValueError` where the published version that wrote this cannot be computed exactly."""
+        """Raise a clear `ValueError` where the published version that wrote this cannot be computed exactly.
+
+        In any layout, a table may name no expert that the config does not have: its tokens would get zeros.
+        """
+        highest = max((int(table.max()) for table in self.tables), default=0)
+        if config.is_routed and highest >= config.num_experts:
+            raise ValueError(
+                f"{self.source} routes tokens to expert {highest}, but its config has only {config.num_experts} "
+                "experts."
+            )
         if not self.is_published:
             return
         if not config.is_routed and self.has("mlp.gate_up_proj"):
@@ -290,11 +342,6 @@ class Checkpoint:
                 f"{self.source} holds token-routed experts, but its config.json asks for a dense MLP "
                 f"(use_token_routed_mlp={config.use_token_routed_mlp}, num_experts={config.num_experts}); the "
                 "published layout of a single expert is not supported."
-            )
-        if self.tables and int(self.tables[0].max()) >= config.num_experts:
-            raise ValueError(
-                f"{self.source} routes tokens to expert {int(self.tables[0].max())}, but config.json has only "
-                f"{config.num_experts} experts."
             )
         if any(dtype in ("I8", "U8") for dtype, _ in self.keys.values()):
             raise ValueError(f"{self.source} is an INT8 export, which is not supported.")
@@ -459,9 +506,13 @@ class CheckpointMixin(_Model):
             parallel = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
             if checkpoint.is_published and any(kwargs.get(key) is not None for key in parallel):
                 checkpoint.convert_experts()
+            if checkpoint.has_averaged_table:  # the library would cut its numbers before it converts anything
+                checkpoint.state_dict = whole_tables(checkpoint.read())
             if checkpoint.state_dict is not None:
                 kwargs = {key: value for key, value in kwargs.items() if key not in given}
                 path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
+        elif kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = whole_tables(kwargs["state_dict"])
         if isinstance(kwargs.get("device_map"), dict):
             kwargs["device_map"] = _with_routing_table(kwargs["device_map"], config)
         with file_layouts(config, checkpoint is not None and checkpoint.is_published):
@@ -492,6 +543,12 @@ class CheckpointMixin(_Model):
         return (model, info) if output_loading_info else model
 
     @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """The library's, for classes that are derived from ours; see `is_in_every_folder`."""
+        if not is_in_every_folder(cls):
+            super().register_for_auto_class(auto_class)
+
+    @classmethod
     def _from_config(cls, config, **kwargs):
         """A new model, as the library makes it for `AutoModel.from_config`.
 
@@ -509,7 +566,7 @@ class CheckpointMixin(_Model):
         # vLLM puts modules of its own in the place of those that our kernels compute, and its experts take no plan.
         config._kernels_implementation = "eager"
         model = super()._from_config(config, **{**kwargs, "experts_implementation": "batched_mm"})
-        register_checkpoint_conversion_mapping("complexity-deep", _native_renamings(config), overwrite=True)
+        register_checkpoint_conversion_mapping(config.model_type, _native_renamings(config), overwrite=True)
         return model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = True, **kwargs):

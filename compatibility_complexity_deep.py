@@ -28,6 +28,8 @@ from .kernels.op_registration import NAMESPACE
 
 # The library's name of the key/value cache: "cache" from 5.24 on, "past_key_values" before.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+# Masks that a tokenizer gives beside its ids. They tell what tokens are, and not which of them a token sees.
+TOKENIZER_MASKS = ("special_tokens_mask", "assistant_masks")
 # Attention by paged_attention.py while continuous batching runs. By "flash" in the name, the library knows that a paged
 # cache needs no mask. Its first releases mark every name that takes a paged cache, and put the mark before others.
 PAGED_ATTENTION = ("paged|" if "paged|sdpa" in ALL_ATTENTION_FUNCTIONS else "") + f"{NAMESPACE}_flash"
@@ -102,6 +104,8 @@ def check_unknown_arguments(kwargs: dict) -> None:
     drop them in silence gives wrong logits.
     """
     for name, value in kwargs.items():
+        if name in TOKENIZER_MASKS:
+            continue
         carries = isinstance(value, Cache) or any(part in name for part in ("mask", "position", "past_key_value"))
         if value is not None and carries:
             raise ValueError(

@@ -92,6 +92,12 @@ _FOREIGN_FIELDS = (
 _FORMER_FIELDS = ("output_router_logits",)  # in folders saved before; no trainer may take it for a balance loss
 
 
+def is_in_every_folder(some_class: type) -> bool:
+    """Whether this is a class of the installed package, whose code and `auto_map` every saved folder has anyway."""
+    is_installed = (Path(__file__).parent / "kernels").is_dir()  # the files of a saved folder lie flat
+    return is_installed and some_class.__module__.rpartition(".")[0] == __package__
+
+
 @strict
 class ComplexityDeepConfig(PreTrainedConfig):
     r"""
@@ -416,16 +422,27 @@ class ComplexityDeepConfig(PreTrainedConfig):
         fields.pop("_kernels_implementation", None)
         return fields
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """The library's, for classes that are derived from ours; see `is_in_every_folder`."""
+        if not is_in_every_folder(cls):
+            super().register_for_auto_class(auto_class)
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Save `config.json`, with an `auto_map`, and beside it every code file that loading by remote code needs.
 
         The model, Trainer and `push_to_hub` all save through here. The remote-code loader wants its files flat, so
-        `kernels/x.py` becomes `x.py` and the import of it is rewritten.
+        `kernels/x.py` becomes `x.py` and the import of it is rewritten. Entries of the `auto_map` stay where they name
+        code of others in the folder: the library puts it there before, for a class that is derived from ours.
         """
-        self.auto_map = dict(AUTO_MAP)
-        directory = Path(save_directory)
+        directory, ours = Path(save_directory), {Path(name).stem for name in SHIPPED_FILES}
         if directory.is_file():
             raise ValueError(f"save_pretrained needs a directory, but {directory} is a file.")
+        found = getattr(self, "auto_map", None) or {}
+        modules = {name: str(path).split("--")[-1].split(".")[0] for name, path in found.items()}
+        others = [name for name, module in modules.items() if module not in ours]
+        others = [name for name in others if (directory / f"{modules[name]}.py").exists()]
+        self.auto_map = {**AUTO_MAP, **{name: found[name] for name in others}}
         directory.mkdir(parents=True, exist_ok=True)
         here = Path(__file__).resolve().parent
         for name in SHIPPED_FILES:

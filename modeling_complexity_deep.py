@@ -50,7 +50,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .accelerated_complexity_deep import KernelsMixin, accelerated
-from .checkpoint_complexity_deep import CheckpointMixin, nearly_zero, renamed_tensors, trains_mu
+from .checkpoint_complexity_deep import CheckpointMixin, nearly_zero, to_model_names, trains_mu
 from .compatibility_complexity_deep import (
     CACHE_NAME,
     accepts_both_cache_names,
@@ -651,9 +651,7 @@ class ComplexityDeepModel(TokenRoutingMixin, ComplexityDeepPreTrainedModel):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """`load_state_dict` also takes the names of files: Trainer resumes by it."""
-        for old, new in renamed_tensors(self.config).items():
-            if prefix + old in state_dict:
-                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        to_model_names(state_dict, self.config, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @accepts_both_cache_names

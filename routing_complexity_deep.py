@@ -110,22 +110,23 @@ def layer_routing_plans(make_plan: Callable, expert_ids: Tensor, num_experts: in
 class VocabularyMixin(PreTrainedModel):
     """What every Complexity-Deep class, with any head, does with its routing table when the vocabulary changes."""
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """Resize the vocabulary, and with it value embeddings and routing table.
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding, and let routing table and value embeddings have as many ids as it.
 
         Old ids keep their expert. New ones get id mod E, or with `routing_per_layer` a random expert in each layer.
+        `resize_token_embeddings` comes through here, also that of a model which holds this one as a part.
         """
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        super().set_input_embeddings(value)
         base, config = self.base_model, self.config
+        config.vocab_size = getattr(value, "num_embeddings", config.vocab_size)
         for attention in (layer.self_attn for layer in base.layers):
             if attention.value_embedding is not None:
                 attention.value_embedding = self._get_resized_embeddings(attention.value_embedding, config.vocab_size)
-        if config.is_routed:
+        if config.is_routed and base.token_to_expert.shape[-1] != config.vocab_size:
             table = new_routing_table(config, extends=True).to(base.token_to_expert.device)
             kept = min(table.shape[-1], base.token_to_expert.shape[-1])
             table[..., :kept] = base.token_to_expert[..., :kept]
             base.token_to_expert = table
-        return embeddings
 
     @torch.no_grad()
     def balance_routing(self, token_counts: Tensor) -> None:
@@ -225,8 +226,14 @@ class TokenRoutingMixin(PreTrainedModel):
     def expert_ids_by_layer(self, token_ids: Tensor) -> list[Tensor]:
         """Expert of each token by the routing table, [B, S] for each layer, from the token ids [B, S].
 
-        Raises `ValueError` where layers were removed or copied, and the rows of the table were not.
+        Raises `ValueError` where the embedding has grown, or layers were removed or copied, and the table was not.
         """
+        ids, embedding = self.routing_table.token_to_expert.shape[-1], self.embed_tokens
+        if type(embedding) is nn.Embedding and embedding.weight.shape[0] > ids:  # others may be padded or divided
+            raise ValueError(
+                f"The embedding has {embedding.weight.shape[0]} rows, but the routing table {ids}: change the "
+                "embedding by resize_token_embeddings or set_input_embeddings."
+            )
         experts, layers = self.routing_table(token_ids), self.config.num_hidden_layers
         if self.config.routing_per_layer and len(experts) != len(self.layers):
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from transformers import Trainer, TrainingArguments
 
-from complexity_deep import ComplexityDeepForCausalLM, ComplexityDeepModel
+from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM, ComplexityDeepModel
 from complexity_deep.routing_complexity_deep import modulo_routing
 from support import GOLDEN, random_ids, tiny_config, tiny_model
 
@@ -358,6 +358,63 @@ def test_a_file_that_keeps_the_head_s_name_of_a_tied_weight(tmp_path):
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match=r"it lacks 1 weights of this model, e\.g\. embed_tokens"):
         ComplexityDeepModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("way", ("state dict", "library", "file", "published file"))
+def test_an_average_of_models_has_their_routing_table(way, tmp_path):
+    """0.1 * 3 + 0.9 * 3 is less than 3 in fp32, and would be cut to 2."""
+    model, ids = tiny_model(routing="random"), random_ids(2, 20)
+
+    def average(tensors, others=None):
+        others = others or tensors
+        return {name: 0.1 * tensor + 0.9 * others[name] for name, tensor in tensors.items()}
+
+    def loaded(change):
+        if way == "state dict":
+            found = tiny_model(seed=1)
+            found.load_state_dict(change(model.state_dict()))
+            return found
+        if way == "library":
+            return load(None, config=model.config, state_dict=change(model.state_dict()))
+        save = model.save_published_format if way == "published file" else model.save_pretrained
+        save(tmp_path)
+        rewrite(tmp_path, change)
+        return load(tmp_path)
+
+    found = loaded(average)
+    assert torch.equal(found.model.token_to_expert, model.model.token_to_expert)
+    torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="only models with the same routing table can be averaged"):
+        loaded(lambda tensors: average(tensors, {n: x.flip(0) if "to_expert" in n else x for n, x in tensors.items()}))
+
+
+class DerivedConfig(ComplexityDeepConfig):
+    model_type = "derived-deep"
+
+
+class DerivedForCausalLM(ComplexityDeepForCausalLM):
+    config_class = DerivedConfig
+
+
+@pytest.mark.parametrize("options", ({}, {"use_mu_guidance": False, "num_experts": 1}))
+def test_a_configuration_derived_from_ours_loads_what_it_saved(options, tmp_path):
+    """The library looks by the type of the model for how tensors of files are called in it."""
+    model, ids = tiny_model(**options), random_ids(2, 9)
+    fields = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
+    derived = DerivedForCausalLM(DerivedConfig(**fields)).eval()
+    derived.load_state_dict(model.state_dict())
+    derived.save_pretrained(tmp_path)
+    loaded = DerivedForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.model_type == "derived-deep"
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_fewer_experts_than_the_table_names_are_refused(tmp_path):
+    """The tokens of those that are not there would get zeros. The library lets the experts differ if told to."""
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="routes tokens to expert 3, but its config has only 2 experts"):
+        load(tmp_path, num_experts=2, intermediate_size=88, ignore_mismatched_sizes=True)
+    assert not load(tmp_path, num_experts=1, ignore_mismatched_sizes=True, output_loading_info=True)[0].config.is_routed
 
 
 def test_models_that_threads_load_at_once_do_not_disturb_each_other(tmp_path):

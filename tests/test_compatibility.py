@@ -98,6 +98,19 @@ def test_an_argument_that_changes_nothing_is_taken():
     assert torch.equal(model(ids, num_logits=3, head_mask=None).logits, model(ids).logits)
 
 
+def test_what_a_tokenizer_gives_beside_the_ids_is_taken():
+    """As `model(**tokenizer(text, return_special_tokens_mask=True, ...))` of a native model."""
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    tokenizer.chat_template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    asked = {"return_tensors": "pt", "return_dict": True}
+    told = dict(tokenizer("w5 w6 w7", return_special_tokens_mask=True, return_tensors="pt"))
+    told |= tokenizer.apply_chat_template(
+        [{"role": "assistant", "content": "w5 w6 w7"}], return_assistant_tokens_mask=True, **asked
+    )
+    assert {"special_tokens_mask", "assistant_masks"} <= set(told)
+    assert torch.equal(model(**told).logits, model(told["input_ids"]).logits)
+
+
 def test_no_call_of_ours_warns(tmp_path):
     """Loading, training, checkpointing layers, generating and saving, with every FutureWarning an error."""
     model, ids = tiny_model(), random_ids(2, 8)

@@ -8,7 +8,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, Qwen2Config, StaticCache
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    StaticCache,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from complexity_deep import (
@@ -590,6 +597,59 @@ def test_resizing_extends_the_routing_table(tmp_path):
     assert torch.equal(reloaded.model.token_to_expert, model.model.token_to_expert)
     reloaded.resize_token_embeddings(100)
     assert torch.equal(reloaded.model.token_to_expert, table[:100])
+
+
+@pytest.mark.parametrize("options", [{}, VALUES[0], {"use_token_routed_mlp": False}])
+def test_a_new_embedding_takes_routing_table_and_value_embeddings_with_it(options):
+    model, ids, table = tiny_model(**options), random_ids(1, 8), torch.arange(257).flip(0) % 4
+    if model.config.is_routed:
+        model.model.token_to_expert[..., :] = table
+    before, larger = model(ids).logits, torch.nn.Embedding(300, 64)
+    with torch.no_grad():
+        larger.weight[:257] = model.get_input_embeddings().weight
+    model.set_input_embeddings(larger)
+    model.tie_weights()
+    close(model(ids).logits[..., :257], before)
+    assert model(torch.tensor([[299, 4]]), labels=torch.tensor([[299, 4]])).loss.isfinite()
+    if model.config.is_routed:
+        assert (model.model.token_to_expert[..., :257] == table).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"routing": "random", "routing_per_layer": True}])
+def test_a_vocabulary_with_other_numbers(options):
+    """As docs/training.md says."""
+    model, ids, kept = tiny_model(**options), random_ids(2, 9, vocab_size=100), torch.arange(150).flip(0)
+    table, before, embedding = model.base_model.token_to_expert, model(ids).logits, torch.nn.Embedding(150, 64)
+    embedding.weight.data = model.get_input_embeddings().weight.data[kept]
+    model.set_input_embeddings(embedding)
+    model.tie_weights()
+    model.base_model.token_to_expert = table[..., kept]
+    close(model(149 - ids).logits, before[..., kept])
+
+
+def test_a_model_that_holds_ours_may_resize_the_vocabulary(tmp_path):
+    """As everybody does who adds the token of an image."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**vision, image_size=8, patch_size=4)
+    config = LlavaConfig(vision_config=vision, text_config=tiny_config(), image_token_index=260)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.resize_token_embeddings(264)
+    inputs = {"input_ids": torch.tensor([[260] * 4 + [5, 262]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    logits = model(**inputs).logits
+    assert logits.shape == (1, 6, 264)
+    model.save_pretrained(tmp_path)
+    close(LlavaForConditionalGeneration.from_pretrained(tmp_path)(**inputs).logits, logits)
+
+
+def test_an_embedding_that_grew_without_the_routing_table_is_refused():
+    model, ids = tiny_model(), random_ids(1, 8)
+    twin, before = ComplexityDeepForCausalLM(model.config).eval(), model(ids).logits
+    twin.load_state_dict(model.state_dict())
+    model.resize_token_embeddings(300)
+    close(twin(ids).logits, before)  # of the same configuration, which has 300 ids now
+    twin.model.embed_tokens = torch.nn.Embedding(300, 64)
+    with pytest.raises(ValueError, match=r"has 300 rows, but the routing table 257: .*resize_token_embeddings"):
+        twin(torch.tensor([[299, 4]]))
 
 
 def test_inputs_embeds_route_as_their_own_or_nearest_token():

@@ -231,6 +231,24 @@ def remote_here(expected_file, name):
     }
 
 
+def remote_derived(folder):
+    """Load a class that somebody derived from ours, save and train it, and load what that wrote; save one of ours."""
+    become_a_stranger()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, report, ids = Path(folder), {}, torch.arange(3, 27).view(2, 12)
+    model = AutoModelForCausalLM.from_pretrained(folder / "derived", trust_remote_code=True).eval()
+    for name in ("again", "again/and again"):
+        model.save_pretrained(folder / name)
+        model = AutoModelForCausalLM.from_pretrained(folder / name, trust_remote_code=True).eval()
+        report[name] = [type(model).__name__, float(model(ids).logits.abs().max()), model.temper.item()]
+    model.config.save_pretrained(folder / "config")
+    config = AutoConfig.from_pretrained(folder / "config", trust_remote_code=True)
+    report["config"] = type(AutoModelForCausalLM.from_config(config, trust_remote_code=True)).__name__
+    return report
+
+
 # With the package ---------------------------------------------------------------------------------------------------
 
 
@@ -447,6 +465,47 @@ def test_the_model_folder_as_working_directory_loads_silently(second_generation,
     assert report["logits"] < 1e-5
     assert report["token ids"] == [5, 17, 42, 99]
     assert stderr == ""
+
+
+DERIVED = """
+import torch
+from .modeling_complexity_deep import ComplexityDeepForCausalLM
+
+class Tempered(ComplexityDeepForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.temper = torch.nn.Parameter(torch.ones(1))
+        self.post_init()
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = torch.tanh(outputs.logits) * self.temper
+        return outputs
+"""
+
+
+def test_a_class_derived_from_ours_stays_with_its_folder(tmp_path):
+    """Somebody adds a file to a folder and names its class in the `auto_map`; whoever saves that model keeps both."""
+    model, folder = tiny_model(), tmp_path / "derived"
+    model.save_pretrained(folder, state_dict=model.state_dict() | {"temper": torch.tensor([3.0])})
+    (folder / "tempered.py").write_text(DERIVED)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "tempered.Tempered"
+    (folder / "config.json").write_text(json.dumps(config))
+    report, _ = run_alone(remote_derived, tmp_path, cwd=tmp_path, HF_HOME=tmp_path / "home")
+    for name in ("again", "again/and again"):
+        assert report[name] == ["Tempered", pytest.approx(3.0, abs=0.1), 3.0]
+    assert report["config"] == "ComplexityDeepForCausalLM"  # that folder does not have the other's code
+
+
+def test_our_classes_may_be_registered_for_the_auto_classes(work, tmp_path):
+    """As guides to custom models say before saving. The library would look for the kernels as it finds flat files."""
+    model = tiny_model()
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    type(model.config).register_for_auto_class()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == (work / "saved" / "config.json").read_text()
+    assert {path.name for path in tmp_path.glob("*.py")} == CODE_FILES
 
 
 def test_the_wheel_is_complete_and_imports_silently_without_triton(tmp_path):
