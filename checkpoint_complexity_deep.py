@@ -86,8 +86,8 @@ def nearly_zero(dtype: torch.dtype) -> float:
     return max(1e-12, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
 
 
-def whole_tables(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state_dict` with whole numbers in its routing tables, where an average of models has made floats of them.
+def rounded_tables(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The routing tables of `state_dict` that an average of models has made floats of, in whole numbers again.
 
     0.1 * 3 + 0.9 * 3 is less than 3 in fp32, and PyTorch would cut it to 2, the wrong expert. Raises `ValueError` where
     the averaged models had tables that differ.
@@ -101,7 +101,7 @@ def whole_tables(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
                     f"{name} does not hold the numbers of experts: only models with the same routing table can be "
                     "averaged or merged."
                 )
-    return {**state_dict, **rounded}
+    return rounded
 
 
 def trains_mu(config, layer_idx: int) -> bool:
@@ -125,11 +125,11 @@ def renamed_tensors(config) -> dict[str, str]:
 
 
 def to_model_names(state_dict: dict[str, torch.Tensor], config, prefix: str) -> None:
-    """Give tensors of files, in place, the names of the model, whose base's begin with `prefix`; see `whole_tables`."""
+    """Give tensors of files, in place, the names of a model whose base's begin with `prefix`; see `rounded_tables`."""
     for old, new in renamed_tensors(config).items():
         if prefix + old in state_dict:
             state_dict[prefix + new] = state_dict.pop(prefix + old)
-    state_dict.update(whole_tables(state_dict))
+    state_dict.update(rounded_tables(state_dict))
 
 
 def _native_renamings(config) -> list:
@@ -282,15 +282,15 @@ class Checkpoint:
 
         For tensor and expert parallelism: the library shards a tensor as it lies in the file, before it transposes it.
         """
-        self.state_dict = self.read()
-        for name in [name for name in self.state_dict if name.endswith((".mlp.gate_proj", ".mlp.up_proj"))]:
+        tensors = self.read()
+        for name in [name for name in tensors if name.endswith((".mlp.gate_proj", ".mlp.up_proj"))]:
             prefix = name.rpartition(".")[0]
             if name.endswith("gate_proj"):  # before 0.12.0
-                gate_up = self.state_dict.pop(name), self.state_dict.pop(f"{prefix}.up_proj")
-                self.state_dict[f"{prefix}.gate_up_proj"] = torch.cat(gate_up, dim=-1)
-        for name in [name for name in self.state_dict if name.endswith((".mlp.gate_up_proj", ".mlp.down_proj"))]:
-            native = self.state_dict.pop(name).transpose(1, 2).contiguous()  # [E, in, out] -> [E, out, in]
-            self.state_dict[name.replace(".mlp.", ".mlp.experts.")] = native
+                gate_up = tensors.pop(name), tensors.pop(f"{prefix}.up_proj")
+                tensors[f"{prefix}.gate_up_proj"] = torch.cat(gate_up, dim=-1)
+        for name in [name for name in tensors if name.endswith((".mlp.gate_up_proj", ".mlp.down_proj"))]:
+            native = tensors.pop(name).transpose(1, 2).contiguous()  # [E, in, out] -> [E, out, in]
+            tensors[name.replace(".mlp.", ".mlp.experts.")] = native
 
     def has(self, suffix: str) -> bool:
         return any(name.endswith(suffix) for name in self.keys)
@@ -300,12 +300,6 @@ class Checkpoint:
         """Whether this is a layout of the published package rather than ours."""
         markers = ("mlp.token_to_expert", "mlp.gate_up_proj", "mlp.gate_proj", "rotary_emb.inv_freq")
         return any(self.has(marker) for marker in markers) or self.has("dynamics.controller.0.weight")
-
-    @property
-    def has_averaged_table(self) -> bool:
-        """Whether a routing table is one of floats, see `whole_tables`."""
-        tables = [dtype for name, (dtype, _) in self.keys.items() if name.endswith("token_to_expert")]
-        return any(dtype in _SAFETENSORS_DTYPES for dtype in tables)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -506,13 +500,14 @@ class CheckpointMixin(_Model):
             parallel = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
             if checkpoint.is_published and any(kwargs.get(key) is not None for key in parallel):
                 checkpoint.convert_experts()
-            if checkpoint.has_averaged_table:  # the library would cut its numbers before it converts anything
-                checkpoint.state_dict = whole_tables(checkpoint.read())
+            if any(table.is_floating_point() for table in checkpoint.tables):
+                tensors = checkpoint.read()  # for the library would cut the numbers before it converts anything
+                tensors.update(rounded_tables(tensors))
             if checkpoint.state_dict is not None:
                 kwargs = {key: value for key, value in kwargs.items() if key not in given}
                 path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
         elif kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = whole_tables(kwargs["state_dict"])
+            kwargs["state_dict"] = {**kwargs["state_dict"], **rounded_tables(kwargs["state_dict"])}
         if isinstance(kwargs.get("device_map"), dict):
             kwargs["device_map"] = _with_routing_table(kwargs["device_map"], config)
         with file_layouts(config, checkpoint is not None and checkpoint.is_published):

@@ -43,11 +43,10 @@ def run_plans(args: argparse.Namespace) -> None:
         multiprocessing.get_context("forkserver").set_forkserver_preload(
             ["complexity_deep.workflow.evidence.ablation_run"]
         )
-    for folder, option in ((args.output_dir, "--output-dir"), (args.log_dir, "--log-dir")):
-        check_output_folder(folder, option)
-    if args.save_models:
-        check_output_folder(args.save_models, "--save-models")
-        Path(args.save_models).mkdir(parents=True, exist_ok=True)
+    folders = {"--output-dir": args.output_dir, "--log-dir": args.log_dir, "--save-models": args.save_models}
+    for option, folder in folders.items():
+        if folder is not None:
+            check_output_folder(folder, option)
     results = Results(Path(args.output_dir, "runs.csv"))
     results.path.parent.mkdir(parents=True, exist_ok=True)
     data, rows = read_data(args.data), read_rows(results.path)
@@ -62,8 +61,12 @@ def run_plans(args: argparse.Namespace) -> None:
         f"{len(runs)} runs, of which {len(missing)} are missing, on {len(gpus)} x {args.runs_per_gpu} places",
         flush=True,
     )
-    options = {"data": args.data, "eos_token_id": data["eos_token_id"], "compiled": not args.eager}
-    options["models"] = args.save_models
+    options = {
+        "data": args.data,
+        "eos_token_id": data["eos_token_id"],
+        "compiled": not args.eager,
+        "models": args.save_models,
+    }
     runner = Runner(
         results,
         train_in_child,

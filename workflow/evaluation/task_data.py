@@ -81,9 +81,10 @@ def find_file(data_dir: Path, task: str, split: str) -> Path | None:
     patterns = [f"{task}_{FILE_NAMES[split]}*.parquet"]
     if task == "wikitext":
         patterns = [f"wikitext*/{FILE_NAMES[split]}*.txt", f"wikitext*/{FILE_NAMES[split]}*.txt.gz"]
-    # `glob` goes into folders that are links, as `Path.rglob` does not. A file may then be found by several ways.
+    # `glob` goes into folders that are links, and `Path.rglob` into hidden ones. Most files are found by both ways.
     names = (name for pattern in patterns for name in glob.glob(f"**/{pattern}", root_dir=data_dir, recursive=True))
-    found = sorted({path.resolve(): path for path in map(data_dir.joinpath, names)}.values())
+    ways = [*map(data_dir.joinpath, names), *(path for pattern in patterns for path in data_dir.rglob(pattern))]
+    found = sorted({path.resolve(): path for path in ways}.values())
     if len(found) > 1:
         raise InputError(f"{task} has more than one {split} file: {', '.join(map(str, found))}.")
     return found[0] if found else None

@@ -155,7 +155,7 @@ def variant_table(runs: dict[str, list[dict]], reference: list[dict], speeds: di
     lines = []
     for variant, rows in sorted(runs.items(), key=lambda item: statistics.mean(column(item[1], "held_out_edu"))):
         first = rows[0]
-        cells = [variant, f"{first['parameters'] / 1e6:.1f} / {first['active_parameters'] / 1e6:.1f}"]
+        cells = [variant, sizes_of(first)]
         cells += [f"{first['learning_rate']:g}", str(len(rows)), f"{first['tokens'] / 1e6:.1f}"]
         cells += [as_mean(column(rows, name)) for name in TEXTS]
         is_reference = variant == reference[0]["variant"] if reference else True
@@ -296,6 +296,11 @@ def on_each_text(rows: list[dict], reference: list[dict]) -> str:
     return "; ".join(parts)
 
 
+def sizes_of(row: dict) -> str:
+    """Its parameters in millions, total / active."""
+    return f"{row['parameters'] / 1e6:.1f} / {row['active_parameters'] / 1e6:.1f}"
+
+
 def with_bounds(values: list[float], reference: list[float]) -> str:
     """Mean difference and its interval, or how many seeds either side has where that is too few for one."""
     mean, bounds = difference(values, reference)
@@ -358,6 +363,11 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
     write_figure(figure, path)
 
 
+def cells_of_rates(rates: list[float], tried: dict, ended: dict[float, float]) -> list[str]:
+    """For each rate the loss of what ended at it; nothing where it was not tried."""
+    return [f"{ended[rate]:.4f}" if rate in ended else "diverged" if rate in tried else "" for rate in rates]
+
+
 def sweep_table(rows: list[dict]) -> list[str]:
     """Held-out educational loss of each swept variant and rate; one that diverged says so.
 
@@ -376,8 +386,7 @@ def sweep_table(rows: list[dict]) -> list[str]:
             for rate, tried in sweep.items()
             if all(row["status"] == "ok" for row in tried)
         }
-        shown = [f"{ended[rate]:.4f}" if rate in ended else "diverged" if rate in sweep else "" for rate in rates]
-        lines.append([variant, next(iter(sweep.values()))[0]["data"], *shown])
+        lines.append([variant, next(iter(sweep.values()))[0]["data"], *cells_of_rates(rates, sweep, ended)])
         if ended and (len(sweep) < FEWEST_RATES or min(ended, key=ended.get) in (min(sweep), max(sweep))):
             at_edge.append(f"`{variant}`")
     notes = [f"The best rate may lie beyond those that were tried for {', '.join(at_edge)}."] if at_edge else []
@@ -425,8 +434,7 @@ def whole_rates_section(rows: list[dict]) -> list[str]:
     lines, better = [], []
     for (variant, data, seed), runs in sorted(tried.items()):
         ended = {rate: row["held_out_edu"] for rate, row in runs.items() if row["status"] == "ok"}
-        shown = [f"{ended[rate]:.4f}" if rate in ended else "diverged" if rate in runs else "" for rate in rates]
-        lines.append([variant, data, str(seed), *shown])
+        lines.append([variant, data, str(seed), *cells_of_rates(rates, runs, ended)])
         others = [loss for rate, loss in ended.items() if runs[rate]["plan"] == WHOLE_RATES]
         own = [loss for rate, loss in ended.items() if runs[rate]["plan"] != WHOLE_RATES]
         if others and own and min(others) < min(own) - MARGIN:

@@ -9,8 +9,10 @@ from complexity_deep.workflow.evidence.ablation_report import (
     difference,
     most_candidates,
     signed,
+    sizes_of,
 )
 from complexity_deep.workflow.evidence.claim_measures import (
+    OPEN,
     Study,
     diverged,
     most_seeds,
@@ -51,7 +53,7 @@ CONTROLS = {
     "dense_total_64": "dense of the total size of `shared_64`",
     "learned_16": "a learned router, 16 experts",
 }
-BETTER, WORSE, OPEN = "better", "worse", "open"
+BETTER, WORSE = "better", "worse"
 
 
 def outcome(bounds: tuple[float, float]) -> str:
@@ -68,9 +70,7 @@ def pair_line(pair: Pair, study: Study) -> list[str]:
     data, groups = most_seeds(study, tuple(variants), lambda row: True)
     if not data:
         return [part, named, "", "", "", "", "", no_measurement(study, tuple(variants))]
-    sizes = "; ".join(
-        f"{rows[0]['parameters'] / 1e6:.1f} / {rows[0]['active_parameters'] / 1e6:.1f}" for rows in groups
-    )
+    sizes = "; ".join(sizes_of(rows[0]) for rows in groups)
     rates = "; ".join(f"{rows[0]['learning_rate']:g}" for rows in groups)
     cells = [part, named, sizes, rates, "; ".join(str(len(rows)) for rows in groups)]
     if seeds_of_one_computation(*groups):

@@ -28,6 +28,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     column,
     difference,
     signed,
+    sizes_of,
     variant_table,
 )
 from complexity_deep.workflow.flops import FLOPS_PER_PARAMETER
@@ -152,7 +153,7 @@ def size_table(points: Points, variants: list[str], reference: str) -> list[str]
     for size in SIZES:
         for variant in variants:
             rows, dense = points[size][variant], points[size][reference]
-            cells = [size, variant, f"{rows[0]['parameters'] / 1e6:.1f} / {rows[0]['active_parameters'] / 1e6:.1f}"]
+            cells = [size, variant, sizes_of(rows[0])]
             cells += [f"{compute(rows[0]) / UNIT:.1f}", str(len(rows))]
             cells += [as_mean(column(rows, text)) for text in TEXTS]
             for text in TEXTS:
