@@ -14,6 +14,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     difference,
     draw_curves,
     draw_differences,
+    gaps,
     interval,
 )
 from support import REPOSITORY, outcome_of
@@ -192,7 +193,7 @@ def test_runs_at_a_rate_that_was_left_are_named(page):
     assert "best by now" not in page([*rows, *sweep])
     sweep.append(finished("v0", 0, 2.5, "learning_rates", learning_rate=5e-4))
     text = page([*rows, *sweep])
-    assert text.count("The sweep finds another rate best by now: `v0` (0.001, now 0.0005).") == 2  # in either table
+    assert text.count("Another rate is found best by now: `v0` (0.001, now 0.0005).") == 2  # in either table
     rows += [finished("v0", 0, 3.1, learning_rate=5e-4)]
     assert page([*rows, *sweep]).count("best by now") == 1
 
@@ -217,18 +218,42 @@ def test_runs_that_all_diverged_are_named(page):
 
 def test_whole_runs_at_other_rates_are_compared_with_those_of_the_sweep(page):
     rows = [finished("dense_active", seed, 3.1, learning_rate=1e-3) for seed in (0, 1)]
-    assert "Learning rates at the whole length" not in page(rows)
+    rows += [
+        finished("dense_active", 0, 4 + abs(r - 1e-3), "learning_rates", learning_rate=r) for r in (5e-4, 1e-3, 2e-3)
+    ]
+    assert "30m, whole runs" not in page(rows)
     for rate, loss in ((5e-4, 3.2), (2e-3, 3.09)):
         rows += [finished("dense_active", 0, loss, "whole_rates", learning_rate=rate)]
     text = page(rows)
     assert "| dense_active | first | 0 | 3.2000 | 3.1000 | 3.0900 |" in text
-    assert "No other rate ends more than 0.02" in text
+    assert "below that of the sweep's best rate" not in text and "nats lower on educational text" not in text
+    assert "The best rate may lie beyond those that were tried for `dense_active`." in text
     assert "| dense_active | 2.0 / 1.0 | 0.001 | 2 |" in text  # at equal tokens, those of the headline alone
     rows += [finished("dense_active", 0, 3.07, "whole_rates", learning_rate=2e-3)]  # again
+    rows += [finished("dense_active", 0, 3.3, "whole_rates", learning_rate=4e-3)]
     rows += [finished("v0", 0, 9.0, "whole_rates", learning_rate=2e-3, status="diverged")]
+    rows += [finished("v0", seed, 3.0 + seed / 9) for seed in range(2)]
+    rows += [finished("shared_64", seed, 3.0 + seed / 9) for seed in range(2)]
     text = page(rows)
-    assert "ends more than 0.02 nats lower for `dense_active`, whose" in text
-    assert "| v0 | first | 0 | | | diverged |" in text
+    assert "More than 0.02 nats below that of the sweep's best rate: `dense_active` (-0.030 at 0.002)." in text
+    assert "| v0 | first | 0 | | 3.0000 | diverged | |" in text and "tried for `v0`." in text
+    assert (
+        "`dense_active` ends 0.030 nats lower on educational text at a rate of 0.002 than at the 0.001 of its" in text
+    )
+    rows += [finished("dense_active", seed, 3.07, learning_rate=2e-3) for seed in (0, 1)]
+    assert "nats lower on educational text" not in page(rows)
+
+
+def test_differences_while_training_goes_on_are_drawn(page, tmp_path):
+    """Of the points that both have, and of the seeds that are there."""
+    page([finished("dense_active", seed, 3.2) for seed in range(2)])
+    assert not (tmp_path / "evidence/gaps.png").exists()
+    text = page([finished(variant, seed, 3.2) for variant in ("dense_active", "v0") for seed in range(2)])
+    assert (tmp_path / "evidence/gaps.png").stat().st_size > 20_000 and "(evidence/gaps.png)" in text
+    ours = [finished("v0", seed, 3.0, curve=[[1, 5.0 + seed, 9.0], [2, 4.0, 8.0], [3, 3.0, 7.0]]) for seed in range(2)]
+    dense = [finished("dense_active", 0, 3.0, curve=[[1, 6.0, 9.0], [3, 3.5, 7.0]])]
+    assert gaps(ours, dense, "held_out_edu") == [(1, -0.5), (3, -0.5)]
+    assert gaps(ours, dense, "held_out_books") == [(1, 0.0), (3, 0.0)]
 
 
 def test_stability_is_of_one_set_of_token_files_and_of_whole_numbers(page):

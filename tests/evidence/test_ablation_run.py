@@ -62,6 +62,21 @@ def test_a_run_learns_and_measures_itself(data):
     assert ablation_run.train(toy_run(seed=1), data, eos_token_id=0, compiled=False)["curve"] != result["curve"]
 
 
+def test_a_run_without_gradient_is_stopped(data, monkeypatch):
+    """As one that blew up and gives every id the same score: it would take its whole time for nothing."""
+    monkeypatch.setattr(ablation_run.RunTrainer, "_clip_grad_norm", clip_to_nothing)
+    result = ablation_run.train(toy_run(tokens=64 * 4 * 400, repeat_data=True), data, eos_token_id=0, compiled=False)
+    assert result["status"] == "diverged" and result["steps"] == 20 * ablation_run.DEAD_WINDOWS
+    assert result["median_grad_norm"] == 0 and "held_out_edu" not in result
+
+
+def clip_to_nothing(trainer, model):
+    for parameter in model.parameters():
+        parameter.grad = None
+    trainer.gradient_norms.append(torch.zeros(()))
+    return torch.zeros(())
+
+
 LEARNED = {"model_type": "qwen3_moe", "head_dim": 16, "num_experts_per_tok": 1, "norm_topk_prob": False}
 LEARNED |= {"moe_intermediate_size": 16, "scaled_residual_init": True}
 

@@ -103,7 +103,7 @@ def test_runs_that_diverged_are_named(line):
 def test_a_rate_that_was_left_is_named(line):
     rows = runs("v0", 3.2) + runs("learned_4", 3.2)
     rows += [finished("learned_16", 0, 3 + r, "learning_rates", learning_rate=r) for r in (5e-4, 1e-3, 2e-3)]
-    found = "(3 seeds, files first, learned_4 at the rate 0.001, where its sweep finds 0.0005 best by now)"
+    found = "(3 seeds, files first, learned_4 at the rate 0.001, where 0.0005 is found best by now)"
     assert found in line(rows, "Routing by id is as good as a learned router: 4 experts")[0]
 
 

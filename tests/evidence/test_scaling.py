@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import shutil
 
 import numpy as np
@@ -44,7 +45,7 @@ def section(folder, rows):
     output.mkdir(exist_ok=True)
     study_page.write_study(output, rows, str(PLANS))
     page = (folder / "evidence.md").read_text()
-    return page[page.index("## Scaling") : page.index("## Learning rates")]
+    return re.split(r"^## (?:Learning rates|Runs)", page[page.index("## Scaling") :], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def cells(text, *start):
@@ -136,9 +137,9 @@ def test_sizes_are_not_mixed_in_tables(tmp_path):
     ]
     both = page([*larger, *small, *larger])
     assert both[: both.index("## Scaling")] == alone[: alone.index("## Scaling")]
-    swept = both[both.index("## Learning rates at 10m") :]
-    first, second, third = swept.split("## Learning rates at ")[1:]
-    assert "Not measured yet." in first and "| 4.2500 |" in second and "1.5" not in second and "| 1.5000 |" in third
+    first, second = both.split("## Learning rates at ")[1:]  # none of 10m
+    assert first.startswith("30m") and "| 4.2500 |" in first and "1.5" not in first
+    assert second.startswith("150m") and "| 1.5000 |" in second
 
 
 def test_longer_runs_have_a_table_of_their_own(tmp_path):
@@ -149,7 +150,21 @@ def test_longer_runs_have_a_table_of_their_own(tmp_path):
     assert "## 150m on more tokens, token files first" in text
     table = text[text.index("## 150m on more tokens") :]
     assert cells(table, "shared_64_layers_values")[4] == "300.0" and "-0.100 [" in table
+    assert "`shared_64_layers_values` is furthest from `dense_active` at 0M tokens, -0.100 on educational" in table
     assert text.split("## 150m")[0] in section(tmp_path, family())
+
+
+def test_the_largest_lead_of_a_longer_run_is_named():
+    """Of the points after the first quarter, before which losses differ most."""
+    edu = [3.0, 5.0, 4.6, 4.5, 4.9]
+    runs = {"dense_active": [finished("dense_active", 0, 5.0, curve=[[n * 1e6, 5.0, 6.0] for n in range(5)])]}
+    assert scaling.while_training(runs, "dense_active") == []
+    runs["v0"] = [finished("v0", 0, 4.9, curve=[[n * 1e6, loss, loss + 1.5] for n, loss in enumerate(edu)])]
+    (line, _) = scaling.while_training(runs, "dense_active")
+    assert line == (
+        "After the first quarter, `v0` is furthest from `dense_active` at 3M tokens, -0.500 on educational text and "
+        "+0.000 on books; it ends -0.100 and +0.400."
+    )
 
 
 def test_seeds_that_diverged_are_named_at_every_size(tmp_path):

@@ -15,7 +15,9 @@ DONE = ("ok", "diverged")
 FIELDS = ("base", "variants", "tokens", "learning_rates", "seeds")  # of a plan, and those that it may have:
 OPTIONS = ("equal_seconds_to", "learning_rate_factors", "repeat_data")
 BASE = ("size", "shape", "training", "variants")  # of the file of variants that a plan names
-WHOLE_RATES = "whole_rates"  # the plan that tries other rates than those of the sweep in whole runs
+WHOLE_RATES = "whole_rates"  # the plan that tries rates in whole runs
+WHOLE = (WHOLE_RATES, *EQUAL_TOKENS, "scaling")  # plans whose runs have its length
+MARGIN = 0.02  # nats: two whole runs that differ in their seed alone are seldom further apart
 SWEEP, SWEPT = "learning_rates", "swept"  # the plan that tries rates, and the rates of a plan that takes the best
 FEWEST_RATES = 3  # tried, diverged ones too, before a sweep says which is best
 MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW
@@ -198,16 +200,59 @@ def sweep_of(rows: list[dict], variants: list[str]) -> dict[float, list[dict]]:
     return {rate: list(last.values()) for rate, last in sorted(best.items())}
 
 
+def best_of_sweep(rows: list[dict], variants: list[str]) -> float | None:
+    """The rate with the lowest mean loss, of those at which no run of the sweep diverged; None without one."""
+    sweep = sweep_of(rows, variants)
+    losses = {
+        rate: statistics.mean(row["held_out_edu"] for row in tried)
+        for rate, tried in sweep.items()
+        if all(row["status"] == "ok" for row in tried)
+    }
+    return min(losses, key=losses.get) if losses and len(sweep) >= FEWEST_RATES else None
+
+
+def whole_runs(rows: list[dict]) -> dict[tuple[str, str, int], dict[float, dict]]:
+    """Whole runs by variant, token files and seed, then by rate: the last of each, if one is of `WHOLE_RATES`.
+
+    `rows` are of one size.
+    """
+    found: dict[tuple[str, str, int], dict[float, dict]] = {}
+    for row in rows:
+        if row["plan"] in WHOLE and row["status"] in DONE:
+            found.setdefault((row["variant"], row["data"], row["seed"]), {})[row["learning_rate"]] = row
+    return {key: runs for key, runs in found.items() if any(row["plan"] == WHOLE_RATES for row in runs.values())}
+
+
+def whole_losses(rows: list[dict], variants: list[str]) -> tuple[int, dict[float, float]]:
+    """How many rates whole runs of one of the variants were made at, and the loss of each that ended.
+
+    They are of the variant, token files and seed with most rates, the newest of equals.
+    """
+    found = [runs for (variant, _, _), runs in whole_runs(rows).items() if variant in variants]
+    tried = max(reversed(found), key=len, default={})
+    return len(tried), {rate: row["held_out_edu"] for rate, row in sorted(tried.items()) if row["status"] == "ok"}
+
+
 def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
-    """The rate of a family's sweep with the lowest mean loss on the held-out educational text; none diverged at it."""
-    sweep = sweep_of(rows, [name for name, variant in base["variants"].items() if variant["family"] == family])
-    ended = {rate: tried for rate, tried in sweep.items() if all(row["status"] == "ok" for row in tried)}
-    if not ended or len(sweep) < FEWEST_RATES:
-        raise InputError(
-            f"The family '{family}' has no swept learning rate yet, for {len(sweep)} rates were tried on one set of "
-            f"token files and {len(ended)} of them ended: run {SWEEP}.yaml first."
-        )
-    return min(ended, key=lambda rate: statistics.mean(row["held_out_edu"] for row in ended[rate]))
+    """The best rate of a family, by the mean loss on the held-out educational text; none diverged at it.
+
+    It is that of the sweep, unless whole runs at it and at others were made, and another ends more than `MARGIN` lower:
+    what is best for a quarter of the length need not be for all of it. Without a sweep, whole runs alone say it.
+    """
+    variants = [name for name, variant in base["variants"].items() if variant["family"] == family]
+    best = best_of_sweep(rows, variants)
+    number, whole = whole_losses(rows, variants)
+    lowest = min(whole, key=whole.get, default=None)
+    if best:
+        return lowest if best in whole and whole[lowest] < whole[best] - MARGIN else best
+    if whole and number >= FEWEST_RATES:
+        return lowest
+    sweep = sweep_of(rows, variants)
+    ended = [rate for rate, tried in sweep.items() if all(row["status"] == "ok" for row in tried)]
+    raise InputError(
+        f"The family '{family}' has no swept learning rate yet, for {len(sweep)} rates were tried on one set of "
+        f"token files and {len(ended)} of them ended: run {SWEEP}.yaml or {WHOLE_RATES}.yaml first."
+    )
 
 
 def rate_by_now(variant: str, base: dict, rows: list[dict]) -> float | None:
@@ -282,11 +327,17 @@ def check_length(run: dict, data: dict) -> None:
 def missing_of(runs: list[dict], rows: list[dict]) -> list[dict]:
     """The runs, each once, that no row of runs.csv has finished for the table that the plan fills.
 
-    A run of the sweep is no run of the stability plan, though they may be alike: each table reads rows of its own.
+    A run of the sweep is no run of the stability plan, though they may be alike: each table reads rows of its own. That
+    of rates at the whole length reads the rows of every plan that has it.
     """
 
-    def key(run: dict) -> tuple:
-        return *identity(run), EQUAL_TOKENS[0] if run["plan"] in EQUAL_TOKENS else run["plan"]
+    def key(run: dict, plan: str) -> tuple:
+        return *identity(run), EQUAL_TOKENS[0] if plan in EQUAL_TOKENS else plan
 
-    finished = {key(row) for row in rows if row["status"] in DONE}
-    return list({key(run): run for run in runs if key(run) not in finished}.values())
+    finished = {key(row, row["plan"]) for row in rows if row["status"] in DONE}
+
+    def is_finished(run: dict) -> bool:
+        plans = WHOLE if run["plan"] == WHOLE_RATES else (run["plan"],)
+        return any(key(run, plan) in finished for plan in plans)
+
+    return list({key(run, run["plan"]): run for run in runs if not is_finished(run)}.values())

@@ -13,12 +13,15 @@ from complexity_deep.workflow.evidence.ablation_plan import (
     DONE,
     EQUAL_TOKENS,
     FEWEST_RATES,
+    MARGIN,
     MUON,
     SWEEP,
-    WHOLE_RATES,
+    best_of_sweep,
     identity,
     rate_by_now,
     sweep_of,
+    whole_losses,
+    whole_runs,
 )
 from complexity_deep.workflow.markdown_table import table
 
@@ -31,7 +34,6 @@ TEXTS = {"held_out_edu": "educational text", "held_out_books": "books"}
 GOALS = {"equal tokens": -0.15, "equal seconds": -0.10}
 UPPER_BOUND = -0.05
 CHOICE_SEEDS = (0, 1, 2)  # by which the best candidate is chosen, as planned; later ones measure it without that choice
-MARGIN = 0.02  # nats: two whole runs that differ in their seed alone are seldom further apart
 SAME_LENGTH = 0.01  # of its tokens that a run of equal seconds may be off, for speeds are measured that well
 BEYOND = 0.15  # nats
 COLOURS = colormaps["tab10"].colors
@@ -87,7 +89,7 @@ def below_table(rows: list[dict], data: str, plans: tuple[str, ...], base: dict,
     lines = [f"Seeds that diverged{where} and are in no mean: {lost}.", ""] if lost else []
     rates = old_rates(rows, data, plans, base)
     old = ", ".join(f"`{variant}` ({had:g}, now {now:g})" for variant, (had, now) in rates.items())
-    return lines + ([f"The sweep finds another rate best by now{where}: {old}.", ""] if old else [])
+    return lines + ([f"Another rate is found best by now{where}: {old}.", ""] if old else [])
 
 
 def old_lengths(runs: dict[str, list[dict]], reference: list[dict], speeds: dict[str, float]) -> list[str]:
@@ -169,12 +171,14 @@ def variant_table(runs: dict[str, list[dict]], reference: list[dict], speeds: di
     return table(header, lines)
 
 
-def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates: list[str]) -> list[str]:
+def verdict(rows: list[dict], base: dict, equal_tokens: dict, equal_seconds: dict) -> list[str]:
     """The first paragraph: whether the goal is reached by the best candidate, and its figures.
 
     `equal_tokens` and `equal_seconds`: id of token files -> variant -> runs. Losses compare within one id only, so that
-    each difference is that of the id with most seeds, the newest of equals.
+    each difference is that of the id with most seeds, the newest of equals. `rows` are those of one size, and `base` is
+    its file of variants.
     """
+    reference, candidates = base["reference"], base["candidates"]
     data, present = most_candidates(equal_tokens, reference, candidates)
     if not present:
         return ["**The goal is not decided yet**: the headline has no finished runs."]
@@ -210,6 +214,7 @@ def verdict(equal_tokens: dict, equal_seconds: dict, reference: str, candidates:
         f"**The goal is {word}.** It was a difference in held-out loss to a dense model of equal active size of at",
         f"most {goal}, with the upper 95 % bound at most {UPPER_BOUND}, on both texts. The best candidate is `{best}`:",
         "; ".join(parts) + ".",
+        *better_reference(rows, base, data),
         *filter(None, later),
         *fewer_seeds(equal_tokens[data], present, "equal tokens"),
         *best_at_equal_seconds(equal_tokens, equal_seconds, reference, candidates, best),
@@ -333,6 +338,41 @@ def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
     write_figure(figure, path)
 
 
+def gaps(rows: list[dict], reference: list[dict], text: str) -> list[tuple[int, float]]:
+    """Tokens, and the mean loss minus that of the reference, at each point of the curves that both have."""
+
+    def losses(found: list[dict]) -> dict[int, float]:
+        points: dict[int, list[float]] = {}
+        for row in found:
+            for point in row["curve"]:
+                points.setdefault(point[0], []).append(point[1 + list(TEXTS).index(text)])
+        return {tokens: statistics.mean(values) for tokens, values in points.items() if len(values) == len(found)}
+
+    ours, theirs = losses(rows), losses(reference)
+    return [(tokens, loss - theirs[tokens]) for tokens, loss in ours.items() if tokens in theirs]
+
+
+def draw_gaps(path: Path, panels: dict[str, dict[str, list[dict]]], reference: str, colours: tuple[str, ...]) -> None:
+    """Differences to the reference while training goes on; `panels`: title -> variant -> runs.
+
+    A variant has the colour of its place in `colours` in every panel.
+    """
+    figure, every = subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False)
+    for axes, (title, runs) in zip(every[0], panels.items()):
+        for variant in (variant for variant in runs if variant != reference):
+            colour = COLOURS[colours.index(variant) % 10]
+            for style, text in zip("-:", TEXTS):
+                points = gaps(runs[variant], runs[reference], text)
+                label = f"{variant} ({len(runs[variant])})" if style == "-" else None
+                axes.plot([at / 1e6 for at, _ in points], [gap for _, gap in points], style, color=colour, label=label)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(title=f"{title}\nsolid: educational text, dotted: books", xlabel="training tokens, millions")
+        axes.set_ylabel(f"held-out loss minus that of {reference} ({len(runs[reference])}), nats per token")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, title="seeds in brackets", title_fontsize=8)
+    write_figure(figure, path)
+
+
 def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[dict]) -> None:
     """Difference of every variant to the reference on both texts, with its interval.
 
@@ -368,16 +408,16 @@ def cells_of_rates(rates: list[float], tried: dict, ended: dict[float, float]) -
     return [f"{ended[rate]:.4f}" if rate in ended else "diverged" if rate in tried else "" for rate in rates]
 
 
-def sweep_table(rows: list[dict]) -> list[str]:
-    """Held-out educational loss of each swept variant and rate; one that diverged says so.
+def sweep_section(rows: list[dict], size: str) -> list[str]:
+    """Lines on the held-out educational loss of each swept variant and rate; none without a sweep.
 
-    `rows` are of one size. Sentences name the variants whose best rate has no worse one on both sides, and those for
-    which another set of token files finds another rate best.
+    `rows` are of one size. One that diverged says so. Sentences name the variants whose best rate has no worse one on
+    both sides, and those for which another set of token files finds another rate best.
     """
     sweeps = {row["variant"]: sweep_of(rows, [row["variant"]]) for row in rows if row["plan"] == SWEEP}
     sweeps = {variant: sweep for variant, sweep in sweeps.items() if sweep}
     if not sweeps:
-        return [NOT_MEASURED]
+        return []
     rates = sorted(set().union(*sweeps.values()))
     lines, at_edge = [], []
     for variant, sweep in sweeps.items():
@@ -402,7 +442,7 @@ def sweep_table(rows: list[dict]) -> list[str]:
     most = max(len(tried) for sweep in sweeps.values() for tried in sweep.values())
     seeds = "one seed each" if most == 1 else f"the mean of up to {most} seeds"
     above = f"Held-out loss on educational text after {tokens} tokens, {seeds}."
-    return [above, "", *rows_of_table, *([""] if notes else []), *notes]
+    return [f"## Learning rates at {size}", "", above, "", *rows_of_table, "", *notes, *([""] if notes else [])]
 
 
 def best_rates(rows: list[dict], variant: str) -> set[float]:
@@ -421,41 +461,58 @@ def best_rates(rows: list[dict], variant: str) -> set[float]:
     return {min(common, key=lambda rate: statistics.mean(column(sweep[rate], "held_out_edu"))) for sweep in found}
 
 
-def whole_rates_section(rows: list[dict]) -> list[str]:
-    """Lines on whole runs at other rates than that of the sweep, beside those of the headline; none without any."""
-    found: dict[tuple, dict[float, dict]] = {}  # the last run of each rate
-    for row in rows:
-        if row["plan"] in (WHOLE_RATES, *EQUAL_TOKENS) and row["status"] in DONE:
-            found.setdefault((row["variant"], row["data"], row["seed"]), {})[row["learning_rate"]] = row
-    tried = {key: runs for key, runs in found.items() if any(row["plan"] == WHOLE_RATES for row in runs.values())}
+def whole_rates_section(rows: list[dict], size: str) -> list[str]:
+    """Lines on whole runs at several rates, beside those of the headline or of scaling; none without any.
+
+    `rows` are of one size.
+    """
+    tried = whole_runs(rows)
     if not tried:
         return []
     rates = sorted(set().union(*tried.values()))
-    lines, better = [], []
+    lines, better, at_edge = [], [], []
     for (variant, data, seed), runs in sorted(tried.items()):
         ended = {rate: row["held_out_edu"] for rate, row in runs.items() if row["status"] == "ok"}
         lines.append([variant, data, str(seed), *cells_of_rates(rates, runs, ended)])
-        others = [loss for rate, loss in ended.items() if runs[rate]["plan"] == WHOLE_RATES]
-        own = [loss for rate, loss in ended.items() if runs[rate]["plan"] != WHOLE_RATES]
-        if others and own and min(others) < min(own) - MARGIN:
-            better.append(f"`{variant}`")
-    header = ["variant", "token files", "seed", *(f"{rate:g}" for rate in rates)]
-    reading = f"No other rate ends more than {MARGIN} nats lower than that of the sweep."
+        if not ended:
+            continue
+        lowest = min(ended, key=ended.get)
+        if lowest in (min(runs), max(runs)):
+            at_edge.append(f"`{variant}`")
+        swept = ended.get(best_of_sweep(rows, [variant]))
+        if swept is not None and ended[lowest] < swept - MARGIN:
+            better.append(f"`{variant}` ({ended[lowest] - swept:+.3f} at {lowest:g})")
+    notes = []
     if better:
-        names = ", ".join(dict.fromkeys(better))
-        reading = (
-            f"Another rate than that of the sweep ends more than {MARGIN} nats lower for {names}, whose differences "
-            "above are those of runs that could have been better."
-        )
+        notes += [f"More than {MARGIN} nats below that of the sweep's best rate: {', '.join(better)}."]
+    if at_edge:
+        names = ", ".join(dict.fromkeys(at_edge))
+        notes += [f"The best rate may lie beyond those that were tried for {names}."]
+    header = ["variant", "token files", "seed", *(f"{rate:g}" for rate in rates)]
     return [
-        "## Learning rates at the whole length",
+        f"## Learning rates at {size}, whole runs",
         "",
-        "Held-out loss on educational text of whole runs at half and twice the rate of the sweep, beside those at it.",
+        "Held-out loss on educational text of whole runs. A rate that ends more than "
+        f"{MARGIN} nats below that of the sweep takes its place.",
         "",
         *table(header, lines, text_columns=2),
         "",
-        reading,
-        "",
+        *notes,
+        *([""] if notes else []),
+    ]
+
+
+def better_reference(rows: list[dict], base: dict, data: str) -> list[str]:
+    """A sentence for the first paragraph where the reference is found better at another rate than that of its runs."""
+    name = base["reference"]
+    had, now = old_rates(rows, data, EQUAL_TOKENS, base).get(name, (None, None))
+    _, losses = whole_losses(rows, [name])
+    if had not in losses or now not in losses:
+        return []
+    return [
+        f"`{name}` ends {losses[had] - losses[now]:.3f} nats lower on educational text at a rate of {now:g} than at",
+        f"the {had:g} of its runs here (one seed each), so that the differences to it are too large by about that",
+        "until its runs are made again.",
     ]
 
 

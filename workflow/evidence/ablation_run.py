@@ -30,6 +30,7 @@ WARM_UP_STEPS = 10  # compiled and not timed; their time is taken to be that of 
 CURVE_POINTS = 16
 SHORT_RUN = 5e7  # tokens below which a quarter of the points will do, for a point reads 480,000 held-out tokens
 LOG_STEPS = 20
+DEAD_WINDOWS = 5  # of LOG_STEPS, in a row, that end without a gradient: such a run never learns again, and is stopped
 SPIKE = 0.2  # nats that the mean training loss of a window of LOG_STEPS lies above the lowest before it
 
 
@@ -132,6 +133,7 @@ class RunClock(TrainerCallback):
         self.points = {round(steps * point / points) for point in range(1, points + 1)}
         self.seconds, self.started, self.last_step = 0.0, None, 0
         self.curve, self.windows, self.diverged = [], [], False
+        self.windows_without_gradient = 0  # at the end so far
 
     def _now(self) -> float:
         if torch.cuda.is_available():
@@ -152,7 +154,9 @@ class RunClock(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.windows.append(logs["loss"])
-            if not math.isfinite(logs["loss"]):
+            still = logs.get("grad_norm") == 0
+            self.windows_without_gradient = self.windows_without_gradient + 1 if still else 0
+            if not math.isfinite(logs["loss"]) or self.windows_without_gradient == DEAD_WINDOWS:
                 self.diverged = control.should_training_stop = True
 
     @property

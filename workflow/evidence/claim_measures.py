@@ -15,10 +15,9 @@ from typing import NamedTuple, Protocol
 from scipy import stats
 
 from complexity_deep.routing_complexity_deep import modulo_routing
+from complexity_deep.workflow.evidence.ablation_plan import EQUAL_TOKENS, MARGIN
 from complexity_deep.workflow.evidence.ablation_report import (
     CONFIDENCE,
-    EQUAL_TOKENS,
-    MARGIN,
     by_data,
     difference,
     diverged_seeds,
@@ -101,7 +100,7 @@ def basis(study: Study, data: str, variants: tuple[str, ...], numbers: list[int]
     for variant in dict.fromkeys(variants):
         if variant in rates:
             had, now = rates[variant]
-            parts.append(f"{variant} at the rate {had:g}, where its sweep finds {now:g} best by now")
+            parts.append(f"{variant} at the rate {had:g}, where {now:g} is found best by now")
     return f"({', '.join(parts)})"
 
 

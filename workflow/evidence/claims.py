@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from complexity_deep.workflow.evidence.ablation_plan import read_yaml
-from complexity_deep.workflow.evidence.ablation_report import MARGIN
+from complexity_deep.workflow.evidence.ablation_plan import MARGIN, read_yaml
 from complexity_deep.workflow.evidence.balance import read_balance
 from complexity_deep.workflow.evidence.claim_measures import (
     BALANCED,

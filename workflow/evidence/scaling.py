@@ -27,6 +27,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     by_data,
     column,
     difference,
+    gaps,
     signed,
     sizes_of,
     variant_table,
@@ -261,5 +262,29 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
                 "More than one pass over the token files, each of which takes every row once, in an order of its own."
             ]
             lines += ["", *variant_table(runs, runs.get(reference, []), newest_speeds(own, reference)), ""]
-            lines += below_table(own, data, LARGE, read_yaml(recipes / f"{size}.yaml"))
+            lines += [
+                *while_training(runs, reference),
+                *below_table(own, data, LARGE, read_yaml(recipes / f"{size}.yaml")),
+            ]
     return lines
+
+
+def while_training(runs: dict[str, list[dict]], reference: str) -> list[str]:
+    """A sentence for each variant on when it was furthest ahead of the reference, and an empty line."""
+    lines = []
+    for variant, rows in runs.items():
+        if variant == reference or reference not in runs:
+            continue
+        edu, books = (gaps(rows, runs[reference], text) for text in TEXTS)
+        if not edu:
+            continue
+        later = range(
+            len(edu) // 4, len(edu)
+        )  # while the rate still rises, losses differ by more than they ever do again
+        best = min(later, key=lambda index: edu[index][1])
+        lines.append(
+            f"After the first quarter, `{variant}` is furthest from `{reference}` at {edu[best][0] / 1e6:.0f}M tokens, "
+            f"{edu[best][1]:+.3f} on educational text and {books[best][1]:+.3f} on books; it ends {edu[-1][1]:+.3f} "
+            f"and {books[-1][1]:+.3f}."
+        )
+    return [*lines, ""] if lines else []

@@ -13,11 +13,12 @@ from complexity_deep.workflow.evidence.ablation_report import (
     by_data,
     draw_curves,
     draw_differences,
+    draw_gaps,
     muon_section,
     old_lengths,
     repeats_section,
     stability_table,
-    sweep_table,
+    sweep_section,
     variant_table,
     verdict,
     whole_rates_section,
@@ -26,7 +27,7 @@ from complexity_deep.workflow.evidence.balance import FILE as BALANCE
 from complexity_deep.workflow.evidence.claims import write_claims
 from complexity_deep.workflow.evidence.estimate import write_estimate
 from complexity_deep.workflow.evidence.parts import parts_section
-from complexity_deep.workflow.evidence.scaling import SIZES, scaling_section
+from complexity_deep.workflow.evidence.scaling import LARGE, SIZES, scaling_section
 
 NAMES_OF_VARIANTS = """\
 How to read a name: `v0` is the published architecture with 4 experts, but for the residual-scaled init, which all
@@ -41,6 +42,8 @@ it guides attention. `v0_` and the name of a part is `v0` with that part changed
 without it and its parameters, `frozen_experts` gives the experts no gradient, as the published CUDA path does,
 `random` has a random table, and `router_gradient` trains the router by which mu overrides experts.
 """.splitlines()
+# In gaps.png.
+SHOWN = ("dense_active", "dense_total", "v0", "shared_64_layers_values", "shared_256_layers_values")
 TEXT_OF_THE_RUNS = """\
 The text of these runs is not in this repository, and no command here makes it: it was drawn from public repositories of
 textbooks, documentation and old books. `prepare` takes any text instead, and `learning_rates.yaml` and `speed.yaml`
@@ -76,7 +79,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     rows = [row for row in studied if row["size"] == base["size"]]
     equal_tokens, equal_seconds = by_data(rows, EQUAL_TOKENS), by_data(rows, EQUAL_SECONDS)
     speeds = newest_speeds(rows, name)
-    lines = ["# Evidence", "", *verdict(equal_tokens, equal_seconds, name, base["candidates"]), ""]
+    lines = ["# Evidence", "", *verdict(rows, base, equal_tokens, equal_seconds), ""]
     lines += [
         f"Written by `python scripts/ablate.py report` from [runs.csv]({output.name}/runs.csv); the plan, which is",
         f"older than the runs, is [plan.md]({output.name}/plan.md). Losses are in nats per token. Means ± standard",
@@ -112,12 +115,12 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
         if reference and len(runs) > 1:
             draw_differences(output / "differences.png", runs, reference)
             lines += [f"![differences to {name}, token files {data}]({output.name}/differences.png)", ""]
+        lines += write_gaps(output, studied, base)
     lines += muon_section(rows, base)
     lines += ["## Stability", "", *stability_table(rows), "", *scaling_section(output, studied, Path(recipes))]
     for size in SIZES:
-        swept = sweep_table([row for row in studied if row["size"] == size])
-        lines += [f"## Learning rates at {size}", "", *swept, ""]
-    lines += whole_rates_section(rows)
+        own = [row for row in studied if row["size"] == size]
+        lines += [*sweep_section(own, size), *whole_rates_section(own, size)]
     lines += repeats_section(studied)
     counted = Counter(row["status"] for row in studied)
     outcomes = ", ".join(f"{number} {status}" for status, number in sorted(counted.items()))
@@ -131,3 +134,22 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     lines += ["Plans of the 10m and 150m shapes lie in folders of these names.", "", *TEXT_OF_THE_RUNS]
     (output.parent / f"{output.name}.md").write_text("\n".join(lines) + "\n")
     return f"{len(studied)} runs"
+
+
+def write_gaps(output: Path, studied: list[dict], base: dict) -> list[str]:
+    """Draw gaps.png of runs at the size of `base` and of those on more tokens; returns its lines.
+
+    Of each size it takes the token files that most of `SHOWN` were trained on, the newest of equals.
+    """
+    name, panels = base["reference"], {}
+    for size in SIZES:
+        plans = ("headline",) if size == base["size"] else LARGE
+        found = by_data([row for row in studied if row["size"] == size], plans)
+        shown = {data: {v: runs[v] for v in SHOWN if v in runs} for data, runs in found.items() if name in runs}
+        data = max(reversed(shown), key=lambda data: len(shown[data]), default=None)
+        if data and len(shown[data]) > 1:
+            panels[f"{size}, token files {data}"] = shown[data]
+    if not panels:
+        return []
+    draw_gaps(output / "gaps.png", panels, name, SHOWN)
+    return [f"![difference to {name} while training goes on]({output.name}/gaps.png)", ""]
