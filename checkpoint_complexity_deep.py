@@ -9,7 +9,8 @@ checkpoint conversion mapping, so that dtype, device map and sharding options of
 import json
 import re
 import threading
-from contextlib import contextmanager
+import zipfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig, conversion_mapping
+from transformers import GenerationConfig, PreTrainedConfig, conversion_mapping
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -102,6 +103,13 @@ def rounded_tables(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
                     "averaged or merged."
                 )
     return rounded
+
+
+def _tensors_of(file: str) -> dict[str, torch.Tensor]:
+    """The state dict of a `.safetensors` or `.bin` file; values of the latter are read when they are used."""
+    if file.endswith(".bin"):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return load_file(file)
 
 
 def trains_mu(config, layer_idx: int) -> bool:
@@ -209,7 +217,9 @@ class Checkpoint:
     def find(cls, path: str, **hub_kwargs) -> "Checkpoint | None":
         """Read the checkpoint at `path` (local folder or Hub id); `None` where only other formats lie.
 
-        Raises `OSError` for a file that is not a whole safetensors file, `ValueError` for an unreadable `model.pt`.
+        A `pytorch_model.bin` of plain tensors is read like safetensors; any other is left to the library, which says
+        what is wrong with it. Raises `OSError` for a file that is not a whole safetensors file, `ValueError` for an
+        unreadable `model.pt`.
         """
         variant = hub_kwargs.pop("variant", None)
         suffix = f".{variant}" if variant else ""
@@ -224,19 +234,30 @@ class Checkpoint:
                 **hub_kwargs,
             )
 
-        if file := resolve(f"model{suffix}.safetensors"):
-            files = [file]
-        elif index := resolve(f"model.safetensors.index{suffix}.json"):
-            names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [resolve(name) for name in names]
-            if None in files:
-                raise OSError(f"{path} lacks {names[files.index(None)]}, which its index lists; download it again.")
-        elif (file := resolve("model.pt")) and not resolve("pytorch_model.bin"):
-            return cls._from_pickle(file)
+        for single, index in (  # in the library's order
+            (f"model{suffix}.safetensors", f"model.safetensors.index{suffix}.json"),
+            (f"pytorch_model{suffix}.bin", f"pytorch_model.bin.index{suffix}.json"),
+        ):
+            if file := resolve(single):
+                files = [file]
+                break
+            if file := resolve(index):
+                names = sorted(set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()))
+                files = [resolve(name) for name in names]
+                if None in files:
+                    raise OSError(f"{path} lacks {names[files.index(None)]}, which its index lists; download it again.")
+                break
         else:
-            return None
+            file = resolve("model.pt")
+            return cls._from_pickle(file) if file else None
         checkpoint = cls(source=str(path), files=files)
         for file in files:
+            if file.endswith(".bin"):
+                try:
+                    checkpoint._add(_tensors_of(file))
+                except Exception:
+                    return None
+                continue
             try:
                 with safe_open(file, framework="pt") as tensors:
                     for name in tensors.keys():  # noqa: SIM118 (a file handle, not a dict)
@@ -264,17 +285,21 @@ class Checkpoint:
         if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
             raise ValueError(f"{file} holds no state dict of tensors; it is not a Complexity-Deep checkpoint.")
         checkpoint = cls(source=str(file), state_dict=loaded)
-        names = {value: key for key, value in _SAFETENSORS_DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
-        for name, tensor in loaded.items():
-            checkpoint.keys[name.removeprefix("model.")] = (names.get(tensor.dtype, "I64"), tuple(tensor.shape))
-            if name.endswith("token_to_expert"):
-                checkpoint.tables.append(tensor)
+        checkpoint._add(loaded)
         return checkpoint
+
+    def _add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take names, dtypes, shapes and routing tables of a state dict into `keys` and `tables`."""
+        names = {value: key for key, value in _SAFETENSORS_DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
+        for name, tensor in tensors.items():
+            self.keys[name.removeprefix("model.")] = (names.get(tensor.dtype, "I64"), tuple(tensor.shape))
+            if name.endswith("token_to_expert"):
+                self.tables.append(tensor)
 
     def read(self) -> dict[str, torch.Tensor]:
         """Read all tensors into `state_dict`, which is then what is loaded."""
         if self.state_dict is None:
-            self.state_dict = {name: tensor for file in self.files for name, tensor in load_file(file).items()}
+            self.state_dict = {name: tensor for file in self.files for name, tensor in _tensors_of(file).items()}
         return self.state_dict
 
     def convert_experts(self) -> None:
@@ -505,6 +530,9 @@ class CheckpointMixin(_Model):
                 tensors.update(rounded_tables(tensors))
             if checkpoint.state_dict is not None:
                 kwargs = {key: value for key, value in kwargs.items() if key not in given}
+                if cls.can_generate() and kwargs.get("generation_config") is None:
+                    with suppress(OSError):  # there is none
+                        kwargs["generation_config"] = GenerationConfig.from_pretrained(source, **hub)
                 path, kwargs["config"], kwargs["state_dict"] = None, config, checkpoint.state_dict
         elif kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = {**kwargs["state_dict"], **rounded_tables(kwargs["state_dict"])}
@@ -533,6 +561,14 @@ class CheckpointMixin(_Model):
                 )
                 # The published `generate` samples unless it is told not to.
                 model.generation_config.do_sample = model.generation_config.do_sample or self_made is None
+            if path is None:  # the library saw the tensors alone, and not the folder
+                model.name_or_path = model.config.name_or_path = str(source)
+                adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
+                adapter = adapter_kwargs.pop("_adapter_model_path", None)  # where an auto class has found its base
+                if adapter is None and source != pretrained_model_name_or_path:
+                    adapter = pretrained_model_name_or_path
+                if adapter is not None:
+                    model.load_adapter(adapter, kwargs.get("adapter_name"), adapter_kwargs=adapter_kwargs)
         if kernels_implementation is not None:
             model.set_kernels_implementation(kernels_implementation)
         return (model, info) if output_loading_info else model

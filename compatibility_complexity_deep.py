@@ -133,17 +133,38 @@ def check_room(config, tokens: int, attention_mask: Tensor | None, cache) -> Non
             )
 
 
+def check_mask(attention_mask: Any, tokens: int, cache) -> None:
+    """Raise `ValueError` for a mask that has no such shape as `causal_mask` takes.
+
+    Without a cache a mask [B, S] is as long as the text of `tokens`. The library would fail in attention, or see that
+    no column hides anything and pass the others over. Masks that are no tensors belong to an attention implementation.
+    """
+    if not isinstance(attention_mask, Tensor):
+        return
+    if attention_mask.ndim not in (2, 4):
+        raise ValueError(
+            "attention_mask must be [batch, tokens] or [batch, 1, queries, keys], but has shape "
+            f"{tuple(attention_mask.shape)}."
+        )
+    if attention_mask.ndim == 2 and cache is None and attention_mask.shape[1] != tokens:
+        raise ValueError(
+            f"attention_mask is for {attention_mask.shape[1]} tokens, but the text has {tokens}, and there is no cache."
+        )
+
+
 def causal_mask(config, inputs_embeds: Tensor, attention_mask: Tensor | None, cache, position_ids: Tensor | None):
     """The library's mask for the attention implementation, or None where that needs none.
 
-    inputs_embeds: [B, S, H]. attention_mask: [B, S], [B, 1, S, L], or what the library takes as it is. cache and
+    inputs_embeds: [B, S, H]. attention_mask: [B, S], [B, 1, S, L], or a `BlockMask` of flex attention. cache and
     position_ids are those that the caller of the model gave. With a cache, the library takes a packed row for one
     document. With positions, it looks for packed rows, and waits for the device to answer.
     """
     if isinstance(cache, PagedAttentionCache):  # continuous batching brings the mask, if one is needed
         return attention_mask
+    check_mask(attention_mask, inputs_embeds.shape[1], cache)
     check_room(config, inputs_embeds.shape[1], attention_mask, cache)
-    if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
+    is_whole = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
+    if is_whole and not attention_mask.is_floating_point():  # type: ignore[union-attr]
         return _whole_mask(attention_mask.bool(), config, inputs_embeds)
     is_first = attention_mask is None and cache is None
     # Plain causal rows need no mask with SDPA. Under compile the library would make one and lose the fast kernel.

@@ -629,8 +629,8 @@ class ComplexityDeepPreTrainedModel(CheckpointMixin, KernelsMixin, VocabularyMix
             for parameter in module.parameters()
         )
         idle = experts - experts // self.config.num_experts
-        value_embeddings = [layer.self_attn.value_embedding for layer in self.base_model.layers]
-        idle += sum(table.weight.numel() - table.weight.shape[1] for table in value_embeddings if table is not None)
+        tables = [embedding.weight for _, embedding in self.value_embeddings()]
+        idle += sum(table.numel() - table.shape[1] for table in tables)
         return {"total": trained + frozen, "trained": trained, "active": trained + frozen - idle}
 
 
@@ -686,8 +686,6 @@ class ComplexityDeepModel(TokenRoutingMixin, ComplexityDeepPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if input_ids is not None:
-            if input_ids.ndim != 2:
-                raise ValueError(f"input_ids must be [batch, sequence], but has shape {tuple(input_ids.shape)}.")
             self.check_token_ids(input_ids, "input_ids")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # Before there are a cache and positions of our own: both would change what the library takes a row for.

@@ -110,6 +110,11 @@ def layer_routing_plans(make_plan: Callable, expert_ids: Tensor, num_experts: in
 class VocabularyMixin(PreTrainedModel):
     """What every Complexity-Deep class, with any head, does with its routing table when the vocabulary changes."""
 
+    def value_embeddings(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Every module that has a value embedding, with it, also where a layer is inside a class of somebody else."""
+        children = [(module, dict(module.named_children()).get("value_embedding")) for module in self.modules()]
+        return [(module, embedding) for module, embedding in children if embedding is not None]
+
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding, and let routing table and value embeddings have as many ids as it.
 
@@ -119,9 +124,8 @@ class VocabularyMixin(PreTrainedModel):
         super().set_input_embeddings(value)
         base, config = self.base_model, self.config
         config.vocab_size = getattr(value, "num_embeddings", config.vocab_size)
-        for attention in (layer.self_attn for layer in base.layers):
-            if attention.value_embedding is not None:
-                attention.value_embedding = self._get_resized_embeddings(attention.value_embedding, config.vocab_size)
+        for module, embedding in self.value_embeddings():
+            module.value_embedding = self._get_resized_embeddings(embedding, config.vocab_size)
         if config.is_routed and base.token_to_expert.shape[-1] != config.vocab_size:
             table = new_routing_table(config, extends=True).to(base.token_to_expert.device)
             kept = min(table.shape[-1], base.token_to_expert.shape[-1])
@@ -175,7 +179,11 @@ class TokenRoutingMixin(PreTrainedModel):
         self.routing_table.token_to_expert = table
 
     def check_token_ids(self, ids: Tensor, name: str) -> None:
-        """Raise `ValueError` for ids of another dtype than int64 or int32, or, on the CPU, outside the vocabulary."""
+        """Raise `ValueError` for ids that are no [B, S] int64 or int32, or, on the CPU, outside the vocabulary."""
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"{name} must be a tensor of token ids, but is a {type(ids).__name__}.")
+        if ids.ndim != 2:
+            raise ValueError(f"{name} must be [batch, sequence], but has shape {tuple(ids.shape)}.")
         if ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"{name} must be int64 or int32 token ids, but has dtype {ids.dtype}.")
         # On another device, reading the ids would make the host wait. Under tracing, FakeTensor and vmap, ids have no
@@ -215,12 +223,12 @@ class TokenRoutingMixin(PreTrainedModel):
         """
         if routing_ids is None:
             return input_ids if input_ids is not None else self.nearest_token_ids(inputs_embeds)
+        self.check_token_ids(routing_ids, "routing_ids")
         if routing_ids.shape != inputs_embeds.shape[:-1]:
             raise ValueError(
                 f"routing_ids must have the [batch, sequence] shape of the input, "
                 f"{tuple(inputs_embeds.shape[:-1])}, but has {tuple(routing_ids.shape)}."
             )
-        self.check_token_ids(routing_ids, "routing_ids")
         return routing_ids
 
     def expert_ids_by_layer(self, token_ids: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
-from transformers import Trainer, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainingArguments
 
 from complexity_deep import ComplexityDeepConfig, ComplexityDeepForCausalLM, ComplexityDeepModel
 from complexity_deep.routing_complexity_deep import modulo_routing
@@ -360,7 +360,61 @@ def test_a_file_that_keeps_the_head_s_name_of_a_tied_weight(tmp_path):
         ComplexityDeepModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("way", ("state dict", "library", "file", "published file"))
+def to_bin(folder, shards=1):
+    """Pickled tensors in the place of `model.safetensors`, in one file or in several with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        return torch.save(tensors, folder / "pytorch_model.bin")
+    files = {name: f"pytorch_model-{place % shards}.bin" for place, name in enumerate(tensors)}
+    for file in set(files.values()):
+        torch.save({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("shards", (1, 3))
+def test_pickled_tensors_are_checked_and_converted(shards, published_folder, tmp_path):
+    to_bin(published_folder, shards)
+    ids, logits = golden_logits()
+    assert (load(published_folder)(ids).logits - logits).abs().max() < 5e-5
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "native")
+    shutil.copytree(tmp_path / "native", tmp_path / "incomplete")
+    to_bin(tmp_path / "native", shards)
+    torch.testing.assert_close(load(tmp_path / "native")(ids).logits, model(ids).logits)
+    rewrite(tmp_path / "incomplete", without("layers.1.mlp"))
+    to_bin(tmp_path / "incomplete", shards)
+    with pytest.raises(ValueError, match=r"it lacks \d+ weights of this model, e\.g\. model\.layers\.1\.mlp"):
+        load(tmp_path / "incomplete")
+
+
+def test_pickled_tensors_that_cannot_be_read_are_left_to_the_library(tmp_path, capsys):
+    tiny_config().save_pretrained(tmp_path)
+    torch.save({"a": Payload()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"(?i)weights[_ ]only"):
+        load(tmp_path)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ("average", "model.pt"))
+def test_the_folder_of_tensors_that_are_read_here_is_known_to_the_model(layout, published_folder):
+    """Its generation config, and the name by which trainers load a reference and adapters name their base."""
+    if layout == "average":
+        rewrite(published_folder, lambda tensors: {name: tensor.float() for name, tensor in tensors.items()})
+    else:
+        torch.save(load_file(published_folder / "model.safetensors"), published_folder / "model.pt")
+        (published_folder / "model.safetensors").unlink()
+    (published_folder / "generation_config.json").write_text('{"max_new_tokens": 7, "do_sample": false}')
+    model = load(published_folder)
+    assert model.generation_config.max_new_tokens == 7
+    assert model.name_or_path == model.config.name_or_path == str(published_folder)
+    given = load(published_folder, generation_config=GenerationConfig(max_new_tokens=3))
+    assert given.generation_config.max_new_tokens == 3
+    ComplexityDeepModel.from_pretrained(published_folder)  # generates nothing, and so has no such config
+
+
+@pytest.mark.parametrize("way", ("state dict", "library", "file", "pickled file", "published file"))
 def test_an_average_of_models_has_their_routing_table(way, tmp_path):
     """0.1 * 3 + 0.9 * 3 is less than 3 in fp32, and would be cut to 2."""
     model, ids = tiny_model(routing="random"), random_ids(2, 20)
@@ -379,6 +433,8 @@ def test_an_average_of_models_has_their_routing_table(way, tmp_path):
         save = model.save_published_format if way == "published file" else model.save_pretrained
         save(tmp_path)
         rewrite(tmp_path, change)
+        if way == "pickled file":
+            to_bin(tmp_path)
         return load(tmp_path)
 
     found = loaded(average)

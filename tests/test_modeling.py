@@ -8,7 +8,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
+    BatchEncoding,
     CLIPVisionConfig,
     DynamicCache,
     LlavaConfig,
@@ -798,6 +800,8 @@ def test_bad_inputs():
         model(ids, routing_ids=ids[:, :3])
     with pytest.raises(ValueError, match=r"input_ids must be \[batch, sequence\]"):
         model(ids[0])
+    with pytest.raises(ValueError, match="input_ids must be a tensor of token ids, but is a BatchEncoding"):
+        model(BatchEncoding({"input_ids": ids}))
     with pytest.raises(ValueError, match=r"routing_ids must be \[batch, prompt\]"):
         model.generate(ids, routing_ids=ids[0], max_new_tokens=1)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
@@ -806,6 +810,52 @@ def test_bad_inputs():
         model.set_kernels_implementation("cuda")
     with pytest.raises(ValueError, match="is not supported"):
         model.set_experts_implementation("unknown")
+
+
+@pytest.mark.parametrize("tokens", (3, 6))
+def test_a_mask_that_does_not_fit_is_refused(tokens):
+    """A mask of ones alone that is too short went unnoticed."""
+    model, ids = tiny_model(), random_ids(2, 4)
+    for mask in (torch.ones(2, tokens), torch.ones(2, tokens).triu(1)):
+        with pytest.raises(ValueError, match=rf"attention_mask is for {tokens} tokens, but the text has 4"):
+            model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"attention_mask must be .* but has shape \(2, 4, 4\)"):
+        model(ids, attention_mask=torch.ones(2, 4, 4))
+
+
+def test_a_block_mask_of_flex_attention():
+    model, ids = tiny_model(attn_implementation="flex_attention"), random_ids(1, 16)
+
+    def of_one_half(batch, head, query, key):
+        return (query >= key) & (query // 8 == key // 8)
+
+    mask, positions = create_block_mask(of_one_half, 1, None, 16, 16, device="cpu"), torch.arange(16)[None] % 8
+    with torch.no_grad():  # PyTorch has no gradient of it on the CPU
+        apart = model(ids.view(2, 8)).logits.view(1, 16, -1)
+        close(model(ids, attention_mask=mask, position_ids=positions).logits, apart)
+
+
+class Steered(torch.nn.Module):
+    """A layer inside a class of somebody else, as tools for steering vectors and for skipping layers have it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, VALUES[0]])
+def test_layers_inside_classes_of_others(options):
+    model, twin, ids = tiny_model(**options), tiny_model(**options), random_ids(1, 8)
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = Steered(layer)
+    assert model.parameter_counts() == twin.parameter_counts()
+    for each in (model, twin):
+        torch.manual_seed(0)
+        each.resize_token_embeddings(300)
+    close(model(ids + 40).logits, twin(ids + 40).logits)
 
 
 def test_a_foreign_config_is_not_taken_for_ours():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from complexity_deep import ComplexityDeepForCausalLM
@@ -50,7 +51,11 @@ def test_lora_trains_counts_reloads_and_merges(target, kernels, tmp_path):
     torch.testing.assert_close(merged(ids).logits, adapted, rtol=1e-5, atol=1e-4)
 
 
-def test_an_adapter_folder_loads_through_the_auto_class(published_folder, tmp_path):
+@pytest.mark.parametrize("file", ("model.safetensors", "model.pt"))
+def test_an_adapter_folder_loads_through_the_auto_class(file, published_folder, tmp_path):
+    if file == "model.pt":
+        torch.save(load_file(published_folder / "model.safetensors"), published_folder / file)
+        (published_folder / "model.safetensors").unlink()
     model = ComplexityDeepForCausalLM.from_pretrained(published_folder)
     adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "mu_to_v"]))
     ids = random_ids(1, 12)
