@@ -245,6 +245,18 @@ def test_estimate_is_computed_from_rows(results):
     assert line[1:3] == [str(seeds), f"{(seeds + 1) * (3 * hours + dense):,.0f}"]
 
 
+def test_the_estimate_is_of_a_size_with_runs_at_equal_tokens(results):
+    """Longer runs of a larger one have a spread of seeds, and no difference that it could take."""
+    config = REPOSITORY / "configs/1.5b.json"
+    rows = [row for row in family() if row["size"] == "30m"]
+    rows += [finished("dense_active", seed, 3.0 + seed / 50, "large", size="150m") for seed in range(2)]
+    text = " ".join(" ".join(estimate.estimate_lines(rows, PLANS, results, config)).split())
+    assert "At 30m, `shared_64_layers_values` is" in text and "| 150m | 1 | 0.0141" in text and "had a rate" not in text
+    rows += [finished("dense_active", 0, 5 - r, "learning_rates", learning_rate=r) for r in (1e-3, 2e-3, 4e-3)]
+    text = " ".join(" ".join(estimate.estimate_lines(rows, PLANS, results, config)).split())
+    assert "And `dense_active` had a rate of 0.001 there, where 0.004 is found best by now." in text
+
+
 def test_nothing_is_estimated_from_nothing(results, tmp_path):
     config = REPOSITORY / "configs/1.5b.json"
     for rows, file in (([], results), (family(), tmp_path / "none.csv"), (at_sizes("dense_total"), results)):
