@@ -231,7 +231,11 @@ def test_whole_runs_have_the_last_word_on_a_rate():
     assert (
         rate([*sweep, headline, better | {"data": "other"}]) == rate([*sweep, headline, better | {"seed": 1}]) == 1e-3
     )
+    assert rate([*sweep, headline, better | {"tokens": 2 * headline["tokens"]}]) == 1e-3  # another length
     assert rate([*sweep, headline, better | {"status": "diverged"}]) == 1e-3
+    lost = headline | {"status": "diverged", "held_out_edu": 9.7}
+    assert rate([*sweep, lost, near]) == 2e-3
+    assert rate([*sweep, lost, near | {"status": "diverged"}]) == 1e-3
     assert rate([*sweep, headline, better, headline | {"learning_rate": 2e-3, "held_out_edu": 3.2}]) == 1e-3  # again
     whole = [headline | {"learning_rate": r, "plan": "whole_rates", "held_out_edu": 3 + r} for r in (1e-3, 2e-3, 4e-3)]
     assert rate(whole) == 1e-3  # without a sweep
