@@ -150,7 +150,8 @@ def test_longer_runs_have_a_table_of_their_own(tmp_path):
     assert "## 150m on more tokens, token files first" in text
     table = text[text.index("## 150m on more tokens") :]
     assert cells(table, "shared_64_layers_values")[4] == "300.0" and "-0.100 [" in table
-    assert "`shared_64_layers_values` is furthest from `dense_active` at 0M tokens, -0.100 on educational" in table
+    assert "`shared_64_layers_values` minus `dense_active` is lowest at 0M tokens: -0.100 on educational" in table
+    assert "No rate was tried at this length" in table
     assert text.split("## 150m")[0] in section(tmp_path, family())
 
 
@@ -162,8 +163,8 @@ def test_the_largest_lead_of_a_longer_run_is_named():
     runs["v0"] = [finished("v0", 0, 4.9, curve=[[n * 1e6, loss, loss + 1.5] for n, loss in enumerate(edu)])]
     (line, _) = scaling.while_training(runs, "dense_active")
     assert line == (
-        "After the first quarter, `v0` is furthest from `dense_active` at 3M tokens, -0.500 on educational text and "
-        "+0.000 on books; it ends -0.100 and +0.400."
+        "After the first quarter, `v0` minus `dense_active` is lowest at 3M tokens: -0.500 on educational text and "
+        "+0.000 on books. It ends at -0.100 and +0.400."
     )
 
 

@@ -42,7 +42,7 @@ it guides attention. `v0_` and the name of a part is `v0` with that part changed
 without it and its parameters, `frozen_experts` gives the experts no gradient, as the published CUDA path does,
 `random` has a random table, and `router_gradient` trains the router by which mu overrides experts.
 """.splitlines()
-# In gaps.png.
+# The variants of gaps.png.
 SHOWN = ("dense_active", "dense_total", "v0", "shared_64_layers_values", "shared_256_layers_values")
 TEXT_OF_THE_RUNS = """\
 The text of these runs is not in this repository, and no command here makes it: it was drawn from public repositories of
@@ -148,7 +148,7 @@ def write_gaps(output: Path, studied: list[dict], base: dict) -> list[str]:
         shown = {data: {v: runs[v] for v in SHOWN if v in runs} for data, runs in found.items() if name in runs}
         data = max(reversed(shown), key=lambda data: len(shown[data]), default=None)
         if data and len(shown[data]) > 1:
-            panels[f"{size}, token files {data}"] = shown[data]
+            panels[f"{size}{'' if plans != LARGE else ' on more tokens'}, token files {data}"] = shown[data]
     if not panels:
         return []
     draw_gaps(output / "gaps.png", panels, name, SHOWN)
