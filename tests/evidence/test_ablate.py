@@ -165,6 +165,8 @@ def test_a_run_is_repeated_as_it_was():
     assert runs_of(plans, rows, **asked, repeat=True) == [run for run in first if run["seed"] == 0]
     with pytest.raises(InputError, match=r"runs\.csv has no such run on these token files: leave --repeat out"):
         runs_of(plans, rows, DATA, ["shared_64"], [1], repeat=True)
+    with pytest.raises(InputError, match="token files, for those of --smoke do not count: leave --repeat out"):
+        runs_of(plans, [], DATA, ["shared_64"], smoke=True, repeat=True)
 
 
 def test_a_run_that_failed_is_repeated_beside_those_that_ended():
@@ -321,6 +323,8 @@ def test_a_run_that_its_tokens_do_not_suffice_for_is_refused():
         check_length(run, few)
     with pytest.raises(InputError, match="needs 2 steps of 32,768 tokens or more, and gets 32,768"):
         check_length(run | {"tokens": 32768}, few)
+    with pytest.raises(InputError, match="and gets 0, for --smoke takes 1/25,000 of the plan's"):
+        check_length(finish(run | {"tokens": 1e6}, True), few)
 
 
 @pytest.mark.parametrize(

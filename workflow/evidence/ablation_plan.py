@@ -20,6 +20,7 @@ WHOLE = (WHOLE_RATES, *EQUAL_TOKENS, "scaling")  # plans whose runs have its len
 MARGIN = 0.02  # nats: two whole runs that differ in their seed alone are seldom further apart
 SWEEP, SWEPT = "learning_rates", "swept"  # the plan that tries rates, and the rates of a plan that takes the best
 FEWEST_RATES = 3  # tried, diverged ones too, before a sweep says which is best
+SMOKE_SHARE = 4e-5  # of a plan's tokens
 MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW
 
 
@@ -170,7 +171,8 @@ def runs_of(
             runs.append(finish(run, smoke))
     runs = [run for run in runs if seeds is None or run["seed"] in seeds]
     if not runs:
-        found = "runs.csv has no such run on these token files: leave --repeat out." if repeat else None
+        smoke = ", for those of --smoke do not count" if smoke else ""
+        found = f"runs.csv has no such run on these token files{smoke}: leave --repeat out." if repeat else None
         raise InputError(found or "No plan has a run of both --only and --seeds.")
     return runs
 
@@ -292,7 +294,7 @@ def finish(run: dict, smoke: bool) -> dict:
         config.update(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
         config.update({"head_dim": 16} if "head_dim" in config else {})
         config.update({"value_embedding_layers": [1]} if "value_embedding_layers" in config else {})
-        run.update(size=f"{run['size']} smoke", row_length=64, rows_per_step=2, tokens=run["tokens"] * 4e-5)
+        run.update(size=f"{run['size']} smoke", row_length=64, rows_per_step=2, tokens=run["tokens"] * SMOKE_SHARE)
     step = run["row_length"] * run["rows_per_step"]
     run["tokens"] = int(run["tokens"] // step * step)
     described = {name: value for name, value in run.items() if name != "plan"}
@@ -314,7 +316,11 @@ def check_length(run: dict, data: dict) -> None:
     step = run["row_length"] * run["rows_per_step"]
     rows = data["files"]["train"]["tokens"] // run["row_length"]
     if run["tokens"] < 2 * step:
-        raise InputError(f"'{run['variant']}' needs 2 steps of {step:,} tokens or more, and gets {run['tokens']:,}.")
+        share = f", for --smoke takes 1/{round(1 / SMOKE_SHARE):,} of the plan's"
+        smoke = share if run["size"].endswith(" smoke") else ""
+        raise InputError(
+            f"'{run['variant']}' needs 2 steps of {step:,} tokens or more, and gets {run['tokens']:,}{smoke}."
+        )
     if run["tokens"] // run["row_length"] > rows and not run.get("repeat_data"):
         raise InputError(
             f"'{run['variant']}' takes {run['tokens']:,} tokens, but the token files have {rows:,} rows of "

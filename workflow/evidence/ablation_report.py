@@ -185,7 +185,7 @@ def verdict(rows: list[dict], base: dict, equal_tokens: dict, equal_seconds: dic
     reference, candidates = base["reference"], base["candidates"]
     data, present = most_candidates(equal_tokens, reference, candidates)
     if not present:
-        return ["**The goal is not decided yet**: the headline has no finished runs."]
+        return [f"**The goal is not decided yet**: no candidate has a finished run beside one of `{reference}`."]
     best = best_of(equal_tokens[data], present, "held_out_edu")
     parts, later, fails, is_known = [], [], False, True
     for what, runs in (("equal tokens", equal_tokens), ("equal seconds", equal_seconds)):

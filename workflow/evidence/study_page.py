@@ -75,7 +75,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     """Write the figures into `output` and the page, which has its name, beside it; returns what it is made of."""
     base = read_yaml(Path(recipes, "30m.yaml"))
     name = base["reference"]
-    studied = [row for row in rows if row["size"] in SIZES]
+    number, studied = len(rows), [row for row in rows if row["size"] in SIZES]
     rows = [row for row in studied if row["size"] == base["size"]]
     equal_tokens, equal_seconds = by_data(rows, EQUAL_TOKENS), by_data(rows, EQUAL_SECONDS)
     speeds = newest_speeds(rows, name)
@@ -133,7 +133,8 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     ]
     lines += ["Plans of the 10m and 150m shapes lie in folders of these names.", "", *TEXT_OF_THE_RUNS]
     (output.parent / f"{output.name}.md").write_text("\n".join(lines) + "\n")
-    return f"{len(studied)} runs"
+    others = number - len(studied)
+    return f"{len(studied)} runs" + (f"; {others} of other sizes are left out" if others else "")
 
 
 def write_gaps(output: Path, studied: list[dict], base: dict) -> list[str]:
