@@ -230,6 +230,9 @@ def test_whole_runs_have_the_last_word_on_a_rate():
     assert rate([*sweep, better]) == 1e-3
     assert rate([*sweep, headline, near]) == 1e-3
     assert rate([*sweep, headline, better]) == 2e-3
+    assert rate([*sweep, headline | {"plan": "scaling"}, better]) == 2e-3
+    newer = [headline | {"data": "other"}, near | {"data": "other"}]
+    assert rate([*sweep, headline, better, *newer]) == 1e-3 and rate([*sweep, *newer, headline, better]) == 2e-3
     assert (
         rate([*sweep, headline, better | {"data": "other"}]) == rate([*sweep, headline, better | {"seed": 1}]) == 1e-3
     )
@@ -241,7 +244,7 @@ def test_whole_runs_have_the_last_word_on_a_rate():
     assert rate([*sweep, headline, better, headline | {"learning_rate": 2e-3, "held_out_edu": 3.2}]) == 1e-3  # again
     whole = [headline | {"learning_rate": r, "plan": "whole_rates", "held_out_edu": 3 + r} for r in (1e-3, 2e-3, 4e-3)]
     assert rate(whole) == 1e-3  # without a sweep
-    with pytest.raises(InputError, match="or whole_rates"):
+    with pytest.raises(InputError, match=r"or whole_rates.yaml first. Those of --smoke do not count"):
         rate(whole[:2])
 
 

@@ -234,6 +234,8 @@ def test_whole_runs_at_other_rates_are_compared_with_those_of_the_sweep(page):
     rows += [finished("v0", 0, 9.0, "whole_rates", learning_rate=2e-3, status="diverged")]
     rows += [finished("v0", seed, 3.0 + seed / 9) for seed in range(2)]
     rows += [finished("shared_64", seed, 3.0 + seed / 9) for seed in range(2)]
+    rows += [finished("shared_64", 0, 3.5, "whole_rates", learning_rate=5e-4)]  # its best lies between two worse ones
+    rows += [finished("shared_64", 0, 9.0, "whole_rates", learning_rate=2e-3, status="diverged")]
     text = page(rows)
     assert "More than 0.02 nats below that of the sweep's best rate: `dense_active` (-0.030 at 0.002)." in text
     assert "| v0 | first | 0 | | 3.0000 | diverged | |" in text and "tried for `v0`." in text
@@ -247,6 +249,11 @@ def test_whole_runs_at_other_rates_are_compared_with_those_of_the_sweep(page):
     rows += [finished("dense_active", seed, 3.07, learning_rate=2e-3) for seed in (0, 1)]
     text = page(rows)
     assert "`dense_active` ends lower" not in text and "now 0.002" not in text
+    swept = [finished("dense_active", 0, 4 + r, "learning_rates", learning_rate=r) for r in (5e-4, 1e-3, 2e-3)]
+    text = page([finished("dense_active", 0, 3.1), finished("shared_64", 0, 3.0), *swept])
+    assert (
+        "`dense_active` ends lower" not in text and "`dense_active` (0.001, now 0.0005)" in text
+    )  # by the sweep alone
 
 
 def test_differences_while_training_goes_on_are_drawn(page, tmp_path):

@@ -251,7 +251,8 @@ def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
     stable = [rate for rate, tried in sweep.items() if all(row["status"] == "ok" for row in tried)]
     raise InputError(
         f"The family '{family}' has no swept learning rate yet, for {len(sweep)} rates were tried on one set of "
-        f"token files and {len(stable)} of them ended: run {SWEEP}.yaml or {WHOLE_RATES}.yaml first."
+        f"token files and {len(stable)} of them ended: run {SWEEP}.yaml or {WHOLE_RATES}.yaml first. "
+        "Those of --smoke do not count."
     )
 
 

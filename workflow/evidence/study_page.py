@@ -47,8 +47,9 @@ SHOWN = ("dense_active", "dense_total", "v0", "shared_64_layers_values", "shared
 TEXT_OF_THE_RUNS = """\
 The text of these runs is not in this repository, and no command here makes it: it was drawn from public repositories of
 textbooks, documentation and old books. `prepare` takes any text instead, and `learning_rates.yaml` and `speed.yaml`
-come first on another text or GPU. Losses then differ from those above; what can be made again is the differences
-between variants. With text of the Hub, and files of your own that are kept apart:
+come first on another text or GPU; `whole_rates.yaml` has the last word on a rate. Losses then differ from those above;
+what can be made again is the differences between variants. With text of the Hub, and files of your own that are kept
+apart:
 
     python scripts/train_tokenizer.py --sources HuggingFaceFW/fineweb-edu:sample-10BT --vocab-size 16384 \\
         --model-max-length 1024 --output-dir runs/tokenizer
