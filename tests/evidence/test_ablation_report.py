@@ -257,15 +257,27 @@ def test_whole_runs_at_other_rates_are_compared_with_those_of_the_sweep(page):
 
 
 def test_differences_while_training_goes_on_are_drawn(page, tmp_path):
-    """Of the points that both have, and of the seeds that are there."""
+    """Of the points that every run of both has."""
     page([finished("dense_active", seed, 3.2) for seed in range(2)])
     assert not (tmp_path / "evidence/gaps.png").exists()
     text = page([finished(variant, seed, 3.2) for variant in ("dense_active", "v0") for seed in range(2)])
     assert (tmp_path / "evidence/gaps.png").stat().st_size > 20_000 and "(evidence/gaps.png)" in text
-    ours = [finished("v0", seed, 3.0, curve=[[1, 5.0 + seed, 9.0], [2, 4.0, 8.0], [3, 3.0, 7.0]]) for seed in range(2)]
-    dense = [finished("dense_active", 0, 3.0, curve=[[1, 6.0, 9.0], [3, 3.5, 7.0]])]
+    curves = [[1, 5.0, 9.0], [2, 4.0, 8.0], [3, 3.0, 7.0], [4, 2.0, 6.0]], [[1, 6.0, 9.0], [3, 3.0, 7.0], [4, 2.0, 6.0]]
+    ours = [finished("v0", seed, 3.0, curve=curve) for seed, curve in enumerate(curves)]
+    dense = [finished("dense_active", 0, 3.0, curve=[[1, 6.0, 9.0], [2, 4.5, 8.0], [3, 3.5, 7.0]])]
     assert gaps(ours, dense, "held_out_edu") == [(1, -0.5), (3, -0.5)]
     assert gaps(ours, dense, "held_out_books") == [(1, 0.0), (3, 0.0)]
+
+
+def test_panels_are_of_the_newest_token_files_and_of_longer_runs(page, monkeypatch):
+    panels = {}
+    monkeypatch.setattr(study_page, "draw_gaps", lambda path, found, *rest: panels.update(found))
+    rows = [finished(name, 0, 3.0, data=data) for data in ("1", "2") for name in ("dense_active", "v0", "shared_64")]
+    rows += [finished("dense_active", 0, 3.0, "large", size="150m")]
+    page(rows)
+    assert list(panels) == ["30m, token files 2"] and list(*panels.values()) == ["dense_active", "v0"]
+    page([*rows, finished("v0", 0, 3.0, "large", size="150m")])
+    assert list(panels) == ["30m, token files 2", "150m on more tokens, token files first"]
 
 
 def test_stability_is_of_one_set_of_token_files_and_of_whole_numbers(page):
