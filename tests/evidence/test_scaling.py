@@ -162,6 +162,7 @@ def test_the_largest_lead_of_a_longer_run_is_named():
     assert scaling.while_training(runs, "dense_active") == []
     runs["v0"] = [finished("v0", 0, 4.9, curve=[[n * 1e6, loss, loss + 1.5] for n, loss in enumerate(edu)])]
     (line, _) = scaling.while_training(runs, "dense_active")
+    assert scaling.while_training({"v0": runs["v0"]}, "dense_active") == []
     assert line == (
         "After the first quarter, `v0` minus `dense_active` is lowest at 3M tokens: -0.500 on educational text and "
         "+0.000 on books. It ends at -0.100 and +0.400."
