@@ -10,7 +10,9 @@
 A plan names variants of recipes/evidence/30m.yaml, seeds, tokens and learning rates; each combination is a run, and a
 row of docs/evidence/runs.csv. Every run has a process of its own; `run` starts as many at once as there are places on
 the GPUs, and leaves out those that runs.csv already has with the same settings. Runs that diverged or failed have
-their rows too; a failed one is tried again by the next `run`. `--smoke` trains the same plan at a toy size.
+their rows too; a failed one is tried again by the next `run`. `--smoke` trains the same plan at a toy size, on 1/25,000
+of its tokens. `report` has tables for the plans of recipes/evidence by their names, at 10m, 30m and 150m: rows of other
+plans and of `--smoke` stay in runs.csv alone.
 """
 
 import argparse

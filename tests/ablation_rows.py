@@ -27,6 +27,7 @@ def swept(variant, rate, loss, plan="learning_rates", speed=1000, status="ok", s
         "plan": plan,
         "learning_rate": rate,
         "held_out_edu": loss,
+        "tokens": 1e8,
         "tokens_per_second": speed,
         "seed": 0,
         "commit": "new",

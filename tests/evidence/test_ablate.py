@@ -165,6 +165,8 @@ def test_a_run_is_repeated_as_it_was():
     assert runs_of(plans, rows, **asked, repeat=True) == [run for run in first if run["seed"] == 0]
     with pytest.raises(InputError, match=r"runs\.csv has no such run on these token files: leave --repeat out"):
         runs_of(plans, rows, DATA, ["shared_64"], [1], repeat=True)
+    with pytest.raises(InputError, match="token files, for those of --smoke do not count: leave --repeat out"):
+        runs_of(plans, [], DATA, ["shared_64"], smoke=True, repeat=True)
 
 
 def test_a_run_that_failed_is_repeated_beside_those_that_ended():
@@ -228,14 +230,21 @@ def test_whole_runs_have_the_last_word_on_a_rate():
     assert rate([*sweep, better]) == 1e-3
     assert rate([*sweep, headline, near]) == 1e-3
     assert rate([*sweep, headline, better]) == 2e-3
+    assert rate([*sweep, headline | {"plan": "scaling"}, better]) == 2e-3
+    newer = [headline | {"data": "other"}, near | {"data": "other"}]
+    assert rate([*sweep, headline, better, *newer]) == 1e-3 and rate([*sweep, *newer, headline, better]) == 2e-3
     assert (
         rate([*sweep, headline, better | {"data": "other"}]) == rate([*sweep, headline, better | {"seed": 1}]) == 1e-3
     )
+    assert rate([*sweep, headline, better | {"tokens": 2 * headline["tokens"]}]) == 1e-3  # another length
     assert rate([*sweep, headline, better | {"status": "diverged"}]) == 1e-3
+    lost = headline | {"status": "diverged", "held_out_edu": 9.7}
+    assert rate([*sweep, lost, near]) == 2e-3
+    assert rate([*sweep, lost, near | {"status": "diverged"}]) == 1e-3
     assert rate([*sweep, headline, better, headline | {"learning_rate": 2e-3, "held_out_edu": 3.2}]) == 1e-3  # again
     whole = [headline | {"learning_rate": r, "plan": "whole_rates", "held_out_edu": 3 + r} for r in (1e-3, 2e-3, 4e-3)]
     assert rate(whole) == 1e-3  # without a sweep
-    with pytest.raises(InputError, match="or whole_rates"):
+    with pytest.raises(InputError, match=r"or whole_rates.yaml first. Those of --smoke do not count"):
         rate(whole[:2])
 
 
@@ -317,6 +326,8 @@ def test_a_run_that_its_tokens_do_not_suffice_for_is_refused():
         check_length(run, few)
     with pytest.raises(InputError, match="needs 2 steps of 32,768 tokens or more, and gets 32,768"):
         check_length(run | {"tokens": 32768}, few)
+    with pytest.raises(InputError, match="and gets 0, for --smoke takes 1/25,000 of the plan's"):
+        check_length(finish(run | {"tokens": 1e6}, True), few)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_report_says_first_when_the_goal_is_not_reached_or_not_decided(page):
         "At equal seconds the best is `shared_64_values`: -0.160 (1 and 3 seeds, no interval) on educational text"
         in text
     )
-    assert "**The goal is not decided yet**: the headline has no finished runs." in page([])
+    assert "not decided yet**: no candidate has a finished run beside one of `dense_active`." in page([*dense])
 
 
 def test_a_candidate_is_chosen_by_the_seeds_that_were_planned_for_it(page):
@@ -226,34 +226,58 @@ def test_whole_runs_at_other_rates_are_compared_with_those_of_the_sweep(page):
         rows += [finished("dense_active", 0, loss, "whole_rates", learning_rate=rate)]
     text = page(rows)
     assert "| dense_active | first | 0 | 3.2000 | 3.1000 | 3.0900 |" in text
-    assert "below that of the sweep's best rate" not in text and "nats lower on educational text" not in text
+    assert "below that of the sweep's best rate" not in text and "`dense_active` ends lower" not in text
     assert "The best rate may lie beyond those that were tried for `dense_active`." in text
     assert "| dense_active | 2.0 / 1.0 | 0.001 | 2 |" in text  # at equal tokens, those of the headline alone
-    rows += [finished("dense_active", 0, 3.07, "whole_rates", learning_rate=2e-3)]  # again
+    rows += [finished("dense_active", 0, 3.07, "whole_rates", learning_rate=2e-3, held_out_books=4.04)]  # again
     rows += [finished("dense_active", 0, 3.3, "whole_rates", learning_rate=4e-3)]
     rows += [finished("v0", 0, 9.0, "whole_rates", learning_rate=2e-3, status="diverged")]
     rows += [finished("v0", seed, 3.0 + seed / 9) for seed in range(2)]
     rows += [finished("shared_64", seed, 3.0 + seed / 9) for seed in range(2)]
+    rows += [finished("shared_64", 0, 3.5, "whole_rates", learning_rate=5e-4)]  # its best lies between two worse ones
+    rows += [finished("shared_64", 0, 9.0, "whole_rates", learning_rate=2e-3, status="diverged")]
     text = page(rows)
     assert "More than 0.02 nats below that of the sweep's best rate: `dense_active` (-0.030 at 0.002)." in text
     assert "| v0 | first | 0 | | 3.0000 | diverged | |" in text and "tried for `v0`." in text
     assert (
-        "`dense_active` ends 0.030 nats lower on educational text at a rate of 0.002 than at the 0.001 of its" in text
+        "`dense_active` ends lower at a rate of 0.002 than at the 0.001 of its runs here, by 0.030 on educational text "
+        "and 0.060 on books (one seed)." in text
     )
+    assert "| 0.001; 0.001 (now 0.002) |" in text  # what each part gives
+    rows += [finished("shared_64", 0, 3.2, "equal_seconds")]
+    assert page(rows).count("Another rate is found best by now: `dense_active` (0.001, now 0.002).") == 2
     rows += [finished("dense_active", seed, 3.07, learning_rate=2e-3) for seed in (0, 1)]
-    assert "nats lower on educational text" not in page(rows)
+    text = page(rows)
+    assert "`dense_active` ends lower" not in text and "now 0.002" not in text
+    swept = [finished("dense_active", 0, 4 + r, "learning_rates", learning_rate=r) for r in (5e-4, 1e-3, 2e-3)]
+    text = page([finished("dense_active", 0, 3.1), finished("shared_64", 0, 3.0), *swept])
+    assert (
+        "`dense_active` ends lower" not in text and "`dense_active` (0.001, now 0.0005)" in text
+    )  # by the sweep alone
 
 
 def test_differences_while_training_goes_on_are_drawn(page, tmp_path):
-    """Of the points that both have, and of the seeds that are there."""
+    """Of the points that every run of both has."""
     page([finished("dense_active", seed, 3.2) for seed in range(2)])
     assert not (tmp_path / "evidence/gaps.png").exists()
     text = page([finished(variant, seed, 3.2) for variant in ("dense_active", "v0") for seed in range(2)])
     assert (tmp_path / "evidence/gaps.png").stat().st_size > 20_000 and "(evidence/gaps.png)" in text
-    ours = [finished("v0", seed, 3.0, curve=[[1, 5.0 + seed, 9.0], [2, 4.0, 8.0], [3, 3.0, 7.0]]) for seed in range(2)]
-    dense = [finished("dense_active", 0, 3.0, curve=[[1, 6.0, 9.0], [3, 3.5, 7.0]])]
+    curves = [[1, 5.0, 9.0], [2, 4.0, 8.0], [3, 3.0, 7.0], [4, 2.0, 6.0]], [[1, 6.0, 9.0], [3, 3.0, 7.0], [4, 2.0, 6.0]]
+    ours = [finished("v0", seed, 3.0, curve=curve) for seed, curve in enumerate(curves)]
+    dense = [finished("dense_active", 0, 3.0, curve=[[1, 6.0, 9.0], [2, 4.5, 8.0], [3, 3.5, 7.0]])]
     assert gaps(ours, dense, "held_out_edu") == [(1, -0.5), (3, -0.5)]
     assert gaps(ours, dense, "held_out_books") == [(1, 0.0), (3, 0.0)]
+
+
+def test_panels_are_of_the_newest_token_files_and_of_longer_runs(page, monkeypatch):
+    panels = {}
+    monkeypatch.setattr(study_page, "draw_gaps", lambda path, found, *rest: panels.update(found))
+    rows = [finished(name, 0, 3.0, data=data) for data in ("1", "2") for name in ("dense_active", "v0", "shared_64")]
+    rows += [finished("dense_active", 0, 3.0, "large", size="150m")]
+    page(rows)
+    assert list(panels) == ["30m, token files 2"] and list(*panels.values()) == ["dense_active", "v0"]
+    page([*rows, finished("v0", 0, 3.0, "large", size="150m")])
+    assert list(panels) == ["30m, token files 2", "150m on more tokens, token files first"]
 
 
 def test_stability_is_of_one_set_of_token_files_and_of_whole_numbers(page):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig, TrainerControl
 
 from ablation_rows import PLANS
 from complexity_deep import training_graph_complexity_deep as training_graph
@@ -68,6 +68,14 @@ def test_a_run_without_gradient_is_stopped(data, monkeypatch):
     result = ablation_run.train(toy_run(tokens=64 * 4 * 400, repeat_data=True), data, eos_token_id=0, compiled=False)
     assert result["status"] == "diverged" and result["steps"] == 20 * ablation_run.DEAD_WINDOWS
     assert result["median_grad_norm"] == 0 and "held_out_edu" not in result
+
+
+def test_windows_without_gradient_are_counted_in_a_row():
+    clock, control = ablation_run.RunClock(400, 1, None), TrainerControl()
+    for norms, stops in (([0.0] * 4 + [0.1] + [0.0] * 4, False), ([0.0], True)):
+        for norm in norms:
+            clock.on_log(None, None, control, {"loss": 9.7, "grad_norm": norm})
+        assert clock.diverged == control.should_training_stop == stops
 
 
 def clip_to_nothing(trainer, model):

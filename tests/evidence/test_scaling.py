@@ -150,7 +150,8 @@ def test_longer_runs_have_a_table_of_their_own(tmp_path):
     assert "## 150m on more tokens, token files first" in text
     table = text[text.index("## 150m on more tokens") :]
     assert cells(table, "shared_64_layers_values")[4] == "300.0" and "-0.100 [" in table
-    assert "`shared_64_layers_values` is furthest from `dense_active` at 0M tokens, -0.100 on educational" in table
+    assert "`shared_64_layers_values` minus `dense_active` is lowest at 0M tokens: -0.100 on educational" in table
+    assert "No rate was tried at this length" in table
     assert text.split("## 150m")[0] in section(tmp_path, family())
 
 
@@ -161,9 +162,10 @@ def test_the_largest_lead_of_a_longer_run_is_named():
     assert scaling.while_training(runs, "dense_active") == []
     runs["v0"] = [finished("v0", 0, 4.9, curve=[[n * 1e6, loss, loss + 1.5] for n, loss in enumerate(edu)])]
     (line, _) = scaling.while_training(runs, "dense_active")
+    assert scaling.while_training({"v0": runs["v0"]}, "dense_active") == []
     assert line == (
-        "After the first quarter, `v0` is furthest from `dense_active` at 3M tokens, -0.500 on educational text and "
-        "+0.000 on books; it ends -0.100 and +0.400."
+        "After the first quarter, `v0` minus `dense_active` is lowest at 3M tokens: -0.500 on educational text and "
+        "+0.000 on books. It ends at -0.100 and +0.400."
     )
 
 
@@ -243,6 +245,18 @@ def test_estimate_is_computed_from_rows(results):
     seeds = estimate.seeds_needed(distance, 0.01 * math.sqrt(2))
     dense = tokens / (400e12 / estimate.flops_per_token(model, 2048)) / 3600
     assert line[1:3] == [str(seeds), f"{(seeds + 1) * (3 * hours + dense):,.0f}"]
+
+
+def test_the_estimate_is_of_a_size_with_runs_at_equal_tokens(results):
+    """Longer runs of a larger one have a spread of seeds, and no difference that it could take."""
+    config = REPOSITORY / "configs/1.5b.json"
+    rows = [row for row in family() if row["size"] == "30m"]
+    rows += [finished("dense_active", seed, 3.0 + seed / 50, "large", size="150m") for seed in range(2)]
+    text = " ".join(" ".join(estimate.estimate_lines(rows, PLANS, results, config)).split())
+    assert "At 30m, `shared_64_layers_values` is" in text and "| 150m | 1 | 0.0141" in text and "had a rate" not in text
+    rows += [finished("dense_active", 0, 5 - r, "learning_rates", learning_rate=r) for r in (1e-3, 2e-3, 4e-3)]
+    text = " ".join(" ".join(estimate.estimate_lines(rows, PLANS, results, config)).split())
+    assert "And `dense_active` had a rate of 0.001 there, where 0.004 is found best by now." in text
 
 
 def test_nothing_is_estimated_from_nothing(results, tmp_path):

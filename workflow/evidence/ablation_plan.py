@@ -20,6 +20,7 @@ WHOLE = (WHOLE_RATES, *EQUAL_TOKENS, "scaling")  # plans whose runs have its len
 MARGIN = 0.02  # nats: two whole runs that differ in their seed alone are seldom further apart
 SWEEP, SWEPT = "learning_rates", "swept"  # the plan that tries rates, and the rates of a plan that takes the best
 FEWEST_RATES = 3  # tried, diverged ones too, before a sweep says which is best
+SMOKE_SHARE = 4e-5  # of a plan's tokens
 MUON = "muon"  # as the optimizer of a variant; one that names none takes AdamW
 
 
@@ -170,7 +171,8 @@ def runs_of(
             runs.append(finish(run, smoke))
     runs = [run for run in runs if seeds is None or run["seed"] in seeds]
     if not runs:
-        found = "runs.csv has no such run on these token files: leave --repeat out." if repeat else None
+        smoke = ", for those of --smoke do not count" if smoke else ""
+        found = f"runs.csv has no such run on these token files{smoke}: leave --repeat out." if repeat else None
         raise InputError(found or "No plan has a run of both --only and --seeds.")
     return runs
 
@@ -211,47 +213,46 @@ def best_of_sweep(rows: list[dict], variants: list[str]) -> float | None:
     return min(losses, key=losses.get) if losses and len(sweep) >= FEWEST_RATES else None
 
 
-def whole_runs(rows: list[dict]) -> dict[tuple[str, str, int], dict[float, dict]]:
-    """Whole runs by variant, token files and seed, then by rate: the last of each, if one is of `WHOLE_RATES`.
+def whole_runs(rows: list[dict]) -> dict[tuple[str, str, int, float], dict[float, dict]]:
+    """Whole runs by variant, token files, seed and tokens, then by rate: the last of each, if one is of `WHOLE_RATES`.
 
     `rows` are of one size.
     """
-    found: dict[tuple[str, str, int], dict[float, dict]] = {}
+    found: dict[tuple[str, str, int, float], dict[float, dict]] = {}
     for row in rows:
         if row["plan"] in WHOLE and row["status"] in DONE:
-            found.setdefault((row["variant"], row["data"], row["seed"]), {})[row["learning_rate"]] = row
+            key = row["variant"], row["data"], row["seed"], row["tokens"]
+            found.setdefault(key, {})[row["learning_rate"]] = row
     return {key: runs for key, runs in found.items() if any(row["plan"] == WHOLE_RATES for row in runs.values())}
 
 
-def whole_losses(rows: list[dict], variants: list[str]) -> tuple[int, dict[float, float]]:
-    """How many rates whole runs of one of the variants were made at, and the loss of each that ended.
-
-    They are of the variant, token files and seed with most rates, the newest of equals.
-    """
-    found = [runs for (variant, _, _), runs in whole_runs(rows).items() if variant in variants]
-    tried = max(reversed(found), key=len, default={})
-    return len(tried), {rate: row["held_out_edu"] for rate, row in sorted(tried.items()) if row["status"] == "ok"}
+def most_rates(rows: list[dict], variants: list[str]) -> dict[float, dict]:
+    """Those of `whole_runs` of some variants that have most rates, the newest of equals, by rate."""
+    found = [runs for (variant, *_), runs in whole_runs(rows).items() if variant in variants]
+    return max(reversed(found), key=len, default={})
 
 
 def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
     """The best rate of a family, by the mean loss on the held-out educational text; none diverged at it.
 
-    It is that of the sweep, unless whole runs at it and at others were made, and another ends more than `MARGIN` lower:
-    what is best for a quarter of the length need not be for all of it. Without a sweep, whole runs alone say it.
+    It is that of the sweep, unless whole runs at it and at others were made, and another ends more than `MARGIN` lower
+    or it diverged: what is best for a quarter of the length need not be for all of it. Without a sweep, whole runs
+    alone say it.
     """
     variants = [name for name, variant in base["variants"].items() if variant["family"] == family]
-    best = best_of_sweep(rows, variants)
-    number, whole = whole_losses(rows, variants)
-    lowest = min(whole, key=whole.get, default=None)
+    best, whole = best_of_sweep(rows, variants), most_rates(rows, variants)
+    ended = {rate: row["held_out_edu"] for rate, row in sorted(whole.items()) if row["status"] == "ok"}
+    lowest = min(ended, key=ended.get, default=None)
+    if lowest and (best in whole or (best is None and len(whole) >= FEWEST_RATES)):
+        return best if best in ended and ended[lowest] >= ended[best] - MARGIN else lowest
     if best:
-        return lowest if best in whole and whole[lowest] < whole[best] - MARGIN else best
-    if whole and number >= FEWEST_RATES:
-        return lowest
+        return best
     sweep = sweep_of(rows, variants)
-    ended = [rate for rate, tried in sweep.items() if all(row["status"] == "ok" for row in tried)]
+    stable = [rate for rate, tried in sweep.items() if all(row["status"] == "ok" for row in tried)]
     raise InputError(
         f"The family '{family}' has no swept learning rate yet, for {len(sweep)} rates were tried on one set of "
-        f"token files and {len(ended)} of them ended: run {SWEEP}.yaml or {WHOLE_RATES}.yaml first."
+        f"token files and {len(stable)} of them ended: run {SWEEP}.yaml or {WHOLE_RATES}.yaml first. "
+        "Those of --smoke do not count."
     )
 
 
@@ -294,7 +295,7 @@ def finish(run: dict, smoke: bool) -> dict:
         config.update(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
         config.update({"head_dim": 16} if "head_dim" in config else {})
         config.update({"value_embedding_layers": [1]} if "value_embedding_layers" in config else {})
-        run.update(size=f"{run['size']} smoke", row_length=64, rows_per_step=2, tokens=run["tokens"] * 4e-5)
+        run.update(size=f"{run['size']} smoke", row_length=64, rows_per_step=2, tokens=run["tokens"] * SMOKE_SHARE)
     step = run["row_length"] * run["rows_per_step"]
     run["tokens"] = int(run["tokens"] // step * step)
     described = {name: value for name, value in run.items() if name != "plan"}
@@ -316,7 +317,11 @@ def check_length(run: dict, data: dict) -> None:
     step = run["row_length"] * run["rows_per_step"]
     rows = data["files"]["train"]["tokens"] // run["row_length"]
     if run["tokens"] < 2 * step:
-        raise InputError(f"'{run['variant']}' needs 2 steps of {step:,} tokens or more, and gets {run['tokens']:,}.")
+        share = f", for --smoke takes 1/{round(1 / SMOKE_SHARE):,} of the plan's"
+        smoke = share if run["size"].endswith(" smoke") else ""
+        raise InputError(
+            f"'{run['variant']}' needs 2 steps of {step:,} tokens or more, and gets {run['tokens']:,}{smoke}."
+        )
     if run["tokens"] // run["row_length"] > rows and not run.get("repeat_data"):
         raise InputError(
             f"'{run['variant']}' takes {run['tokens']:,} tokens, but the token files have {rows:,} rows of "

@@ -18,9 +18,9 @@ from complexity_deep.workflow.evidence.ablation_plan import (
     SWEEP,
     best_of_sweep,
     identity,
+    most_rates,
     rate_by_now,
     sweep_of,
-    whole_losses,
     whole_runs,
 )
 from complexity_deep.workflow.markdown_table import table
@@ -83,11 +83,15 @@ def old_rates(rows: list[dict], data: str, plans: tuple[str, ...], base: dict) -
 
 
 def below_table(rows: list[dict], data: str, plans: tuple[str, ...], base: dict, where: str = "") -> list[str]:
-    """Sentences on the seeds that diverged on the token files, and on rates that were left since, and empty lines."""
+    """Sentences on the seeds that diverged on the token files, and on rates that were left since, and empty lines.
+
+    The reference of `base` is among the latter, also where its runs are those of the table at equal tokens.
+    """
     diverged = diverged_seeds([row for row in rows if row["data"] == data], plans)
     lost = ", ".join(f"`{variant}` ({number})" for variant, number in diverged.items())
     lines = [f"Seeds that diverged{where} and are in no mean: {lost}.", ""] if lost else []
-    rates = old_rates(rows, data, plans, base)
+    reference = [row for row in rows if row["variant"] == base["reference"]]
+    rates = old_rates(reference, data, EQUAL_TOKENS, base) | old_rates(rows, data, plans, base)
     old = ", ".join(f"`{variant}` ({had:g}, now {now:g})" for variant, (had, now) in rates.items())
     return lines + ([f"Another rate is found best by now{where}: {old}.", ""] if old else [])
 
@@ -181,7 +185,7 @@ def verdict(rows: list[dict], base: dict, equal_tokens: dict, equal_seconds: dic
     reference, candidates = base["reference"], base["candidates"]
     data, present = most_candidates(equal_tokens, reference, candidates)
     if not present:
-        return ["**The goal is not decided yet**: the headline has no finished runs."]
+        return [f"**The goal is not decided yet**: no candidate has a finished run beside one of `{reference}`."]
     best = best_of(equal_tokens[data], present, "held_out_edu")
     parts, later, fails, is_known = [], [], False, True
     for what, runs in (("equal tokens", equal_tokens), ("equal seconds", equal_seconds)):
@@ -214,10 +218,10 @@ def verdict(rows: list[dict], base: dict, equal_tokens: dict, equal_seconds: dic
         f"**The goal is {word}.** It was a difference in held-out loss to a dense model of equal active size of at",
         f"most {goal}, with the upper 95 % bound at most {UPPER_BOUND}, on both texts. The best candidate is `{best}`:",
         "; ".join(parts) + ".",
-        *better_reference(rows, base, data),
         *filter(None, later),
         *fewer_seeds(equal_tokens[data], present, "equal tokens"),
         *best_at_equal_seconds(equal_tokens, equal_seconds, reference, candidates, best),
+        *better_reference(rows, base, data),
         *tried((*equal_tokens.values(), *equal_seconds.values()), candidates),
     ]
 
@@ -471,7 +475,7 @@ def whole_rates_section(rows: list[dict], size: str) -> list[str]:
         return []
     rates = sorted(set().union(*tried.values()))
     lines, better, at_edge = [], [], []
-    for (variant, data, seed), runs in sorted(tried.items()):
+    for (variant, data, seed, _), runs in sorted(tried.items()):
         ended = {rate: row["held_out_edu"] for rate, row in runs.items() if row["status"] == "ok"}
         lines.append([variant, data, str(seed), *cells_of_rates(rates, runs, ended)])
         if not ended:
@@ -493,7 +497,8 @@ def whole_rates_section(rows: list[dict], size: str) -> list[str]:
         f"## Learning rates at {size}, whole runs",
         "",
         "Held-out loss on educational text of whole runs. A rate that ends more than "
-        f"{MARGIN} nats below that of the sweep takes its place.",
+        f"{MARGIN} nats below that of the sweep takes its place; without a sweep, the lowest of {FEWEST_RATES} or more "
+        "is taken.",
         "",
         *table(header, lines, text_columns=2),
         "",
@@ -506,13 +511,14 @@ def better_reference(rows: list[dict], base: dict, data: str) -> list[str]:
     """A sentence for the first paragraph where the reference is found better at another rate than that of its runs."""
     name = base["reference"]
     had, now = old_rates(rows, data, EQUAL_TOKENS, base).get(name, (None, None))
-    _, losses = whole_losses(rows, [name])
-    if had not in losses or now not in losses:
+    whole = most_rates(rows, [name])
+    if any(rate not in whole or whole[rate]["status"] != "ok" for rate in (had, now)):
         return []
+    lower = " and ".join(f"{whole[had][text] - whole[now][text]:.3f} on {title}" for text, title in TEXTS.items())
     return [
-        f"`{name}` ends {losses[had] - losses[now]:.3f} nats lower on educational text at a rate of {now:g} than at",
-        f"the {had:g} of its runs here (one seed each), so that the differences to it are too large by about that",
-        "until its runs are made again.",
+        f"`{name}` ends lower at a rate of {now:g} than at the {had:g} of its runs here, by {lower}",
+        "(one seed). Beside it, every variant looks better by about that than it is, at equal seconds too, until its",
+        "runs are made again.",
     ]
 
 

@@ -198,8 +198,8 @@ CLAIMS = (
         "dense of equal total and equal active size",
         why_not=lambda study: (
             "A run at 1.5B is beyond this study; [scaling.md](scaling.md) says what it would take. The rows above are "
-            "such controls and ablations at the 30m shape. A few at 150m are planned, and stand in the section on "
-            "[scaling](../evidence.md#scaling) once they are run. A later "
+            "such controls and ablations at the 30m shape. A few at 150m are planned, and stand in the "
+            "section on [scaling](../evidence.md#scaling) and below it as they are run. A later "
             "[card](https://huggingface.co/Pacific-i64/TR-MoE-190M) of the authors shows four runs of 500M tokens, "
             "one of each kind, of a model with a shared expert."
         ),

@@ -20,6 +20,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     column,
     difference,
     most_candidates,
+    old_rates,
 )
 from complexity_deep.workflow.evidence.scaling import LARGE, SCALING, SIZES, pooled_variance
 from complexity_deep.workflow.flops import active_parameters, flops_per_token, total_parameters
@@ -149,6 +150,7 @@ class Best(NamedTuple):
     difference: float
     data: str  # id of the token files
     tokens_per_parameter: float  # training tokens for each active parameter
+    left: tuple[float, float] | None  # the rate of the reference's runs and a better one, where one was found since
 
 
 def best_candidate(rows: list[dict], base: dict, text: str) -> Best | None:
@@ -161,7 +163,8 @@ def best_candidate(rows: list[dict], base: dict, text: str) -> Best | None:
     best = best_of(found[data], choices, text)
     distance, _ = difference(column(found[data][best], text), column(found[data][name], text))
     run = found[data][best][0]
-    return Best(best, name, distance, data, run["tokens"] / run["active_parameters"])
+    left = old_rates(rows, data, SCALING, base).get(name)
+    return Best(best, name, distance, data, run["tokens"] / run["active_parameters"], left)
 
 
 def tell_table(distance: float, spread: Spread, hours: float, sweep_hours: float) -> list[str]:
@@ -249,6 +252,10 @@ def seeds_lines(best: Best, size: str, spread: Spread, compared: list[Arm], hour
 
 def limit_lines(best: Best, size: str, freedom: int, parameters: int) -> list[str]:
     gib = parameters * BYTES_PER_PARAMETER / 2**30
+    left = []
+    if best.left:
+        had, now = best.left
+        left = [f"And `{best.reference}` had a rate of {had:g} there, where {now:g} is found best by now."]
     fits = "which fit" if gib < GPU_GIB else "which do not fit"
     items = [
         (f"The spread of seeds at 1.5b. It is that of {size} here, on {freedom} degrees of freedom.",),
@@ -256,6 +263,7 @@ def limit_lines(best: Best, size: str, freedom: int, parameters: int) -> list[st
             f"The difference at 1.5b. The runs at {size} saw {best.tokens_per_parameter:.1f} tokens for each active",
             f"parameter, not {TOKENS_PER_PARAMETER}, and models that are trained for longer may differ by less or by",
             "more. It is also that of the best of several candidates, which choosing it makes too large.",
+            *left,
         ),
         (
             f"The speed of `{best.variant}` at 1.5b, which was not measured. It would have {parameters / 1e9:.1f}B",
@@ -276,10 +284,12 @@ def estimate_lines(rows: list[dict], recipes: Path, results: Path, config: Path)
     steps = newest_steps(results)
     if not spreads or not {OURS, DENSE} <= steps.keys() or not config.exists():
         return [NOT_MEASURED]
-    size = list(spreads)[-1]  # the largest
-    best = best_candidate(of_size[size], read_yaml(recipes / f"{size}.yaml"), TEXT)
-    if best is None:
+    found = {size: best_candidate(of_size[size], read_yaml(recipes / f"{size}.yaml"), TEXT) for size in spreads}
+    measured = [size for size, best in found.items() if best]
+    if not measured:
         return [NOT_MEASURED]
+    size = measured[-1]  # the largest
+    best = found[size]
     small, shape = read_yaml(recipes / "30m.yaml"), read_yaml(config)  # JSON is YAML
     ours, candidate = (
         empty_model(scaled_shape(shape, small, changes)) for changes in ({}, small["variants"][best.variant]["config"])

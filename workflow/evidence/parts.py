@@ -8,6 +8,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     column,
     difference,
     most_candidates,
+    old_rates,
     signed,
     sizes_of,
 )
@@ -71,7 +72,9 @@ def pair_line(pair: Pair, study: Study) -> list[str]:
     if not data:
         return [part, named, "", "", "", "", "", no_measurement(study, tuple(variants))]
     sizes = "; ".join(sizes_of(rows[0]) for rows in groups)
-    rates = "; ".join(f"{rows[0]['learning_rate']:g}" for rows in groups)
+    left = old_rates(study.rows, data, EQUAL_TOKENS, study.base)
+    now = [f" (now {left[variant][1]:g})" if variant in left else "" for variant in variants]
+    rates = "; ".join(f"{rows[0]['learning_rate']:g}{found}" for rows, found in zip(groups, now))
     cells = [part, named, sizes, rates, "; ".join(str(len(rows)) for rows in groups)]
     if seeds_of_one_computation(*groups):
         return [*cells, "0", "0", "the same computation"]
@@ -107,8 +110,8 @@ def parts_section(rows: list[dict], base: dict) -> list[str]:
         "Held-out loss at equal tokens of a variant with the part minus that of one without it, so that less than 0 is",
         "a gain. `better` or `worse`: the interval lies wholly below or above 0. `open`: it holds 0, which does not",
         "say that the part gives nothing. A part may bring parameters and another learning rate: those of the first",
-        "variant stand before a semicolon, those of the second behind it. Intervals are at 95 %, without a correction",
-        f"for {len(PARTS)} lines.",
+        "variant stand before a semicolon, those of the second behind it. `now` is a rate that was found better since.",
+        f"Intervals are at 95 %, without a correction for {len(PARTS)} lines.",
         "",
         *pair_table("part", list(PARTS), study),
         "",

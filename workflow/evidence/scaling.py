@@ -258,19 +258,16 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
         own = [row for row in rows if row["size"] == size]
         for data, runs in by_data(own, LARGE).items():
             lines += [f"## {size} on more tokens, token files {data}", ""]
-            lines += [
-                "More than one pass over the token files, each of which takes every row once, in an order of its own."
-            ]
+            lines += ["More than one pass over the token files, each of which takes every row once, in an order of its"]
+            lines += ["own. No rate was tried at this length: they are those of shorter runs."]
             lines += ["", *variant_table(runs, runs.get(reference, []), newest_speeds(own, reference)), ""]
-            lines += [
-                *while_training(runs, reference),
-                *below_table(own, data, LARGE, read_yaml(recipes / f"{size}.yaml")),
-            ]
+            lines += while_training(runs, reference)
+            lines += below_table(own, data, LARGE, read_yaml(recipes / f"{size}.yaml"))
     return lines
 
 
 def while_training(runs: dict[str, list[dict]], reference: str) -> list[str]:
-    """A sentence for each variant on when it was furthest ahead of the reference, and an empty line."""
+    """Sentences for each variant on when its difference to the reference was lowest, and an empty line."""
     lines = []
     for variant, rows in runs.items():
         if variant == reference or reference not in runs:
@@ -278,13 +275,12 @@ def while_training(runs: dict[str, list[dict]], reference: str) -> list[str]:
         edu, books = (gaps(rows, runs[reference], text) for text in TEXTS)
         if not edu:
             continue
-        later = range(
-            len(edu) // 4, len(edu)
-        )  # while the rate still rises, losses differ by more than they ever do again
+        # While the rate still rises, losses differ by more than they ever do again.
+        later = range(len(edu) // 4, len(edu))
         best = min(later, key=lambda index: edu[index][1])
         lines.append(
-            f"After the first quarter, `{variant}` is furthest from `{reference}` at {edu[best][0] / 1e6:.0f}M tokens, "
-            f"{edu[best][1]:+.3f} on educational text and {books[best][1]:+.3f} on books; it ends {edu[-1][1]:+.3f} "
+            f"After the first quarter, `{variant}` minus `{reference}` is lowest at {edu[best][0] / 1e6:.0f}M tokens: "
+            f"{edu[best][1]:+.3f} on educational text and {books[best][1]:+.3f} on books. It ends at {edu[-1][1]:+.3f} "
             f"and {books[-1][1]:+.3f}."
         )
     return [*lines, ""] if lines else []

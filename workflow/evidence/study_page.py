@@ -42,13 +42,14 @@ it guides attention. `v0_` and the name of a part is `v0` with that part changed
 without it and its parameters, `frozen_experts` gives the experts no gradient, as the published CUDA path does,
 `random` has a random table, and `router_gradient` trains the router by which mu overrides experts.
 """.splitlines()
-# In gaps.png.
+# The variants of gaps.png.
 SHOWN = ("dense_active", "dense_total", "v0", "shared_64_layers_values", "shared_256_layers_values")
 TEXT_OF_THE_RUNS = """\
 The text of these runs is not in this repository, and no command here makes it: it was drawn from public repositories of
 textbooks, documentation and old books. `prepare` takes any text instead, and `learning_rates.yaml` and `speed.yaml`
-come first on another text or GPU. Losses then differ from those above; what can be made again is the differences
-between variants. With text of the Hub, and files of your own that are kept apart:
+come first on another text or GPU; `whole_rates.yaml` has the last word on a rate. Losses then differ from those above;
+what can be made again is the differences between variants. With text of the Hub, and files of your own that are kept
+apart:
 
     python scripts/train_tokenizer.py --sources HuggingFaceFW/fineweb-edu:sample-10BT --vocab-size 16384 \\
         --model-max-length 1024 --output-dir runs/tokenizer
@@ -75,7 +76,7 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     """Write the figures into `output` and the page, which has its name, beside it; returns what it is made of."""
     base = read_yaml(Path(recipes, "30m.yaml"))
     name = base["reference"]
-    studied = [row for row in rows if row["size"] in SIZES]
+    number, studied = len(rows), [row for row in rows if row["size"] in SIZES]
     rows = [row for row in studied if row["size"] == base["size"]]
     equal_tokens, equal_seconds = by_data(rows, EQUAL_TOKENS), by_data(rows, EQUAL_SECONDS)
     speeds = newest_speeds(rows, name)
@@ -133,7 +134,8 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     ]
     lines += ["Plans of the 10m and 150m shapes lie in folders of these names.", "", *TEXT_OF_THE_RUNS]
     (output.parent / f"{output.name}.md").write_text("\n".join(lines) + "\n")
-    return f"{len(studied)} runs"
+    others = number - len(studied)
+    return f"{len(studied)} runs" + (f"; {others} of other sizes are left out" if others else "")
 
 
 def write_gaps(output: Path, studied: list[dict], base: dict) -> list[str]:
@@ -148,7 +150,7 @@ def write_gaps(output: Path, studied: list[dict], base: dict) -> list[str]:
         shown = {data: {v: runs[v] for v in SHOWN if v in runs} for data, runs in found.items() if name in runs}
         data = max(reversed(shown), key=lambda data: len(shown[data]), default=None)
         if data and len(shown[data]) > 1:
-            panels[f"{size}, token files {data}"] = shown[data]
+            panels[f"{size}{'' if plans != LARGE else ' on more tokens'}, token files {data}"] = shown[data]
     if not panels:
         return []
     draw_gaps(output / "gaps.png", panels, name, SHOWN)
