@@ -580,6 +580,15 @@ def repeats_section(rows: list[dict]) -> list[str]:
     ]
 
 
+def speeds_alone(runs: dict[str, list[dict]]) -> dict[str, float]:
+    """Tokens a second of each variant, by those of its runs that had their GPU to themselves."""
+    alone = {
+        name: [row["tokens_per_second"] for row in rows if row["runs_per_gpu"] == 1 and row["tokens_per_second"]]
+        for name, rows in runs.items()
+    }
+    return {name: statistics.mean(speeds) for name, speeds in alone.items() if speeds}
+
+
 def muon_section(rows: list[dict], base: dict) -> list[str]:
     """Lines on the runs with Muon: beside each other, then each beside the same variant with AdamW; none without runs.
 
@@ -588,11 +597,7 @@ def muon_section(rows: list[dict], base: dict) -> list[str]:
     lines, reference = [], base["reference"]
     with_adamw = by_data(rows, EQUAL_TOKENS)
     for data, runs in by_data(rows, WITH_MUON).items():
-        alone = {
-            name: [row["tokens_per_second"] for row in found if row["runs_per_gpu"] == 1]
-            for name, found in runs.items()
-        }
-        speeds = {name: statistics.mean(found) for name, found in alone.items() if found}
+        speeds = speeds_alone(runs)
         lines += [f"## With Muon, token files {data}", ""]
         lines += ["Matrices are trained by Muon, embeddings and vectors by AdamW. Differences are to dense with Muon."]
         lines += ["", *variant_table(runs, runs.get(f"{reference}_{MUON}", []), speeds), ""]

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import stats
 
 from complexity_deep.workflow.charts import subplots, write_figure
-from complexity_deep.workflow.evidence.ablation_plan import newest_speeds, read_yaml
+from complexity_deep.workflow.evidence.ablation_plan import read_yaml
 from complexity_deep.workflow.evidence.ablation_report import (
     COLOURS,
     CONFIDENCE,
@@ -30,6 +30,7 @@ from complexity_deep.workflow.evidence.ablation_report import (
     gaps,
     signed,
     sizes_of,
+    speeds_alone,
     variant_table,
 )
 from complexity_deep.workflow.flops import FLOPS_PER_PARAMETER
@@ -260,7 +261,7 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
             lines += [f"## {size} on more tokens, token files {data}", ""]
             lines += ["More than one pass over the token files, each of which takes every row once, in an order of its"]
             lines += ["own. No rate was tried at this length: they are those of shorter runs."]
-            lines += ["", *variant_table(runs, runs.get(reference, []), newest_speeds(own, reference)), ""]
+            lines += ["", *variant_table(runs, runs.get(reference, []), speeds_alone(runs)), ""]
             lines += while_training(runs, reference)
             lines += below_table(own, data, LARGE, read_yaml(recipes / f"{size}.yaml"))
     return lines
