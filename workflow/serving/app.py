@@ -84,8 +84,13 @@ class Service:
 
     def text_prompt(self, request: TextRequest) -> list[int]:
         prompt = request.prompt
-        if isinstance(prompt, str) or isinstance(prompt[0] if prompt else None, str):
-            return self.tokenizer(prompt if isinstance(prompt, str) else prompt[0])["input_ids"]
+        if prompt and isinstance(prompt, list) and isinstance(prompt[0], str):
+            if len(prompt) > 1:
+                sentence = f"A request has one prompt, but this one has {len(prompt)}: send a request for each."
+                raise Refusal(400, sentence, "invalid_value", "prompt")
+            prompt = prompt[0]
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
         if any(not 0 <= token < self.engine.vocabulary for token in prompt):
             sentence = f"The prompt has token ids outside 0 to {self.engine.vocabulary - 1}."
             raise Refusal(400, sentence, "invalid_value", "prompt")
