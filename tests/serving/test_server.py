@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from transformers import GenerationConfig
 
 from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.serving import server
 from complexity_deep.workflow.serving.app import Service, build_app
 from complexity_deep.workflow.serving.engine import Engine
 from complexity_deep.workflow.serving.server import listen, load_line, read_key, serve
@@ -51,17 +52,33 @@ def test_a_server_whose_model_fails_ends(caplog):
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
         with pytest.raises(InputError, match="The model has stopped working"):
-            serve(service, listener, key=None, has_page=False)
+            serve(service, listener, key=None, has_page=False, name="0.0.0.0")
     status, refusal = asked.result()
     assert status == 503 and refusal["error"]["message"] == "The model failed while it answered this request."
     assert re.search(r"Everybody who reaches http://0\.0\.0\.0:\d+ can use the model", caplog.text)
     assert "The model has stopped working, and the server ends: no memory" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["127.0.0.2", "localhost", "Machine"])
+def test_requests_to_the_address_that_was_named_are_answered(name, monkeypatch):
+    """Any address of this machine, such as 127.0.1.1, under which Debian lists its name. Case is no difference."""
+    statuses = []
+    monkeypatch.setattr(server.Server, "run", lambda self, sockets: statuses.append(status(self.config.app)))
+    hosts = [name, f"{name.upper()}:8000", "localhost:80", "attacker.example", ""]
+
+    def status(app) -> list[int]:
+        return [TestClient(app).get("/health", headers={"Host": host}).status_code for host in hosts]
+
+    service = Service("words", Engine(tiny_model(), 4, 4, 1), tiny_tokenizer(), GenerationConfig())
+    with listen("127.0.0.1" if name == "Machine" else name, 0) as listener:
+        serve(service, listener, key=None, has_page=False, name=name)
+    assert statuses == [[503, 503, 503, 403, 403]]  # the engine was not started
+
+
 def test_a_model_that_does_not_work_is_not_served(caplog):
     caplog.set_level(logging.INFO, "complexity_deep.serve")
     with pytest.raises(InputError, match="The model has stopped working"):
-        serve(broken_service(steps=1), listen("127.0.0.1", 0), key=None, has_page=False)
+        serve(broken_service(steps=1), listen("127.0.0.1", 0), key=None, has_page=False, name="127.0.0.1")
     assert "the server ends: no memory" in caplog.text and "Serving" not in caplog.text
 
 

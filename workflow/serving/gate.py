@@ -52,7 +52,7 @@ class Gate:
         return None
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        host = re.sub(r":\d*$", "", headers.get("host", ""))
+        host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self.hosts is not None and host not in self.hosts:
             raise Refusal(403, "This server answers only requests to its own address.", "wrong_host")
         if self.key is not None and scope["path"].startswith("/v1/"):

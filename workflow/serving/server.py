@@ -101,8 +101,11 @@ def load_line(running: int, waiting: int, tokens_per_second: int, counts: Counte
     return f"{running} running, {waiting} waiting, {tokens_per_second:,} tokens/s; so far {so_far}"
 
 
-def serve(service: Service, listener: socket.socket, key: bytes | None, has_page: bool) -> None:
-    """Answer requests until a signal ends the process. Raises `InputError` where the model stops working."""
+def serve(service: Service, listener: socket.socket, key: bytes | None, has_page: bool, name: str) -> None:
+    """Answer requests until a signal ends the process. `name` is what --host calls the listener's address.
+
+    Raises `InputError` where the model stops working.
+    """
     host, port = listener.getsockname()[:2]
     is_loopback = ipaddress.ip_address(host).is_loopback
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -121,7 +124,7 @@ def serve(service: Service, listener: socket.socket, key: bytes | None, has_page
 
     if not is_loopback and key is None:
         log.warning("Everybody who reaches %s can use the model: give --api-key-file to ask for a key.", url)
-    app = build_app(service, key, LOOPBACK_NAMES if is_loopback else None, has_page, lifespan)
+    app = build_app(service, key, LOOPBACK_NAMES | {host, name.lower()} if is_loopback else None, has_page, lifespan)
     config = uvicorn.Config(
         app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=SECONDS_TO_TELL
     )
