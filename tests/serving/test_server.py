@@ -1,5 +1,6 @@
 """The process around the endpoints: where it listens, its key, and its end when the model fails."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -13,9 +14,11 @@ from starlette.testclient import TestClient
 from transformers import GenerationConfig
 
 from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.data.tokenizer_training import train_bpe
 from complexity_deep.workflow.serving import server
+from complexity_deep.workflow.serving.answer_text import AnswerText
 from complexity_deep.workflow.serving.app import Service, build_app
-from complexity_deep.workflow.serving.engine import Engine
+from complexity_deep.workflow.serving.engine import Answer, Engine
 from complexity_deep.workflow.serving.server import listen, load_line, read_key, serve
 from support import tiny_model, tiny_tokenizer
 
@@ -108,6 +111,15 @@ def test_the_line_of_a_second():
     line = "4 running, 1 waiting, 1,500 tokens/s; so far 1,200 answered, 3 refused (400: 2, 429: 1)"
     assert load_line(4, 1, 1500, counts) == line
     assert load_line(1, 0, 0, Counter()) == "1 running, 0 waiting, 0 tokens/s; so far none answered"
+
+
+def test_texts_of_experts_together_are_the_answer():
+    """Also where the answer was cut within a character."""
+    tokenizer = train_bpe(iter(["some text"]), vocab_size=300, model_max_length=64)
+    service = Service("bytes", Engine(tiny_model(vocab_size=300), 4, 4, 1), tokenizer, GenerationConfig())
+    tokens = tokenizer("a日")["input_ids"][:-1]
+    told = asyncio.run(service.experts(Answer("id", [20], 9, tokens), AnswerText(tokenizer)))
+    assert "".join(token["text"] for token in told) == tokenizer.decode(tokens) == "a\ufffd"
 
 
 def test_experts_that_cannot_be_computed_are_told_and_end_nothing(monkeypatch):

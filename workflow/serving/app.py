@@ -128,7 +128,10 @@ class Service:
             sentence = "The experts of this answer could not be computed: ask without the field 'experts'."
             raise Refusal(503, sentence, "unavailable", "experts") from error
         texts, start = TokenTexts(self.tokenizer), len(answer.prompt)
-        return [{"text": texts.text_of(token), "experts": row} for token, row in zip(tokens[start:], experts[start:])]
+        told = [{"text": texts.text_of(token), "experts": row} for token, row in zip(tokens[start:], experts[start:])]
+        if told:
+            told[-1]["text"] += texts.rest()
+        return told
 
     async def extras(self, request: ChatRequest | TextRequest, answer: Answer, text: AnswerText) -> dict:
         return {"experts": await self.experts(answer, text)} if request.experts else {}
