@@ -62,6 +62,21 @@ def test_a_server_whose_model_fails_ends(caplog):
     assert "The model has stopped working, and the server ends: no memory" in caplog.text
 
 
+def test_options_of_the_model_that_are_not_followed_are_named(caplog, monkeypatch):
+    """Greedy answers are not those of `generate` then."""
+    monkeypatch.setattr(server.Server, "run", lambda self, sockets: None)
+    engine = Engine(tiny_model(), 4, 4, 1)
+    asked = {"repetition_penalty": 1.2, "stop_strings": ["w9"]}
+    nothing = {"repetition_penalty": 1.0, "min_p": 0.0, "num_beams": 1, "no_repeat_ngram_size": 0}
+    for options in asked, nothing, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}:
+        caplog.clear()
+        service = Service("words", engine, tiny_tokenizer(), GenerationConfig(**options))
+        with listen("127.0.0.1", 0) as listener:
+            serve(service, listener, key=None, has_page=False, name="127.0.0.1")
+        expected = "options that are not followed: repetition_penalty, stop_strings."
+        assert (expected in caplog.text) == (options is asked) == ("not followed" in caplog.text)
+
+
 @pytest.mark.parametrize("name", ["127.0.0.2", "localhost", "Machine"])
 def test_requests_to_the_address_that_was_named_are_answered(name, monkeypatch):
     """Any address of this machine, such as 127.0.1.1, under which Debian lists its name. Case is no difference."""

@@ -24,6 +24,22 @@ Nothing = Literal[False, 0] | Annotated[list[Any], Field(max_length=0)] | None
 NoMapping = Annotated[dict[str, Any], Field(max_length=0)] | None
 NOT_SERVED = Field(None, description="not served")
 
+# What a generation_config.json may ask for and is not served, with the values that ask for nothing.
+NEUTRAL = {
+    **dict.fromkeys(("repetition_penalty", "typical_p", "guidance_scale", "num_beams"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens", "min_p", "epsilon_cutoff"), 0),
+    **dict.fromkeys(("eta_cutoff", "penalty_alpha"), 0),
+    **dict.fromkeys(("top_h", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("stop_strings", "watermarking_config", "dola_layers")),
+}
+
+
+def options_left_out(config: GenerationConfig) -> list[str]:
+    """The options of a model's generation config that change what `generate` writes, and that are not served."""
+    asked = {name: getattr(config, name, None) for name in NEUTRAL}
+    return [name for name, value in asked.items() if value is not None and value != NEUTRAL[name]]
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)

@@ -13,6 +13,7 @@ import uvicorn
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.serving.app import Service, build_app
+from complexity_deep.workflow.serving.protocol import options_left_out
 from complexity_deep.workflow.serving.refusal import Refusal
 
 SECONDS_TO_TELL = 2  # for clients to take the last event, at the end
@@ -124,6 +125,9 @@ def serve(service: Service, listener: socket.socket, key: bytes | None, has_page
 
     if not is_loopback and key is None:
         log.warning("Everybody who reaches %s can use the model: give --api-key-file to ask for a key.", url)
+    if left_out := options_left_out(service.defaults):
+        names = ", ".join(left_out)
+        log.warning("The model's generation_config.json has options that are not followed: %s.", names)
     app = build_app(service, key, LOOPBACK_NAMES | {host, name.lower()} if is_loopback else None, has_page, lifespan)
     config = uvicorn.Config(
         app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=SECONDS_TO_TELL
