@@ -136,6 +136,23 @@ def test_a_call_takes_memory_for_its_requests(only_paged, monkeypatch):
     assert model.init_continuous_batching(GREEDY, None, many).continuous_batching_config.num_blocks is None
 
 
+@pytest.mark.skipif(CUDA, reason="the library counts the memory of a GPU where there is one")
+@pytest.mark.parametrize("attention", ("sdpa", "eager"))
+def test_a_call_on_a_cpu_takes_memory_for_its_requests(attention, monkeypatch):
+    """The library takes 60 % of all that the machine has, for which processes were killed that shared it."""
+    model = tiny_model(max_position_embeddings=700, attn_implementation=attention)
+    many = WorkloadHints(300, 300, num_requests=10)
+    for hints, pages in (many, 48), (None, None):
+        assert model.init_continuous_batching(GREEDY, None, hints).continuous_batching_config.num_blocks == pages
+        model.set_attn_implementation(attention)
+    assert batched(model, None) == [
+        model.generate(torch.tensor([prompt]), generation_config=GREEDY)[0, len(prompt) :].tolist()
+        for prompt in PROMPTS
+    ]
+    monkeypatch.setattr(batching.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e6, total=2e10))
+    assert model.init_continuous_batching(GREEDY, None, many).continuous_batching_config.num_blocks is None
+
+
 def test_memory_that_cuda_graphs_hold_is_not_free(monkeypatch):
     """PyTorch counts it as not allocated. The library finds 8 GB free, and raises where it should take 18."""
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70e9)
