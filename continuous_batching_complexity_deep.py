@@ -19,10 +19,11 @@ from transformers import ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from .accelerated_complexity_deep import TRITON_DEVICES
 from .compatibility_complexity_deep import PAGED_ATTENTION
-from .decode_graph_complexity_deep import cached_numbers, is_recordable
+from .decode_graph_complexity_deep import ROPE_BY_LENGTH, cached_numbers, is_recordable
 
 try:
     import psutil  # the library needs it on a CPU, where it sizes the cache
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # what the mixin of this file is mixed into
 else:
     GenerationMixin = object
 
+logger = logging.get_logger(__name__)
 STEP_TOKENS = 8192  # new tokens of a step at most, as the library chooses by itself
 SAFETY_MARGIN = 0.15  # as the library chooses by itself: with fewer pages free, running requests go before new ones
 FROZEN_AT_START = 10_000  # objects at most that Python itself keeps from its collector; 3.12 does with 375
@@ -144,6 +146,12 @@ class ContinuousBatchingMixin(GenerationMixin):
         when they first come. The library's warm-up, which records all sizes beforehand and takes longer than most calls
         of `generate_batch`, is left out, also where a caller asks for it.
         """
+        kind = self.config.rope_parameters["rope_type"]
+        if kind in ROPE_BY_LENGTH:
+            logger.warning_once(
+                f"Positions of the RoPE type '{kind}' are scaled for the longest sequence of a step, so that the "
+                "tokens of a request depend on the requests beside it."
+            )
         arguments = generation_config, continuous_batching_config, workload_hints
         if not self._takes_paged_kernels():
             manager = super().init_continuous_batching(*arguments)

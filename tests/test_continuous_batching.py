@@ -230,6 +230,16 @@ def test_other_models_take_the_path_of_the_library(calls, change):
     assert not calls and not manager.continuous_batching_config.max_blocks_per_request
 
 
+@pytest.mark.parametrize("kind", ("linear", "dynamic"))
+def test_tokens_that_depend_on_other_requests_are_told(kind, monkeypatch):
+    """A row alone has another table than beside a longer one."""
+    told: list[str] = []
+    monkeypatch.setattr(batching.logger, "warning_once", told.append)
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    tiny_model(rope_parameters=rope).init_continuous_batching(GREEDY, small_cache())
+    assert [kind in sentence for sentence in told] == [True] * (kind == "dynamic")
+
+
 def test_the_model_can_be_called_while_a_manager_holds_it(only_paged):
     model, ids = triton_model(), random_ids(2, 9).to(DEVICE)
     mask = torch.ones_like(ids)

@@ -77,6 +77,18 @@ def test_options_of_the_model_that_are_not_followed_are_named(caplog, monkeypatc
         assert (expected in caplog.text) == (options is asked) == ("not followed" in caplog.text)
 
 
+def test_answers_that_depend_on_others_are_told(caplog, monkeypatch):
+    monkeypatch.setattr(server.Server, "run", lambda self, sockets: None)
+    sizes = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0, "original_max_position_embeddings": 64}
+    for rope in {"rope_type": "longrope", **sizes}, {"rope_type": "dynamic", "factor": 4.0}:
+        caplog.clear()
+        engine = Engine(tiny_model(rope_parameters={"rope_theta": 10000.0, **rope}), 4, 4, 1)
+        with listen("127.0.0.1", 0) as listener:
+            service = Service("words", engine, tiny_tokenizer(), GenerationConfig())
+            serve(service, listener, key=None, has_page=False, name="127.0.0.1")
+        assert ("answers depend on others" in caplog.text) == (rope["rope_type"] == "longrope")
+
+
 @pytest.mark.parametrize("name", ["127.0.0.2", "localhost", "Machine"])
 def test_requests_to_the_address_that_was_named_are_answered(name, monkeypatch):
     """Any address of this machine, such as 127.0.1.1, under which Debian lists its name. Case is no difference."""

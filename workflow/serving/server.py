@@ -125,6 +125,9 @@ def serve(service: Service, listener: socket.socket, key: bytes | None, has_page
 
     if not is_loopback and key is None:
         log.warning("Everybody who reaches %s can use the model: give --api-key-file to ask for a key.", url)
+    rope = getattr(service.engine.observer.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # "dynamic" scales nothing within the context
+        log.warning("With longrope, positions are scaled for the longest request that runs: answers depend on others.")
     if left_out := options_left_out(service.defaults):
         names = ", ".join(left_out)
         log.warning("The model's generation_config.json has options that are not followed: %s.", names)
