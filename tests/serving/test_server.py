@@ -10,8 +10,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from starlette.testclient import TestClient
-from transformers import GenerationConfig
+from transformers import AddedToken, GenerationConfig
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.data.tokenizer_training import train_bpe
@@ -140,12 +141,44 @@ def test_the_line_of_a_second():
     assert load_line(1, 0, 0, Counter()) == "1 running, 0 waiting, 0 tokens/s; so far none answered"
 
 
+def running(service: Service):
+    """The endpoints, with an engine that runs while a client is open."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        await service.engine.start()
+        yield
+        service.engine.close("over")
+        assert service.engine.stop(10)
+
+    return build_app(service, key=None, hosts=None, has_page=False, lifespan=lifespan)
+
+
+def test_a_special_token_among_stop_strings_ends_an_answer():
+    """It has no text, so that the string is not in that of the answer."""
+    model, tokenizer = tiny_model(std=0.15, eos_token_id=None, tie_word_embeddings=False), tiny_tokenizer()
+    ids = torch.tensor([[20]])
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[
+        0, 1:
+    ].tolist()
+    place = next(place for place in range(2, 12) if tokens[place] not in tokens[:place])
+    special = f"w{tokens[place]}"
+    tokenizer.add_tokens([AddedToken(special, special=True)], special_tokens=True)
+    options = {"model": "words", "prompt": [20], "max_tokens": 12, "temperature": 0}
+    with TestClient(running(Service("words", Engine(model, 4, 4, 1), tokenizer, GenerationConfig()))) as client:
+        for stop, kept, reason, counted in ("w", 0, "stop", 1), (["x", special], place, "stop", place + 1):
+            answer = client.post("/v1/completions", json={**options, "stop": stop}).json()
+            (choice,) = answer["choices"]
+            assert choice["text"] == tokenizer.decode(tokens[:kept]) and choice["finish_reason"] == reason
+            assert answer["usage"]["completion_tokens"] == counted
+
+
 def test_texts_of_experts_together_are_the_answer():
     """Also where the answer was cut within a character."""
     tokenizer = train_bpe(iter(["some text"]), vocab_size=300, model_max_length=64)
     service = Service("bytes", Engine(tiny_model(vocab_size=300), 4, 4, 1), tokenizer, GenerationConfig())
     tokens = tokenizer("a日")["input_ids"][:-1]
-    told = asyncio.run(service.experts(Answer("id", [20], 9, tokens), AnswerText(tokenizer)))
+    told = asyncio.run(service.experts(Answer("id", [20], 9, set(), tokens), AnswerText(tokenizer)))
     assert "".join(token["text"] for token in told) == tokenizer.decode(tokens) == "a\ufffd"
 
 
@@ -158,14 +191,7 @@ def test_experts_that_cannot_be_computed_are_told_and_end_nothing(monkeypatch):
 
     monkeypatch.setattr(service.engine, "experts", fail)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app):
-        await service.engine.start()
-        yield
-        service.engine.close("over")
-        assert service.engine.stop(10)
-
-    app = build_app(service, key=None, hosts=None, has_page=False, lifespan=lifespan)
+    app = running(service)
     options = {"model": "words", "prompt": [20], "max_tokens": 3, "temperature": 0, "experts": True}
     with TestClient(app) as client:
         whole = client.post("/v1/completions", json=options)

@@ -57,7 +57,8 @@ class Service:
                 "context_length_exceeded",
                 "messages" if kind is ChatRequest else "prompt",
             )
-        return request, self.engine.submit(prompt, most, request.sampling(self.defaults, self.engine.vocabulary))
+        sampling = request.sampling(self.defaults, self.engine.vocabulary)
+        return request, self.engine.submit(prompt, most, sampling, self.stop_tokens(request.stops))
 
     def read(self, kind: type, body: bytes) -> tuple[ChatRequest | TextRequest, list[int]]:
         """The request in `body` and the tokens of its prompt."""
@@ -96,10 +97,15 @@ class Service:
             raise Refusal(400, sentence, "invalid_value", "prompt")
         return prompt
 
+    def stop_tokens(self, stops: list[str]) -> list[int]:
+        """The special tokens among stop strings, such as "<|im_end|>", which have no text in an answer."""
+        added = self.tokenizer.added_tokens_decoder.items() if stops else ()
+        return [token for token, how in added if how.special and how.content in stops]
+
     # Its answer
 
     def reason(self, answer: Answer, text: AnswerText) -> str:
-        is_ended = text.is_stopped or (answer.tokens and answer.tokens[-1] in self.engine.end_tokens)
+        is_ended = text.is_stopped or (answer.tokens and answer.tokens[-1] in answer.end_tokens)
         return "stop" if is_ended else "length"
 
     async def text(self, answer: Answer, text: AnswerText) -> AsyncIterator[str]:
@@ -107,7 +113,7 @@ class Service:
         tokens = self.engine.tokens(answer)
         async with contextlib.aclosing(tokens):
             async for new in tokens:
-                yield text.add(token for token in new if token not in self.engine.end_tokens)
+                yield text.add(token for token in new if token not in answer.end_tokens)
                 if text.is_stopped:
                     return
         yield text.end()
