@@ -215,6 +215,22 @@ def test_a_refusal_says_where_and_what(wrong, field, sentence):
     assert refused.value.field == field and sentence in refused.value.sentence
 
 
+@pytest.mark.parametrize("given", ["Bearer {}", "bearer {}", "BEARER  {}", "Bearer {}x", "Basic {}", ""])
+def test_a_key_comes_in_any_case_of_its_scheme(given):
+    refused, reached = [], []
+
+    async def app(scope, receive, send):
+        reached.append(scope)
+
+    async def taken(message):
+        pass
+
+    headers = [(b"authorization", given.format("Key").encode())]
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": headers}
+    asyncio.run(Gate(app, refused.append, b"Key", None)(scope, taken, taken))
+    assert bool(reached) == (given.lower().split() == ["bearer", "{}"]) and len(refused) == 1 - len(reached)
+
+
 def test_a_body_that_does_not_come_and_a_client_that_takes_nothing_are_given_up(monkeypatch):
     monkeypatch.setattr(gate, "SECONDS_OF_BODY", 0.05)
     monkeypatch.setattr(gate, "SECONDS_OF_SEND", 0.05)
