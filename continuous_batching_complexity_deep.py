@@ -19,11 +19,16 @@ from transformers import ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from .accelerated_complexity_deep import TRITON_DEVICES
 from .compatibility_complexity_deep import PAGED_ATTENTION
-from .decode_graph_complexity_deep import cached_numbers, is_recordable
+from .decode_graph_complexity_deep import ROPE_BY_LENGTH, cached_numbers, is_recordable
 
+try:
+    import psutil  # the library needs it on a CPU, where it sizes the cache
+except ImportError:
+    psutil = None
 if TRITON_DEVICES:
     from .kernels.paged_attention import paged_attention, paged_decode_attention
 if TYPE_CHECKING:  # what the mixin of this file is mixed into
@@ -32,6 +37,7 @@ if TYPE_CHECKING:  # what the mixin of this file is mixed into
 else:
     GenerationMixin = object
 
+logger = logging.get_logger(__name__)
 STEP_TOKENS = 8192  # new tokens of a step at most, as the library chooses by itself
 SAFETY_MARGIN = 0.15  # as the library chooses by itself: with fewer pages free, running requests go before new ones
 FROZEN_AT_START = 10_000  # objects at most that Python itself keeps from its collector; 3.12 does with 375
@@ -40,9 +46,12 @@ FROZEN_AT_START = 10_000  # objects at most that Python itself keeps from its co
 def _free_bytes(device: torch.device) -> float:
     """Memory that the driver has free, as the library counts it, which raises where a cache that is asked for has none.
 
-    What PyTorch holds and does not use may belong to CUDA graphs, such as those of training steps.
+    What PyTorch holds and does not use may belong to CUDA graphs, such as those of training steps. On a CPU the library
+    counts all memory of the machine, of which other processes may hold a part.
     """
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available if device.type == "cpu" and psutil is not None else math.inf
 
 
 def _layer_cache(cache, layer_idx: int) -> tuple[Tensor, Tensor, int]:
@@ -97,6 +106,15 @@ class ContinuousBatchingMixin(GenerationMixin):
             and self.dtype != torch.float64
         )
 
+    def _size(self, config: ContinuousBatchingConfig, hints: "WorkloadHints | None") -> None:
+        """Have the memory taken that the requests of one `generate_batch` need, where the caller names none."""
+        if hints is None or config.num_blocks is not None or config.max_batch_tokens is not None:
+            return
+        page = getattr(config, "page_size", None) or config.block_size
+        needed = self._cache_for(hints, page, config.max_memory_percent, config.safety_margin)
+        if needed is not None:
+            config.num_blocks, config.max_batch_tokens = needed, STEP_TOKENS
+
     def _cache_for(self, hints: "WorkloadHints", page: int, share: float, margin: float | None) -> int | None:
         """Pages that the requests of one `generate_batch` fill at most.
 
@@ -116,6 +134,8 @@ class ContinuousBatchingMixin(GenerationMixin):
         cache_bytes = pages * page * cached_numbers(config) * self.dtype.itemsize
         # Logits in fp32 and hidden states of a step's tokens, several times over.
         activations = 4 * STEP_TOKENS * (config.vocab_size + 8 * config.hidden_size)
+        if self.device.type == "cpu":  # a mask of a step's tokens x all keys
+            activations += STEP_TOKENS * (pages * page + STEP_TOKENS) * self.dtype.itemsize
         is_little = cache_bytes + activations <= share * _free_bytes(self.device) / 2
         return pages if is_little else None
 
@@ -126,9 +146,18 @@ class ContinuousBatchingMixin(GenerationMixin):
         when they first come. The library's warm-up, which records all sizes beforehand and takes longer than most calls
         of `generate_batch`, is left out, also where a caller asks for it.
         """
+        kind = self.config.rope_parameters["rope_type"]
+        if kind in ROPE_BY_LENGTH:
+            logger.warning_once(
+                f"Positions of the RoPE type '{kind}' are scaled for the longest sequence of a step, so that the "
+                "tokens of a request depend on the requests beside it."
+            )
         arguments = generation_config, continuous_batching_config, workload_hints
         if not self._takes_paged_kernels():
-            return super().init_continuous_batching(*arguments)
+            manager = super().init_continuous_batching(*arguments)
+            if self.device.type == "cpu":
+                self._size(manager.continuous_batching_config, workload_hints)
+            return manager
         given = continuous_batching_config
         if given is None:
             given = getattr(generation_config or self.generation_config, "continuous_batching_config", None)
@@ -151,10 +180,7 @@ class ContinuousBatchingMixin(GenerationMixin):
             if workload_hints is not None:
                 longest = max(longest, workload_hints.max_prompt_length + workload_hints.max_generated_length)
             config.max_blocks_per_request = -(-longest // page)
-        if workload_hints is not None and config.num_blocks is None and config.max_batch_tokens is None:
-            needed = self._cache_for(workload_hints, page, config.max_memory_percent, config.safety_margin)
-            if needed is not None:
-                config.num_blocks, config.max_batch_tokens = needed, STEP_TOKENS
+        self._size(config, workload_hints)
         manager.warmed_up = True
         return manager
 

@@ -41,6 +41,7 @@ _TENSORS = frozenset(PLAIN_TENSORS)
 _LOOP = threading.local()  # of the call of `generate` in this thread: whether a function of the caller is its loop
 HAVE_RUN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> what its steps so far were compiled for
 logger = logging.get_logger(__name__)
+ROPE_BY_LENGTH = ("dynamic", "longrope")  # kinds of RoPE whose tables depend on the largest position so far
 
 
 class DecodeGraph:
@@ -154,8 +155,7 @@ def is_recordable(model: nn.Module, training: bool = False) -> bool:
     names = (config._kernels_implementation, config._experts_implementation)
     if config._attn_implementation not in attentions or names != ("triton", "cggr") or not model.takes_cuda_graphs:
         return False
-    # The tables of these two kinds of RoPE depend on the largest position so far.
-    if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+    if config.rope_parameters["rope_type"] in ROPE_BY_LENGTH:
         return False
     known = [type(model.base_model).__module__, "transformers.activations"]
     known += [COMPILED_MODULES] if training else []

@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
         f"{engine.context:,}",
         f"{engine.cache_tokens:,}",
     )
-    serve(Service(name, engine, tokenizer, model.generation_config), listener, key, args.page)
+    serve(Service(name, engine, tokenizer, model.generation_config), listener, key, args.page, args.host)
 
 
 if __name__ == "__main__":

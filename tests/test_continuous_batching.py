@@ -136,6 +136,23 @@ def test_a_call_takes_memory_for_its_requests(only_paged, monkeypatch):
     assert model.init_continuous_batching(GREEDY, None, many).continuous_batching_config.num_blocks is None
 
 
+@pytest.mark.skipif(CUDA, reason="the library counts the memory of a GPU where there is one")
+@pytest.mark.parametrize("attention", ("sdpa", "eager"))
+def test_a_call_on_a_cpu_takes_memory_for_its_requests(attention, monkeypatch):
+    """The library takes 60 % of all that the machine has, for which processes were killed that shared it."""
+    model = tiny_model(max_position_embeddings=700, attn_implementation=attention)
+    many = WorkloadHints(300, 300, num_requests=10)
+    for hints, pages in (many, 48), (None, None):
+        assert model.init_continuous_batching(GREEDY, None, hints).continuous_batching_config.num_blocks == pages
+        model.set_attn_implementation(attention)
+    assert batched(model, None) == [
+        model.generate(torch.tensor([prompt]), generation_config=GREEDY)[0, len(prompt) :].tolist()
+        for prompt in PROMPTS
+    ]
+    monkeypatch.setattr(batching.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e6, total=2e10))
+    assert model.init_continuous_batching(GREEDY, None, many).continuous_batching_config.num_blocks is None
+
+
 def test_memory_that_cuda_graphs_hold_is_not_free(monkeypatch):
     """PyTorch counts it as not allocated. The library finds 8 GB free, and raises where it should take 18."""
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70e9)
@@ -211,6 +228,16 @@ def test_other_models_take_the_path_of_the_library(calls, change):
     manager = model.init_continuous_batching(GREEDY, small_cache())
     assert model.config._attn_implementation in (name, f"paged|{name}")
     assert not calls and not manager.continuous_batching_config.max_blocks_per_request
+
+
+@pytest.mark.parametrize("kind", ("linear", "dynamic"))
+def test_tokens_that_depend_on_other_requests_are_told(kind, monkeypatch):
+    """A row alone has another table than beside a longer one."""
+    told: list[str] = []
+    monkeypatch.setattr(batching.logger, "warning_once", told.append)
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    tiny_model(rope_parameters=rope).init_continuous_batching(GREEDY, small_cache())
+    assert [kind in sentence for sentence in told] == [True] * (kind == "dynamic")
 
 
 def test_the_model_can_be_called_while_a_manager_holds_it(only_paged):

@@ -17,7 +17,8 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
     import tomli as tomllib
 from support import REPOSITORY
 
-OPTIONAL = {"triton"}  # the extra `kernels`, imported inside `try`
+# Imported inside `try`: the extra `kernels`, and what Transformers itself sizes a cache with on a CPU.
+OPTIONAL = {"triton", "psutil"}
 # Imported by a script of one extra only in passing, and always there with what it belongs to.
 COMES_WITH = {"fsspec": "huggingface-hub", "packaging": "huggingface-hub", "pyarrow": "datasets"}
 

@@ -27,6 +27,17 @@ def test_texts_of_tokens_together_are_the_text_of_all(tokenizer):
     assert "" in pieces and "\ufffd" not in "".join(pieces) and "🙂" in pieces
 
 
+def test_a_character_after_bytes_that_are_none_is_whole(tokenizer):
+    """Such bytes are written as U+FFFD, which a text may have too, and are given up without what follows them."""
+    broken = tokenizer("日")["input_ids"][1]
+    for before in ([broken] * n for n in range(20)):
+        for text in "🙂", "\ufffd🙂", "\ufffd\ufffd\ufffd日本 é":
+            tokens = before + tokenizer(text)["input_ids"]
+            texts = TokenTexts(tokenizer)
+            pieces = [texts.text_of(token) for token in tokens] + [texts.rest()]
+            assert "".join(pieces) == tokenizer.decode(tokens) == "\ufffd" * len(before) + text
+
+
 def test_tokens_without_a_text_do_not_move_those_beside_them():
     """Special tokens are left out of a text, and the space between words depends on the word before."""
     tokenizer = tiny_tokenizer()

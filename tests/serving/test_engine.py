@@ -184,6 +184,53 @@ def test_a_chat_without_a_seed_is_drawn_anew():
     assert request.messages[0].for_template() == {"role": "system", "content": "w"}
 
 
+def part(**content) -> dict:
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "w"}, content]}]}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field", "sentence"),
+    [
+        ({"n": 2}, "n", "What the field 'n' asks for is not served here: leave it out."),
+        ({"tools": [{"type": "function"}]}, "tools", "is not served here"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "is not served here"),
+        (
+            {"messages": [{"role": "assistant", "content": "w", "tool_calls": [{"id": "1"}]}]},
+            "messages.0.tool_calls",
+            "is not served here",
+        ),
+        (part(type="image_url", image_url={"url": "w"}), "messages.0.content.1.type", ": input should be 'text'."),
+        (part(type="text"), "messages.0.content.1.text", "The field 'messages.0.content.1.text' is missing."),
+        ({"messages": [{"role": "tool", "content": "w", "tool_call_id": "1"}]}, "messages.0.role", "'assistant'."),
+        ({"stop": ["w", 1]}, "stop.1", "The value of 'stop.1' cannot be used: input should be a valid string."),
+        ({"stop": 1}, "stop", ": input should be a valid string, or input should be a valid array."),
+        ({"list[str]": 1}, "list[str]", "The field 'list[str]' is not known here: leave it out."),
+    ],
+)
+def test_a_refusal_says_where_and_what(wrong, field, sentence):
+    """Of a value that may have several types, it speaks of the one that was meant."""
+    body = {"model": "m", "messages": [{"role": "user", "content": "w"}], **wrong}
+    with pytest.raises(Refusal) as refused:
+        parse(ChatRequest, json.dumps(body).encode())
+    assert refused.value.field == field and sentence in refused.value.sentence
+
+
+@pytest.mark.parametrize("given", ["Bearer {}", "bearer {}", "BEARER  {}", "Bearer {}x", "Basic {}", ""])
+def test_a_key_comes_in_any_case_of_its_scheme(given):
+    refused, reached = [], []
+
+    async def app(scope, receive, send):
+        reached.append(scope)
+
+    async def taken(message):
+        pass
+
+    headers = [(b"authorization", given.format("Key").encode())]
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": headers}
+    asyncio.run(Gate(app, refused.append, b"Key", None)(scope, taken, taken))
+    assert bool(reached) == (given.lower().split() == ["bearer", "{}"]) and len(refused) == 1 - len(reached)
+
+
 def test_a_body_that_does_not_come_and_a_client_that_takes_nothing_are_given_up(monkeypatch):
     monkeypatch.setattr(gate, "SECONDS_OF_BODY", 0.05)
     monkeypatch.setattr(gate, "SECONDS_OF_SEND", 0.05)

@@ -187,7 +187,7 @@ def test_type_stream_stop_and_reload(server, browser):
     browser.value("document.getElementById('tokens').value = 40000")
     browser.type("w60")
     refusal = browser.wait("!running && document.querySelector('.note.error')?.textContent")
-    assert f"The model's context is {CONTEXT} tokens" in refusal
+    assert f"The model's context is {CONTEXT} tokens" in refusal and "lower Tokens or press Clear" in refusal
     assert browser.value("document.getElementById('prompt').value") == "w60"
 
     # Reload: a new conversation that works.

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from served import CONTEXT, Served, save_tiny
 
 KEY = "a key of words"
+MESSAGES = [{"role": "user", "content": "w9"}]
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,15 @@ def test_chat_whole_and_streamed(server, offline):
     assert told == sorted(set(told)) and told[-1] == len(expected) and chunks[-1].usage == whole.usage
 
 
+def test_an_answer_can_be_sent_back_with_all_of_its_fields(server):
+    """As OpenAI's client writes one out: what a message does not have is null."""
+    api = client(server)
+    message = api.chat.completions.create(model="words", messages=MESSAGES, max_tokens=3).choices[0].message
+    assert {"refusal", "annotations", "audio", "function_call", "tool_calls"} <= message.model_dump().keys()
+    for answer in message, message.model_dump():
+        api.chat.completions.create(model="words", messages=[*MESSAGES, answer, *MESSAGES], max_tokens=3)
+
+
 def test_an_answer_ends_at_the_first_stop_string(server, offline):
     """Also where the string is spread over tokens, or only begins; what was held back is not lost."""
     api, prompt = client(server), prompt_ids(5, 7)
@@ -222,7 +232,6 @@ def test_models_and_their_names(server):
         assert refused.value.code == "model_not_found"
 
 
-MESSAGES = [{"role": "user", "content": "w9"}]
 WRONG_CHATS = [
     {"temperature": 1e9},
     {"temperature": -1},

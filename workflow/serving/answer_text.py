@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 INCOMPLETE = "\ufffd"  # what a tokenizer writes for bytes that are no whole character
-LONGEST_WAIT = 8  # tokens; a character has at most 4 bytes, so more than that will not become one
+LONGEST_WAIT = 8  # tokens; a character has at most 4 bytes, so the first of them will not become one
 
 
 class TokenTexts:
@@ -26,21 +26,30 @@ class TokenTexts:
     def text_of(self, token: int) -> str:
         """The text that `token` adds to those before it."""
         self.tokens.append(token)
-        return self._new_text(is_last=len(self.tokens) - self.told >= LONGEST_WAIT)
+        text = self._decode(self.tokens[self.context :])
+        if not text.endswith(INCOMPLETE):
+            return self._tell(len(self.tokens))
+        return self._tell(self._unfinished(text)) if len(self.tokens) - self.told >= LONGEST_WAIT else ""
 
     def rest(self) -> str:
         """What an unfinished character at the end reads as."""
-        return self._new_text(is_last=True)
+        return self._tell(len(self.tokens))
 
-    def _new_text(self, is_last: bool) -> str:
+    def _unfinished(self, text: str) -> int:
+        """Where the tokens begin that may be the first bytes of a character. `text` is that from the context on."""
+        tokens = self.tokens[self.context :]
+        for n in 1, 2, 3:
+            if self._decode(tokens[:-n]) + self._decode(tokens[-n:]) == text:  # not where a cut divides a character
+                return len(self.tokens) - n
+        return len(self.tokens)
+
+    def _tell(self, end: int) -> str:
+        """The text of the tokens before `end` that have not given theirs."""
         before = self._decode(self.tokens[self.context : self.told])
-        text = self._decode(self.tokens[self.context :])
-        if text.endswith(INCOMPLETE) and not is_last:
-            return ""
-        new = text[len(before) :]
+        new = self._decode(self.tokens[self.context : end])[len(before) :]
         if new:  # a token without a text is no context
             self.context = self.told
-        self.told = len(self.tokens)
+        self.told = end
         return new
 
 

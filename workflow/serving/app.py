@@ -57,7 +57,8 @@ class Service:
                 "context_length_exceeded",
                 "messages" if kind is ChatRequest else "prompt",
             )
-        return request, self.engine.submit(prompt, most, request.sampling(self.defaults, self.engine.vocabulary))
+        sampling = request.sampling(self.defaults, self.engine.vocabulary)
+        return request, self.engine.submit(prompt, most, sampling, self.stop_tokens(request.stops))
 
     def read(self, kind: type, body: bytes) -> tuple[ChatRequest | TextRequest, list[int]]:
         """The request in `body` and the tokens of its prompt."""
@@ -84,17 +85,27 @@ class Service:
 
     def text_prompt(self, request: TextRequest) -> list[int]:
         prompt = request.prompt
-        if isinstance(prompt, str) or isinstance(prompt[0] if prompt else None, str):
-            return self.tokenizer(prompt if isinstance(prompt, str) else prompt[0])["input_ids"]
+        if prompt and isinstance(prompt, list) and isinstance(prompt[0], str):
+            if len(prompt) > 1:
+                sentence = f"A request has one prompt, but this one has {len(prompt)}: send a request for each."
+                raise Refusal(400, sentence, "invalid_value", "prompt")
+            prompt = prompt[0]
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
         if any(not 0 <= token < self.engine.vocabulary for token in prompt):
             sentence = f"The prompt has token ids outside 0 to {self.engine.vocabulary - 1}."
             raise Refusal(400, sentence, "invalid_value", "prompt")
         return prompt
 
+    def stop_tokens(self, stops: list[str]) -> list[int]:
+        """The special tokens among stop strings, such as "<|im_end|>", which have no text in an answer."""
+        added = self.tokenizer.added_tokens_decoder.items() if stops else ()
+        return [token for token, how in added if how.special and how.content in stops]
+
     # Its answer
 
     def reason(self, answer: Answer, text: AnswerText) -> str:
-        is_ended = text.is_stopped or (answer.tokens and answer.tokens[-1] in self.engine.end_tokens)
+        is_ended = text.is_stopped or (answer.tokens and answer.tokens[-1] in answer.end_tokens)
         return "stop" if is_ended else "length"
 
     async def text(self, answer: Answer, text: AnswerText) -> AsyncIterator[str]:
@@ -102,7 +113,7 @@ class Service:
         tokens = self.engine.tokens(answer)
         async with contextlib.aclosing(tokens):
             async for new in tokens:
-                yield text.add(token for token in new if token not in self.engine.end_tokens)
+                yield text.add(token for token in new if token not in answer.end_tokens)
                 if text.is_stopped:
                     return
         yield text.end()
@@ -123,7 +134,10 @@ class Service:
             sentence = "The experts of this answer could not be computed: ask without the field 'experts'."
             raise Refusal(503, sentence, "unavailable", "experts") from error
         texts, start = TokenTexts(self.tokenizer), len(answer.prompt)
-        return [{"text": texts.text_of(token), "experts": row} for token, row in zip(tokens[start:], experts[start:])]
+        told = [{"text": texts.text_of(token), "experts": row} for token, row in zip(tokens[start:], experts[start:])]
+        if told:
+            told[-1]["text"] += texts.rest()
+        return told
 
     async def extras(self, request: ChatRequest | TextRequest, answer: Answer, text: AnswerText) -> dict:
         return {"experts": await self.experts(answer, text)} if request.experts else {}

@@ -9,7 +9,7 @@ import asyncio
 import copy
 import gc
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,7 @@ class Answer:
     id: str
     prompt: list[int]
     most_tokens: int
+    end_tokens: set[int]  # the answer ends with the first of these
     tokens: list[int] = field(default_factory=list)
     error: str | None = None
     is_finished: bool = False
@@ -110,8 +111,10 @@ class Engine:
     def waiting(self) -> int:
         return len(self.answers) - self.running
 
-    def submit(self, prompt: list[int], most_tokens: int, sampling: dict) -> Answer:
+    def submit(self, prompt: list[int], most_tokens: int, sampling: dict, end_tokens: Iterable[int] = ()) -> Answer:
         """Admit a request. `sampling` may have temperature, top_k, top_p and seed; without seed it is greedy.
+
+        The answer ends with the first of `end_tokens` and the model's own.
 
         Raises `Refusal` where the server is full, closed or dead. The caller has checked all values.
         """
@@ -120,7 +123,7 @@ class Engine:
         if len(self.answers) >= self.most_running + self.most_waiting:
             sentence = f"There are {self.running} requests running and {self.waiting} waiting already: try again later."
             raise Refusal(429, sentence, "too_many_requests")
-        answer = Answer(f"cmpl-{uuid.uuid4().hex}", prompt, most_tokens)
+        answer = Answer(f"cmpl-{uuid.uuid4().hex}", prompt, most_tokens, self.end_tokens | set(end_tokens))
         self.answers[answer.id] = answer
         self.manager.register_result_handler(answer.id, lambda output: self._take(answer, output))
         self.manager.add_request(
@@ -128,7 +131,7 @@ class Engine:
             request_id=answer.id,
             max_new_tokens=most_tokens,
             streaming=True,
-            eos_token_id=sorted(self.end_tokens),
+            eos_token_id=sorted(answer.end_tokens),
             **sampling,
         )
         return answer

@@ -52,11 +52,11 @@ class Gate:
         return None
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        host = re.sub(r":\d*$", "", headers.get("host", ""))
+        host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self.hosts is not None and host not in self.hosts:
             raise Refusal(403, "This server answers only requests to its own address.", "wrong_host")
         if self.key is not None and scope["path"].startswith("/v1/"):
-            given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+            given = re.sub(r"^Bearer +", "", headers.get("authorization", ""), flags=re.IGNORECASE).encode("latin-1")
             if not hmac.compare_digest(given, self.key):
                 raise Refusal(401, "The API key is missing or wrong.", "invalid_api_key")
 

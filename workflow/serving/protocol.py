@@ -22,6 +22,23 @@ TEXT_TOKENS = 16  # of a text completion that names no number, in OpenAI's API
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Nothing = Literal[False, 0] | Annotated[list[Any], Field(max_length=0)] | None
 NoMapping = Annotated[dict[str, Any], Field(max_length=0)] | None
+NOT_SERVED = Field(None, description="not served")
+
+# What a generation_config.json may ask for and is not served, with the values that ask for nothing.
+NEUTRAL = {
+    **dict.fromkeys(("repetition_penalty", "typical_p", "guidance_scale", "num_beams"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens", "min_p", "epsilon_cutoff"), 0),
+    **dict.fromkeys(("eta_cutoff", "penalty_alpha"), 0),
+    **dict.fromkeys(("top_h", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("stop_strings", "watermarking_config", "dola_layers")),
+}
+
+
+def options_left_out(config: GenerationConfig) -> list[str]:
+    """The options of a model's generation config that change what `generate` writes, and that are not served."""
+    asked = {name: getattr(config, name, None) for name in NEUTRAL}
+    return [name for name, value in asked.items() if value is not None and value != NEUTRAL[name]]
 
 
 class Strict(BaseModel):
@@ -53,11 +70,10 @@ class GenerationRequest(Strict):
     experts: bool = False
     user: str | None = None  # taken and not used, as are the next
     metadata: dict[str, Any] | None = None
-    # Not served:
-    n: Literal[1] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    logit_bias: NoMapping = None
+    n: Literal[1] | None = NOT_SERVED
+    presence_penalty: Literal[0] | None = NOT_SERVED
+    frequency_penalty: Literal[0] | None = NOT_SERVED
+    logit_bias: NoMapping = NOT_SERVED
 
     @property
     def most_tokens(self) -> int | None:
@@ -104,6 +120,12 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
+    # Clients send answers back with all fields that an answer may have.
+    refusal: None = NOT_SERVED
+    annotations: Nothing = NOT_SERVED
+    audio: None = NOT_SERVED
+    function_call: None = NOT_SERVED
+    tool_calls: Nothing = NOT_SERVED
 
     def for_template(self) -> dict:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -114,14 +136,13 @@ class Message(Strict):
 class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
-    # Not served:
-    logprobs: Nothing = None
-    top_logprobs: Nothing = None
-    tools: Nothing = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    store: Literal[False] | None = None
+    logprobs: Nothing = NOT_SERVED
+    top_logprobs: Nothing = NOT_SERVED
+    tools: Nothing = NOT_SERVED
+    tool_choice: Literal["none", "auto"] | None = NOT_SERVED
+    parallel_tool_calls: bool | None = NOT_SERVED
+    response_format: ResponseFormat | None = NOT_SERVED
+    store: Literal[False] | None = NOT_SERVED
 
     @property
     def most_tokens(self) -> int | None:
@@ -129,18 +150,23 @@ class ChatRequest(GenerationRequest):
 
 
 class TextRequest(GenerationRequest):
-    prompt: str | Annotated[list[int], Field(fail_fast=True)] | Annotated[list[str], Field(min_length=1, max_length=1)]
-    # Not served:
-    logprobs: None = None
-    best_of: Literal[1] | None = None
-    echo: Nothing = None
-    suffix: Literal[""] | None = None
+    prompt: str | Annotated[list[int], Field(fail_fast=True)] | Annotated[list[str], Field(min_length=1)]
+    logprobs: None = NOT_SERVED
+    best_of: Literal[1] | None = NOT_SERVED
+    echo: Nothing = NOT_SERVED
+    suffix: Literal[""] | None = NOT_SERVED
 
     @property
     def most_tokens(self) -> int | None:
         return TEXT_TOKENS if self.max_tokens is None else self.max_tokens
 
 
+NAMES_NOT_SERVED = {
+    name
+    for kind in (ChatRequest, TextRequest, Message)
+    for name, field in kind.model_fields.items()
+    if field.description == NOT_SERVED.description
+}
 Parsed = TypeVar("Parsed", ChatRequest, TextRequest)
 
 
@@ -154,18 +180,32 @@ def parse(kind: type[Parsed], body: bytes) -> Parsed:
 
 def _refusal(error: ValidationError) -> Refusal:
     found = error.errors(include_url=False, include_context=False)
-    first = found[0]
-    place = [str(step) for step in first["loc"]]
-    if not place:
-        return Refusal(400, f"The body is not a JSON object that can be read: {first['msg']}.", "invalid_json")
-    name, path = place[0], ".".join(place)[:80]
+    if not found[0]["loc"]:
+        return Refusal(400, f"The body is not a JSON object that can be read: {found[0]['msg']}.", "invalid_json")
+    # Of a field that takes several types, each has its errors. Those deepest within it are of the type that was meant.
+    of_field = [one for one in found if one["loc"][0] == found[0]["loc"][0]]
+    first = max(of_field, key=lambda one: len(_steps(one)))
+    steps = _steps(first)
+    for number, step in enumerate(steps, 1):
+        if step in NAMES_NOT_SERVED:
+            path = ".".join(steps[:number])
+            sentence = f"What the field '{path}' asks for is not served here: leave it out."
+            return Refusal(400, sentence, "not_served", path)
+    path = ".".join(steps)[:80]
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"The field '{path}' is not known here: leave it out.", "unknown_field", path)
     if first["type"] == "missing":
         return Refusal(400, f"The field '{path}' is missing.", "missing_field", path)
-    # A field that takes several types has an error for each, and the last step of the path names the type.
-    reasons = dict.fromkeys(one["msg"][:1].lower() + one["msg"][1:] for one in found if one["loc"][0] == name)
-    return Refusal(400, f"The value of '{name}' cannot be used: {', or '.join(reasons)}.", "invalid_value", name)
+    reasons = dict.fromkeys(one["msg"][:1].lower() + one["msg"][1:] for one in of_field if _steps(one) == steps)
+    return Refusal(400, f"The value of '{path}' cannot be used: {', or '.join(reasons)}.", "invalid_value", path)
+
+
+def _steps(error: dict) -> list[str]:
+    """The path to the value of an error, without the steps that name a type of several, such as "list[int]"."""
+    first, *rest = error["loc"]
+    is_field = error["type"] in ("extra_forbidden", "missing")  # the last step, whatever its name
+    types = [step for step in (rest[:-1] if is_field else rest) if isinstance(step, int) or step.isidentifier()]
+    return [str(step) for step in (first, *(step for step in types if step != "str"), *(rest[-1:] if is_field else ()))]
 
 
 class Reply:

@@ -13,6 +13,7 @@ import uvicorn
 
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.serving.app import Service, build_app
+from complexity_deep.workflow.serving.protocol import options_left_out
 from complexity_deep.workflow.serving.refusal import Refusal
 
 SECONDS_TO_TELL = 2  # for clients to take the last event, at the end
@@ -101,8 +102,11 @@ def load_line(running: int, waiting: int, tokens_per_second: int, counts: Counte
     return f"{running} running, {waiting} waiting, {tokens_per_second:,} tokens/s; so far {so_far}"
 
 
-def serve(service: Service, listener: socket.socket, key: bytes | None, has_page: bool) -> None:
-    """Answer requests until a signal ends the process. Raises `InputError` where the model stops working."""
+def serve(service: Service, listener: socket.socket, key: bytes | None, has_page: bool, name: str) -> None:
+    """Answer requests until a signal ends the process. `name` is what --host calls the listener's address.
+
+    Raises `InputError` where the model stops working.
+    """
     host, port = listener.getsockname()[:2]
     is_loopback = ipaddress.ip_address(host).is_loopback
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -121,7 +125,13 @@ def serve(service: Service, listener: socket.socket, key: bytes | None, has_page
 
     if not is_loopback and key is None:
         log.warning("Everybody who reaches %s can use the model: give --api-key-file to ask for a key.", url)
-    app = build_app(service, key, LOOPBACK_NAMES if is_loopback else None, has_page, lifespan)
+    rope = getattr(service.engine.observer.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # "dynamic" scales nothing within the context
+        log.warning("With longrope, positions are scaled for the longest request that runs: answers depend on others.")
+    if left_out := options_left_out(service.defaults):
+        names = ", ".join(left_out)
+        log.warning("The model's generation_config.json has options that are not followed: %s.", names)
+    app = build_app(service, key, LOOPBACK_NAMES | {host, name.lower()} if is_loopback else None, has_page, lifespan)
     config = uvicorn.Config(
         app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=SECONDS_TO_TELL
     )
