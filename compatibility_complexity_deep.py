@@ -163,8 +163,7 @@ def causal_mask(config, inputs_embeds: Tensor, attention_mask: Tensor | None, ca
         return attention_mask
     check_mask(attention_mask, inputs_embeds.shape[1], cache)
     check_room(config, inputs_embeds.shape[1], attention_mask, cache)
-    is_whole = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
-    if is_whole and not attention_mask.is_floating_point():  # type: ignore[union-attr]
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
         return _whole_mask(attention_mask.bool(), config, inputs_embeds)
     is_first = attention_mask is None and cache is None
     # Plain causal rows need no mask with SDPA. Under compile the library would make one and lose the fast kernel.
