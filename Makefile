@@ -37,7 +37,7 @@ test-main: $(VENV)/.installed
 test-floor: .venv-floor/.installed
 	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -q $(TWO_PROCESSES) $(FLOOR_TESTS)
 
-FLOOR_TESTS := tests/test_compatibility.py tests/test_golden.py tests/test_modeling.py tests/test_generation.py tests/test_checkpoints.py \
+FLOOR_TESTS := tests/test_compatibility.py tests/test_golden.py tests/test_modeling.py tests/test_vocabulary.py tests/test_generation.py tests/test_checkpoints.py \
 	tests/test_remote_code.py tests/test_distributed.py tests/test_long_context.py tests/test_continuous_batching.py tests/serving/test_engine.py
 
 # torchao lies apart, because transformers imports it, for seconds and with warnings, in every process that finds it.

@@ -90,6 +90,12 @@ def meeting_place() -> Iterator[dict[str, str]]:
     yield {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
+def close(actual, expected, tolerance=None):
+    """Largest difference, relative to the largest expected value: 1e-5, or 1e-11 in fp64."""
+    tolerance = tolerance or (1e-11 if expected.dtype == torch.float64 else 1e-5)
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0)
+
+
 def relative_rms(found: torch.Tensor, truth: torch.Tensor) -> float:
     """RMS of the difference over the RMS of the fp64 `truth`. Where `truth` is zero, the norm of the difference."""
     difference, scale = (found.double() - truth).norm(), truth.norm()

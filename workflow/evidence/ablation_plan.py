@@ -202,14 +202,19 @@ def sweep_of(rows: list[dict], variants: list[str]) -> dict[float, list[dict]]:
     return {rate: list(last.values()) for rate, last in sorted(best.items())}
 
 
-def best_of_sweep(rows: list[dict], variants: list[str]) -> float | None:
-    """The rate with the lowest mean loss, of those at which no run of the sweep diverged; None without one."""
-    sweep = sweep_of(rows, variants)
-    losses = {
+def losses_of(sweep: dict[float, list[dict]]) -> dict[float, float]:
+    """The mean loss on the held-out educational text at each rate of `sweep_of` at which no run diverged."""
+    return {
         rate: statistics.mean(row["held_out_edu"] for row in tried)
         for rate, tried in sweep.items()
         if all(row["status"] == "ok" for row in tried)
     }
+
+
+def best_of_sweep(rows: list[dict], variants: list[str]) -> float | None:
+    """The rate with the lowest of `losses_of`; None where fewer than `FEWEST_RATES` were tried, or all diverged."""
+    sweep = sweep_of(rows, variants)
+    losses = losses_of(sweep)
     return min(losses, key=losses.get) if losses and len(sweep) >= FEWEST_RATES else None
 
 
@@ -248,10 +253,9 @@ def swept_rate(family: str, base: dict, rows: list[dict]) -> float:
     if best:
         return best
     sweep = sweep_of(rows, variants)
-    stable = [rate for rate, tried in sweep.items() if all(row["status"] == "ok" for row in tried)]
     raise InputError(
         f"The family '{family}' has no swept learning rate yet, for {len(sweep)} rates were tried on one set of "
-        f"token files and {len(stable)} of them ended: run {SWEEP}.yaml or {WHOLE_RATES}.yaml first. "
+        f"token files and {len(losses_of(sweep))} of them ended: run {SWEEP}.yaml or {WHOLE_RATES}.yaml first. "
         "Those of --smoke do not count."
     )
 

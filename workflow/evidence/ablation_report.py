@@ -18,6 +18,7 @@ from complexity_deep.workflow.evidence.ablation_plan import (
     SWEEP,
     best_of_sweep,
     identity,
+    losses_of,
     most_rates,
     rate_by_now,
     sweep_of,
@@ -356,15 +357,15 @@ def gaps(rows: list[dict], reference: list[dict], text: str) -> list[tuple[int, 
     return [(tokens, loss - theirs[tokens]) for tokens, loss in ours.items() if tokens in theirs]
 
 
-def draw_gaps(path: Path, panels: dict[str, dict[str, list[dict]]], reference: str, colours: tuple[str, ...]) -> None:
+def draw_gaps(path: Path, panels: dict[str, dict[str, list[dict]]], reference: str, order: tuple[str, ...]) -> None:
     """Differences to the reference while training goes on; `panels`: title -> variant -> runs.
 
-    A variant has the colour of its place in `colours` in every panel.
+    A variant has the colour of its place in `order` in every panel.
     """
     figure, every = subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False)
     for axes, (title, runs) in zip(every[0], panels.items()):
         for variant in (variant for variant in runs if variant != reference):
-            colour = COLOURS[colours.index(variant) % 10]
+            colour = COLOURS[order.index(variant) % 10]
             for style, text in zip("-:", TEXTS):
                 points = gaps(runs[variant], runs[reference], text)
                 label = f"{variant} ({len(runs[variant])})" if style == "-" else None
@@ -425,11 +426,7 @@ def sweep_section(rows: list[dict], size: str) -> list[str]:
     rates = sorted(set().union(*sweeps.values()))
     lines, at_edge = [], []
     for variant, sweep in sweeps.items():
-        ended = {
-            rate: statistics.mean(column(tried, "held_out_edu"))
-            for rate, tried in sweep.items()
-            if all(row["status"] == "ok" for row in tried)
-        }
+        ended = losses_of(sweep)
         lines.append([variant, next(iter(sweep.values()))[0]["data"], *cells_of_rates(rates, sweep, ended)])
         if ended and (len(sweep) < FEWEST_RATES or min(ended, key=ended.get) in (min(sweep), max(sweep))):
             at_edge.append(f"`{variant}`")
@@ -457,12 +454,11 @@ def best_rates(rows: list[dict], variant: str) -> set[float]:
     own = [row for row in rows if row["plan"] == SWEEP and row["variant"] == variant]
     found = []
     for data in dict.fromkeys(row["data"] for row in own):
-        sweep = sweep_of([row for row in own if row["data"] == data], [variant])
-        found.append({rate: tried for rate, tried in sweep.items() if all(row["status"] == "ok" for row in tried)})
+        found.append(losses_of(sweep_of([row for row in own if row["data"] == data], [variant])))
     common = set.intersection(*map(set, found)) if found else set()
     if len(common) < 2:
         return set()
-    return {min(common, key=lambda rate: statistics.mean(column(sweep[rate], "held_out_edu"))) for sweep in found}
+    return {min(common, key=losses.get) for losses in found}
 
 
 def whole_rates_section(rows: list[dict], size: str) -> list[str]:

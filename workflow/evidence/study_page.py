@@ -145,12 +145,12 @@ def write_gaps(output: Path, studied: list[dict], base: dict) -> list[str]:
     """
     name, panels = base["reference"], {}
     for size in SIZES:
-        plans = ("headline",) if size == base["size"] else LARGE
+        plans, title = (("headline",), size) if size == base["size"] else (LARGE, f"{size} on more tokens")
         found = by_data([row for row in studied if row["size"] == size], plans)
         shown = {data: {v: runs[v] for v in SHOWN if v in runs} for data, runs in found.items() if name in runs}
         data = max(reversed(shown), key=lambda data: len(shown[data]), default=None)
         if data and len(shown[data]) > 1:
-            panels[f"{size}{'' if plans != LARGE else ' on more tokens'}, token files {data}"] = shown[data]
+            panels[f"{title}, token files {data}"] = shown[data]
     if not panels:
         return []
     draw_gaps(output / "gaps.png", panels, name, SHOWN)

@@ -203,9 +203,10 @@ def _refusal(error: ValidationError) -> Refusal:
 def _steps(error: dict) -> list[str]:
     """The path to the value of an error, without the steps that name a type of several, such as "list[int]"."""
     first, *rest = error["loc"]
-    is_field = error["type"] in ("extra_forbidden", "missing")  # the last step, whatever its name
-    types = [step for step in (rest[:-1] if is_field else rest) if isinstance(step, int) or step.isidentifier()]
-    return [str(step) for step in (first, *(step for step in types if step != "str"), *(rest[-1:] if is_field else ()))]
+    # The last step of these two is a field, whatever its name.
+    last = [rest.pop()] if rest and error["type"] in ("extra_forbidden", "missing") else []
+    fields = [step for step in rest if isinstance(step, int) or (step.isidentifier() and step != "str")]
+    return [str(step) for step in (first, *fields, *last)]
 
 
 class Reply:
