@@ -3,6 +3,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -89,6 +90,7 @@ _FOREIGN_FIELDS = (
     "transformers_version",
     "version",
 )
+_DERIVED_FIELDS = ("head_dim", "num_experts_per_tok", "layer_types", "attention_chunk_size")  # see `_check_derived`
 _FORMER_FIELDS = ("output_router_logits",)  # in folders saved before; no trainer may take it for a balance loss
 
 
@@ -259,7 +261,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
         Raises `ValueError` for a name that is most likely a misspelt field, and for what cannot be built.
         """
         self._check_names(set(vars(self)) - {field.name for field in dataclasses.fields(self)})
-        self._check_derived(dict(vars(self)))
+        self._check_derived(self.__dict__)
         self._check()
         if "rope_theta" in vars(self):  # the library reads `rope_parameters` alone
             self.rope_parameters = {**(self.rope_parameters or {}), "rope_theta": self.__dict__.pop("rope_theta")}
@@ -285,9 +287,13 @@ class ComplexityDeepConfig(PreTrainedConfig):
 
     def _check_derived(self, kwargs: dict) -> None:
         """Take what follows from other fields out of `kwargs`; raise `ValueError` where it contradicts them."""
+        layer_type = "sliding_attention" if self.sliding_window and self.use_sliding_window else "full_attention"
         for name, value, reason in (
             ("head_dim", self.hidden_size // max(self.num_attention_heads, 1), "hidden_size / num_attention_heads"),
             ("num_experts_per_tok", 1, "every token passes through one expert"),
+            # The library would choose masks and caches by these two.
+            ("layer_types", [layer_type] * self.num_hidden_layers, "all layers follow sliding_window"),
+            ("attention_chunk_size", None, "attention is not chunked"),
         ):
             given = kwargs.pop(name, None)
             if given is not None and given != value:
@@ -353,6 +359,12 @@ class ComplexityDeepConfig(PreTrainedConfig):
         for name, upper in (("dynamics_alpha", 1.0), ("dynamics_gate", 1.0), ("dynamics_beta", 2.0)):
             if not 0.0 < getattr(self, name) < upper:
                 raise ValueError(f"{name} must lie between 0 and {upper:g}, but is {getattr(self, name)}.")
+        unbounded = ("rms_norm_eps", "qk_norm_eps", "initializer_range", "dynamics_dt")
+        for name, upper in (("attention_dropout", 1.0), *((name, math.inf) for name in unbounded)):
+            if not 0.0 <= getattr(self, name) < upper:  # PyTorch says so late, or never
+                raise ValueError(f"{name} must be at least 0 and less than {upper:g}, but is {getattr(self, name)}.")
+        if not math.isfinite(self.mu_router_base_logit):
+            raise ValueError(f"mu_router_base_logit must be a finite number, but is {self.mu_router_base_logit}.")
 
     def _check_rope(self):
         """Raise `ValueError` for RoPE parameters of which the library would make tables that do not fit a head."""
@@ -360,11 +372,20 @@ class ComplexityDeepConfig(PreTrainedConfig):
         absent = [name for name in ("rope_type", "rope_theta") if rope.get(name) is None]
         if absent:
             raise ValueError(f"rope_parameters must name {' and '.join(absent)}, but is {rope}.")
-        kind, share = rope["rope_type"], rope.get("partial_rotary_factor", 1)
+        kind, theta, share = rope["rope_type"], rope["rope_theta"], rope.get("partial_rotary_factor", 1)
+        if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+            raise ValueError(f"rope_theta must be a number above 0, but is {theta!r}.")
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, but is {kind!r}.")
         if share != 1 and kind != "proportional":
             raise ValueError(f"partial_rotary_factor must be 1 with rope_type {kind!r}, but is {share}.")
+        frequencies = self.hidden_size // self.num_attention_heads // 2
+        for name in ("short_factor", "long_factor"):
+            if kind == "longrope" and len(rope[name]) != frequencies:  # the library has refused lists that are missing
+                raise ValueError(
+                    f"{name} must hold {frequencies} numbers, one for each frequency of a head, but holds "
+                    f"{len(rope[name])}."
+                )
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -386,7 +407,7 @@ class ComplexityDeepConfig(PreTrainedConfig):
                 parameters = {name: trained[name] for name in kept if name in trained} | parameters
                 parameters |= {} if theta is None else {"rope_theta": theta}
             config_dict["rope_parameters"] = parameters
-        derived = {name: kwargs.pop(name) for name in ("head_dim", "num_experts_per_tok") if name in kwargs}
+        derived = {name: kwargs.pop(name) for name in _DERIVED_FIELDS if name in kwargs}
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made)._check_derived(derived)  # which no override can change
         return made

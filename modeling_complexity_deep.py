@@ -343,7 +343,9 @@ class ComplexityDeepDynamics(nn.Module):
 
     def pull(self, hidden_states: Tensor, velocity: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
         """One step towards mu: (hidden_states, velocity), each [B, S, H]."""
-        controller_hidden = F.silu(self.controller_in(torch.cat((hidden_states, velocity), dim=-1)))  # [B, S, C]
+        # Cast, because autocast to fp16 in a bf16 model makes both dtypes, which PyTorch does not concatenate.
+        states = torch.cat((hidden_states, velocity.to(hidden_states.dtype)), dim=-1)
+        controller_hidden = F.silu(self.controller_in(states))  # [B, S, C]
         alpha, beta, gate = self.controller_out(controller_hidden).chunk(3, dim=-1)  # each [B, S, H]
         alpha, gate, beta = torch.sigmoid(alpha), torch.sigmoid(gate), torch.clamp(F.softplus(beta), max=BETA_LIMIT)
         velocity = torch.clamp(alpha * velocity - beta * (hidden_states - mu), -VELOCITY_LIMIT, VELOCITY_LIMIT)

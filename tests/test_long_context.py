@@ -143,6 +143,10 @@ def test_what_training_decided_is_kept(trained, tmp_path):
         ({"rope_type": "yarm", "factor": 4.0}, "rope_type must be one of default, linear.*but is 'yarm'"),
         ({"rope_type": "yarn"}, "Missing required keys .*'factor'"),
         ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+        (
+            {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 3, "long_factor": [2.0] * 8},
+            "short_factor must hold 8 numbers, one for each frequency of a head, but holds 3",
+        ),
     ),
 )
 def test_parameters_that_make_no_tables_are_refused(trained, parameters, sentence):

@@ -421,6 +421,18 @@ def test_autocast_computes_in_the_autocast_dtype():
     assert (outputs.logits.float() - model(ids).logits).norm() < 0.05 * model(ids).logits.norm()
 
 
+@pytest.mark.parametrize("dtypes", ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)), ids=str)
+def test_autocast_to_the_other_half_precision(dtypes):
+    """`from_pretrained` keeps the dtype of the file, and a trainer or a GPU may ask for the other one."""
+    model, ids = tiny_model(std=0.05, dtype=dtypes[0]), random_ids(1, 9)
+    with torch.autocast("cpu", dtypes[1]):
+        outputs = model(ids, labels=ids)
+    assert outputs.logits.dtype == dtypes[1]
+    outputs.loss.backward()
+    expected = tiny_model(std=0.05)(ids).logits
+    assert (outputs.logits.float() - expected).norm() < 0.05 * expected.norm()
+
+
 BAD_CONFIGS = {
     "hidden_size .64. must be divisible by num_attention_heads .5.": {"num_attention_heads": 5},
     "num_attention_heads .4. must be divisible by num_key_value_heads .3.": {"num_key_value_heads": 3},
