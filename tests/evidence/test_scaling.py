@@ -102,9 +102,14 @@ def test_interval_of_the_trend_holds_the_truth_as_often_as_it_says():
 
 @pytest.mark.parametrize("missing", ["10m", "150m"])
 def test_nothing_is_fitted_while_a_size_is_missing(tmp_path, missing):
+    """The runs that there are stand in their table all the same, unless they are those of the headline alone."""
     text = section(tmp_path, [row for row in family() if row["size"] != missing])
-    assert "Not measured yet." in text and "|" not in text
+    there = "150m" if missing == "10m" else "10m"
+    assert "No line is fitted" in text and "slope" not in text and "Not measured yet." not in text
+    assert cells(text, there, "dense_total")[-1].startswith("-0.") and f"| {missing} |" not in text
     assert not (tmp_path / "evidence" / "scaling.png").exists()
+    text = section(tmp_path, [row for row in family() if row["size"] == "30m"])
+    assert "Not measured yet." in text and "|" not in text
 
 
 def test_a_variant_that_lacks_a_size_is_named_and_left_out(tmp_path):

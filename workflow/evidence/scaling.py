@@ -148,18 +148,19 @@ def measured_points(rows: list[dict], variants: list[str]) -> tuple[str, Points]
 
 
 def size_table(points: Points, variants: list[str], reference: str) -> list[str]:
-    """One line for each size and variant, with the difference to the reference of the same size."""
+    """One line for each size and variant that it has, with the difference to the reference of the same size."""
     header = ["size", "variant", "parameters, M (total / active)", f"compute, {UNIT_NAME}", "seeds"]
     header += ["held-out edu", "held-out books", "edu, difference", "books, difference"]
     lines = []
-    for size in SIZES:
-        for variant in variants:
-            rows, dense = points[size][variant], points[size][reference]
+    for size, runs in points.items():
+        for variant in (name for name in variants if name in runs):
+            rows, dense = runs[variant], runs.get(reference, [])
+            is_alone = variant == reference or not dense
             cells = [size, variant, sizes_of(rows[0])]
             cells += [f"{compute(rows[0]) / UNIT:.1f}", str(len(rows))]
             cells += [as_mean(column(rows, text)) for text in TEXTS]
             for text in TEXTS:
-                cells.append("" if variant == reference else as_difference(column(rows, text), column(dense, text)))
+                cells.append("" if is_alone else as_difference(column(rows, text), column(dense, text)))
             lines.append(cells)
     return table(header, lines, text_columns=2)
 
@@ -233,27 +234,35 @@ def draw_scaling(path: Path, points: Points, variants: list[str], reference: str
 
 
 def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
-    """The lines of the section; writes scaling.png into `output` where there are runs at every size."""
-    plan = read_yaml(recipes / "150m" / "scaling.yaml")
-    reference = read_yaml(recipes / "30m.yaml")["reference"]
+    """The lines of the section; writes scaling.png into `output` where there are runs at every size.
+
+    Those at some sizes have their table alone.
+    """
+    plan, base = read_yaml(recipes / "150m" / "scaling.yaml"), read_yaml(recipes / "30m.yaml")
+    reference = base["reference"]
     data, points = measured_points(rows, plan["variants"])
     whole = [name for name in plan["variants"] if all(name in points.get(size, {}) for size in SIZES)]
+    below = []
+    for size in points:
+        of_size = [row for row in rows if row["size"] == size and row["variant"] in plan["variants"]]
+        below += below_table(of_size, data, SCALING, read_yaml(recipes / f"{size}.yaml"), f" at {size}")
     lines = ["## Scaling", ""]
     if reference not in whole or len(whole) < 2:
-        lines += [NOT_MEASURED]
+        if any(runs for size, runs in points.items() if size != base["size"]):
+            lines += [f"Runs of equal tokens, token files {data}. No line is fitted before every size has them.", ""]
+            lines += [*size_table(points, plan["variants"], reference), "", *below]
+        else:
+            lines += [NOT_MEASURED]
     else:
         lines += [f"Runs of equal tokens at three sizes, token files {data}.", "", METHOD, ""]
-        lines += [*size_table(points, whole, reference), ""]
-        for size in SIZES:
-            of_size = [row for row in rows if row["size"] == size and row["variant"] in plan["variants"]]
-            lines += below_table(of_size, data, SCALING, read_yaml(recipes / f"{size}.yaml"), f" at {size}")
+        lines += [*size_table(points, whole, reference), "", *below]
         lines += ["In nats for ten times the compute:", ""]
         lines += [*fit_table(points, whole, reference), ""]
         draw_scaling(output / "scaling.png", points, whole, reference)
         lines += [f"![held-out loss against compute, token files {data}]({output.name}/scaling.png)"]
-    others = [name for name in plan["variants"] if name not in whole]
-    if others and NOT_MEASURED not in lines:
-        lines += ["", f"Not measured at every size: {', '.join(f'`{name}`' for name in others)}."]
+        others = [name for name in plan["variants"] if name not in whole]
+        if others:
+            lines += ["", f"Not measured at every size: {', '.join(f'`{name}`' for name in others)}."]
     lines += ["", f"[scaling.md]({output.name}/scaling.md) says what it would take to tell at 1.5b.", ""]
     for size in SIZES:
         own = [row for row in rows if row["size"] == size]
