@@ -264,6 +264,18 @@ def test_the_estimate_is_of_a_size_with_runs_at_equal_tokens(results):
     assert "And `dense_active` had a rate of 0.001 there, where 0.004 is found best by now." in text
 
 
+def test_the_estimate_is_of_a_size_with_repeats(results):
+    """One seed of a larger size is no reason to leave the difference of several, whose number is said."""
+    config = REPOSITORY / "configs/1.5b.json"
+    rows = [row for row in family() if row["size"] != "150m" or row["seed"] == 0]
+    rows += [finished("dense_active", seed, 3.0 + seed / 50, "large", size="150m") for seed in range(2)]
+    text = " ".join(" ".join(estimate.estimate_lines(rows, PLANS, results, config)).split())
+    assert "At 30m, `shared_64_layers_values` is" in text and "(2 and 2 seeds, token files first)" in text
+    rows = [row for row in rows if row["size"] == "150m"]
+    text = " ".join(" ".join(estimate.estimate_lines(rows, PLANS, results, config)).split())
+    assert "At 150m, `shared_64_layers_values` is" in text and "(1 and 1 seeds, token files first)" in text
+
+
 def test_nothing_is_estimated_from_nothing(results, tmp_path):
     config = REPOSITORY / "configs/1.5b.json"
     for rows, file in (([], results), (family(), tmp_path / "none.csv"), (at_sizes("dense_total"), results)):

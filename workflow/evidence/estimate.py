@@ -150,6 +150,7 @@ class Best(NamedTuple):
     difference: float
     data: str  # id of the token files
     tokens_per_parameter: float  # training tokens for each active parameter
+    seeds: tuple[int, int]  # of the candidate and of the reference
     left: tuple[float, float] | None  # the rate of the reference's runs and a better one, where one was found since
 
 
@@ -164,7 +165,8 @@ def best_candidate(rows: list[dict], base: dict, text: str) -> Best | None:
     distance, _ = difference(column(found[data][best], text), column(found[data][name], text))
     run = found[data][best][0]
     left = old_rates(rows, data, SCALING, base).get(name)
-    return Best(best, name, distance, data, run["tokens"] / run["active_parameters"], left)
+    seeds = len(found[data][best]), len(found[data][name])
+    return Best(best, name, distance, data, run["tokens"] / run["active_parameters"], seeds, left)
 
 
 def tell_table(distance: float, spread: Spread, hours: float, sweep_hours: float) -> list[str]:
@@ -238,8 +240,9 @@ def speed_lines(arms: list[Arm], steps: dict[str, dict], active: int) -> list[st
 
 def seeds_lines(best: Best, size: str, spread: Spread, compared: list[Arm], hours: float) -> list[str]:
     text = paragraph(
-        f"At {size}, `{best.variant}` is {best.difference:+.3f} nats from `{best.reference}` on {TEXTS[TEXT]} (token",
-        f"files {best.data}). The table takes that, and parts of it, as the true difference at 1.5b. It says how many",
+        f"At {size}, `{best.variant}` is {best.difference:+.3f} nats from `{best.reference}` on {TEXTS[TEXT]}",
+        f"({best.seeds[0]} and {best.seeds[1]} seeds, token files {best.data}). The table takes that, and parts of it,",
+        "as the true difference at 1.5b. It says how many",
         f"seeds of each model let a two-sided t test tell it from 0 at {percent(CONFIDENCE)} with a chance of",
         f"{percent(POWER)}, if seeds spread as they did at {size}, and if they spread as widely as the upper bound of",
         f"that says. Two seeds are the fewest that have a spread. GPU hours are those of all seeds of {len(compared)}",
@@ -288,7 +291,8 @@ def estimate_lines(rows: list[dict], recipes: Path, results: Path, config: Path)
     measured = [size for size, best in found.items() if best]
     if not measured:
         return [NOT_MEASURED]
-    size = measured[-1]  # the largest
+    repeated = [size for size in measured if min(found[size].seeds) > 1]
+    size = (repeated or measured)[-1]  # the largest
     best = found[size]
     small, shape = read_yaml(recipes / "30m.yaml"), read_yaml(config)  # JSON is YAML
     ours, candidate = (
