@@ -195,7 +195,13 @@ def test_runs_at_a_rate_that_was_left_are_named(page):
     text = page([*rows, *sweep])
     assert text.count("Another rate is found best by now: `v0` (0.001, now 0.0005).") == 2  # in either table
     rows += [finished("v0", 0, 3.1, learning_rate=5e-4)]
-    assert page([*rows, *sweep]).count("best by now") == 1
+    text = page([*rows, *sweep])
+    assert text.count("best by now") == 1
+    assert text.count("are in no mean: `v0` at 0.001 (3.2050 and 4.2050, 2 seeds).") == 1
+    assert "may look better" not in text
+    sweep += [finished("dense_active", 0, 5 - r, "learning_rates", learning_rate=r) for r in (5e-4, 1e-3, 2e-3)]
+    old = "`dense_active` (0.001, now 0.002). Beside `dense_active` at the rate that it left, others may look better"
+    assert old in page([*rows, *sweep])
 
 
 def test_runs_of_equal_seconds_follow_the_newest_speeds(page):

@@ -156,7 +156,11 @@ def test_longer_runs_have_a_table_of_their_own(tmp_path):
     table = text[text.index("## 150m on more tokens") :]
     assert cells(table, "shared_64_layers_values")[4] == "300.0" and "-0.100 [" in table
     assert "`shared_64_layers_values` minus `dense_active` is lowest at 0M tokens: -0.100 on educational" in table
-    assert "No rate was tried at this length" in table
+    assert "Rates are those that shorter runs found best: none was chosen at this length." in table
+    assert "other rates" not in table
+    rows.insert(0, finished("dense_active", 0, 2.7, "large", size="150m", tokens=3e8, learning_rate=5e-4))
+    left = "Runs at other rates, on both texts, are in no mean: `dense_active` at 0.0005 (2.7000 and 3.7000, 1 seed)."
+    assert left in section(tmp_path, rows)
     assert text.split("## 150m")[0] in section(tmp_path, family())
 
 

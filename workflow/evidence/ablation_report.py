@@ -83,18 +83,44 @@ def old_rates(rows: list[dict], data: str, plans: tuple[str, ...], base: dict) -
     return rates
 
 
+def at_other_rates(rows: list[dict], plans: tuple[str, ...]) -> list[str]:
+    """Variants with finished runs at another rate than that of `last_runs`: the rate, and the means of both losses.
+
+    `rows` are of one size and one set of token files.
+    """
+    rates = {variant: row["learning_rate"] for (variant, _), row in last_runs(rows, plans).items()}
+    found: dict[tuple[str, float], dict[int, dict]] = {}
+    for row in rows:
+        if row["plan"] in plans and row["status"] == "ok" and row["learning_rate"] != rates[row["variant"]]:
+            found.setdefault((row["variant"], row["learning_rate"]), {})[row["seed"]] = row
+    lines = []
+    for (variant, rate), last in sorted(found.items()):
+        losses = " and ".join(f"{statistics.mean(column([*last.values()], text)):.4f}" for text in TEXTS)
+        lines.append(f"`{variant}` at {rate:g} ({losses}, {len(last)} seed{'s' if len(last) > 1 else ''})")
+    return lines
+
+
 def below_table(rows: list[dict], data: str, plans: tuple[str, ...], base: dict, where: str = "") -> list[str]:
-    """Sentences on the seeds that diverged on the token files, and on rates that were left since, and empty lines.
+    """Sentences on the seeds that diverged on the token files, on runs at other rates than those of the table, and on
+    rates that were left since, and empty lines.
 
     The reference of `base` is among the latter, also where its runs are those of the table at equal tokens.
     """
-    diverged = diverged_seeds([row for row in rows if row["data"] == data], plans)
+    own = [row for row in rows if row["data"] == data]
+    diverged = diverged_seeds(own, plans)
     lost = ", ".join(f"`{variant}` ({number})" for variant, number in diverged.items())
     lines = [f"Seeds that diverged{where} and are in no mean: {lost}.", ""] if lost else []
     reference = [row for row in rows if row["variant"] == base["reference"]]
     rates = old_rates(reference, data, EQUAL_TOKENS, base) | old_rates(rows, data, plans, base)
     old = ", ".join(f"`{variant}` ({had:g}, now {now:g})" for variant, (had, now) in rates.items())
-    return lines + ([f"Another rate is found best by now{where}: {old}.", ""] if old else [])
+    if others := at_other_rates(own, plans):
+        lines += [f"Runs at other rates{where}, on both texts, are in no mean: {', '.join(others)}.", ""]
+    if old:
+        lines += [f"Another rate is found best by now{where}: {old}."]
+        if base["reference"] in rates:
+            lines += [f"Beside `{base['reference']}` at the rate that it left, others may look better than they are."]
+        lines += [""]
+    return lines
 
 
 def old_lengths(runs: dict[str, list[dict]], reference: list[dict], speeds: dict[str, float]) -> list[str]:

@@ -269,7 +269,7 @@ def scaling_section(output: Path, rows: list[dict], recipes: Path) -> list[str]:
         for data, runs in by_data(own, LARGE).items():
             lines += [f"## {size} on more tokens, token files {data}", ""]
             lines += ["More than one pass over the token files, each of which takes every row once, in an order of its"]
-            lines += ["own. No rate was tried at this length: they are those of shorter runs."]
+            lines += ["own. Rates are those that shorter runs found best: none was chosen at this length."]
             lines += ["", *variant_table(runs, runs.get(reference, []), speeds_alone(runs)), ""]
             lines += while_training(runs, reference)
             lines += below_table(own, data, LARGE, read_yaml(recipes / f"{size}.yaml"))
