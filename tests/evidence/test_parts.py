@@ -51,6 +51,15 @@ def test_seeds_that_diverged_stand_beside_the_reading():
     assert line_of(rows, "v0 minus v0_random")[-1] == "better; 1 seed of v0_random diverged"
 
 
+def test_token_files_that_are_not_the_newest_stand_beside_the_reading():
+    """A difference of lost files, at old rates perhaps, may be the only one with several seeds."""
+    rows = runs("v0", 3.2) + runs("v0_random", 3.3) + runs("v0", 3.2, data="second")
+    assert line_of(rows, "v0 minus v0_random")[-1] == "better; files first"
+    assert "second where the reading names no others." in parts_section(rows, BASE)
+    rows += runs("v0_random", 3.1, data="second")
+    assert line_of(rows, "v0 minus v0_random")[-1] == "worse"
+
+
 def test_the_best_candidate_stands_beside_every_control_of_the_plan():
     rows = runs("dense_active", 3.2) + runs("shared_64", 3.0) + runs("shared_64_values", 2.9)
     text = "\n".join(parts_section(rows, BASE))

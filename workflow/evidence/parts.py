@@ -76,8 +76,9 @@ def pair_line(pair: Pair, study: Study) -> list[str]:
     now = [f" (now {left[variant][1]:g})" if variant in left else "" for variant in variants]
     rates = "; ".join(f"{rows[0]['learning_rate']:g}{found}" for rows, found in zip(groups, now))
     cells = [part, named, sizes, rates, "; ".join(str(len(rows)) for rows in groups)]
+    files = [f"files {data}"] if data != newest_files(study.rows) else []
     if seeds_of_one_computation(*groups):
-        return [*cells, "0", "0", "the same computation"]
+        return [*cells, "0", "0", "; ".join(["the same computation", *files])]
     found = [difference(column(groups[0], text), column(groups[1], text)) for text in TEXTS]
     cells += [signed(mean, bounds) for mean, bounds in found]
     if any(bounds is None for _, bounds in found):
@@ -85,7 +86,12 @@ def pair_line(pair: Pair, study: Study) -> list[str]:
     else:
         edu, books = (outcome(bounds) for _, bounds in found)
         reading = edu if edu == books else f"edu {edu}, books {books}"
-    return [*cells, "; ".join([reading, *diverged(study, data, tuple(variants))])]
+    return [*cells, "; ".join([reading, *files, *diverged(study, data, tuple(variants))])]
+
+
+def newest_files(rows: list[dict]) -> str:
+    """The id of the token files that runs at equal tokens began last on; "" without any."""
+    return next(reversed(by_data(rows, EQUAL_TOKENS)), "")
 
 
 def pair_table(title: str, pairs: list[Pair], study: Study) -> list[str]:
@@ -111,6 +117,8 @@ def parts_section(rows: list[dict], base: dict) -> list[str]:
         "a gain. `better` or `worse`: the interval lies wholly below or above 0. `open`: it holds 0, which does not",
         "say that the part gives nothing. A part may bring parameters and another learning rate: those of the first",
         "variant stand before a semicolon, those of the second behind it. `now` is a rate that was found better since.",
+        "Both variants of a line are of the token files on which both have most seeds, which are",
+        f"{newest_files(rows)} where the reading names no others.",
         f"Intervals are at 95 %, without a correction for {len(PARTS)} lines.",
         "",
         *pair_table("part", list(PARTS), study),
