@@ -231,7 +231,7 @@ def test_whole_runs_at_other_rates_are_compared_with_those_of_the_sweep(page):
     for rate, loss in ((5e-4, 3.2), (2e-3, 3.09)):
         rows += [finished("dense_active", 0, loss, "whole_rates", learning_rate=rate)]
     text = page(rows)
-    assert "| dense_active | first | 0 | 3.2000 | 3.1000 | 3.0900 |" in text
+    assert "| dense_active | first | 0 | 3.2000 / 4.2000 | 3.1000 / 4.1000 | 3.0900 / 4.0900 |" in text
     assert "below that of the sweep's best rate" not in text and "`dense_active` ends lower" not in text
     assert "The best rate may lie beyond those that were tried for `dense_active`." in text
     assert "| dense_active | 2.0 / 1.0 | 0.001 | 2 |" in text  # at equal tokens, those of the headline alone
@@ -244,7 +244,7 @@ def test_whole_runs_at_other_rates_are_compared_with_those_of_the_sweep(page):
     rows += [finished("shared_64", 0, 9.0, "whole_rates", learning_rate=2e-3, status="diverged")]
     text = page(rows)
     assert "More than 0.02 nats below that of the sweep's best rate: `dense_active` (-0.030 at 0.002)." in text
-    assert "| v0 | first | 0 | | 3.0000 | diverged | |" in text and "tried for `v0`." in text
+    assert "| v0 | first | 0 | | 3.0000 / 4.0000 | diverged | |" in text and "tried for `v0`." in text
     assert (
         "`dense_active` ends lower at a rate of 0.002 than at the 0.001 of its runs here, by 0.030 on educational text "
         "and 0.060 on books (one seed)." in text

@@ -434,9 +434,10 @@ def draw_differences(path: Path, runs: dict[str, list[dict]], reference: list[di
     write_figure(figure, path)
 
 
-def cells_of_rates(rates: list[float], tried: dict, ended: dict[float, float]) -> list[str]:
-    """For each rate the loss of what ended at it; nothing where it was not tried."""
-    return [f"{ended[rate]:.4f}" if rate in ended else "diverged" if rate in tried else "" for rate in rates]
+def cells_of_rates(rates: list[float], tried: dict, ended: dict[float, tuple[float, ...]]) -> list[str]:
+    """For each rate the losses of what ended at it; nothing where it was not tried."""
+    shown = {rate: " / ".join(f"{loss:.4f}" for loss in losses) for rate, losses in ended.items()}
+    return [shown.get(rate, "diverged" if rate in tried else "") for rate in rates]
 
 
 def sweep_section(rows: list[dict], size: str) -> list[str]:
@@ -453,7 +454,8 @@ def sweep_section(rows: list[dict], size: str) -> list[str]:
     lines, at_edge = [], []
     for variant, sweep in sweeps.items():
         ended = losses_of(sweep)
-        lines.append([variant, next(iter(sweep.values()))[0]["data"], *cells_of_rates(rates, sweep, ended)])
+        shown = cells_of_rates(rates, sweep, {rate: (loss,) for rate, loss in ended.items()})
+        lines.append([variant, next(iter(sweep.values()))[0]["data"], *shown])
         if ended and (len(sweep) < FEWEST_RATES or min(ended, key=ended.get) in (min(sweep), max(sweep))):
             at_edge.append(f"`{variant}`")
     notes = [f"The best rate may lie beyond those that were tried for {', '.join(at_edge)}."] if at_edge else []
@@ -499,7 +501,8 @@ def whole_rates_section(rows: list[dict], size: str) -> list[str]:
     lines, better, at_edge = [], [], []
     for (variant, data, seed, _), runs in sorted(tried.items()):
         ended = {rate: row["held_out_edu"] for rate, row in runs.items() if row["status"] == "ok"}
-        lines.append([variant, data, str(seed), *cells_of_rates(rates, runs, ended)])
+        both = {rate: tuple(runs[rate][text] for text in TEXTS) for rate in ended}
+        lines.append([variant, data, str(seed), *cells_of_rates(rates, runs, both)])
         if not ended:
             continue
         lowest = min(ended, key=ended.get)
@@ -518,9 +521,9 @@ def whole_rates_section(rows: list[dict], size: str) -> list[str]:
     return [
         f"## Learning rates at {size}, whole runs",
         "",
-        "Held-out loss on educational text of whole runs. A rate that ends more than "
-        f"{MARGIN} nats below that of the sweep takes its place; without a sweep, the lowest of {FEWEST_RATES} or more "
-        "is taken.",
+        "Held-out loss of whole runs, on educational text / books. A rate that ends more than "
+        f"{MARGIN} nats below that of the sweep on educational text takes its place; without a sweep, the lowest of "
+        f"{FEWEST_RATES} or more is taken.",
         "",
         *table(header, lines, text_columns=2),
         "",
