@@ -68,6 +68,7 @@ def test_runs_with_muon_stand_apart(page):
     assert "| shared_64_muon | 2.0 / 1.0 | 0.001 | 1 | 100.0 | 2.9500 | 3.9500 | -0.150 | -0.150 | | | |" in section
     assert "| dense_active_muon | 2.0 / 1.0 | 0.001 | 1 | 100.0 | 3.1000 | 4.1000 | | | | | 4,000 |" in section
     assert "| dense_active_muon | 1 and 2 | -0.100 | -0.100 |" in section
+    assert "one between the optimizers that is below 0.02 counts as none, as planned" in section
     assert "| shared_64_muon | 1 and 2 | -0.050 | -0.050 |" in section
     assert "_muon" not in text[:start]
 
@@ -208,7 +209,11 @@ def test_runs_of_equal_seconds_follow_the_newest_speeds(page):
     rows = [finished("dense_active", 0, 3.2), finished("v0", 0, 3.3, "equal_seconds", tokens=7e7)]
     speeds = [finished("dense_active", 0, 5.0, "speed", tokens_per_second=1000)]
     speeds += [finished("v0", 0, 5.0, "speed", tokens_per_second=702)]
-    assert "newest speeds" not in page([*rows, *speeds])
+    text = page([*rows, *speeds])
+    assert (
+        "newest speeds" not in text
+        and text.count("as many tokens as it trains on in the seconds that `dense_active`") == 1
+    )
     again = [row | {"commit": "newer"} for row in speeds]
     again[1]["tokens_per_second"] = 800
     assert "The newest speeds give another number of tokens: `v0` (70.0M, now 80.0M)." in page(rows + speeds + again)

@@ -104,7 +104,13 @@ def write_study(output: Path, rows: list[dict], recipes: str) -> str:
     ):
         for data, runs in reversed(found.items()):
             reference = equal_tokens.get(data, {}).get(name, [])
-            lines += [f"## {title}, token files {data}", "", *variant_table(runs, reference, speeds), ""]
+            lines += [f"## {title}, token files {data}", ""]
+            if plans == EQUAL_SECONDS:
+                lines += [
+                    f"Each has as many tokens as it trains on in the seconds that `{name}` takes at equal tokens,"
+                ]
+                lines += ["by speeds of runs alone on a GPU, and a whole schedule. Differences are to the latter.", ""]
+            lines += [*variant_table(runs, reference, speeds), ""]
             lines += below_table(rows, data, plans, base)
             lines += old_lengths(runs, reference, speeds) if plans == EQUAL_SECONDS else []
     if equal_tokens:
