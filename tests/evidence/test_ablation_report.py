@@ -237,6 +237,7 @@ def test_whole_runs_at_other_rates_are_compared_with_those_of_the_sweep(page):
         rows += [finished("dense_active", 0, loss, "whole_rates", learning_rate=rate)]
     text = page(rows)
     assert "| dense_active | first | 0 | 3.2000 / 4.2000 | 3.1000 / 4.1000 | 3.0900 / 4.0900 |" in text
+    assert "Families of variants without a line here have what the sweep alone says." in text
     assert "below that of the sweep's best rate" not in text and "`dense_active` ends lower" not in text
     assert "The best rate may lie beyond those that were tried for `dense_active`." in text
     assert "| dense_active | 2.0 / 1.0 | 0.001 | 2 |" in text  # at equal tokens, those of the headline alone

@@ -523,7 +523,7 @@ def whole_rates_section(rows: list[dict], size: str) -> list[str]:
         "",
         "Held-out loss of whole runs, on educational text / books. A rate that ends more than "
         f"{MARGIN} nats below that of the sweep on educational text takes its place; without a sweep, the lowest of "
-        f"{FEWEST_RATES} or more is taken.",
+        f"{FEWEST_RATES} or more is taken. Families of variants without a line here have what the sweep alone says.",
         "",
         *table(header, lines, text_columns=2),
         "",
