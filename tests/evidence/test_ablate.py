@@ -85,6 +85,16 @@ def test_rows_count_as_done_though_a_better_rate_is_found_later():
         check_that_plans_make([rows[0], {**rows[1], "learning_rate": 3e-3}])
 
 
+def test_speeds_of_a_new_commit_count_once_all_are_measured():
+    """The reference, whose commit they are taken of, is timed last: before it the page keeps those of the old one."""
+    planned = yaml.safe_load((PLANS / "speed.yaml").read_text())["variants"]
+    old = [swept(name, 1e-3, 3.0, "speed", 1000) for name in planned]
+    new = [row | {"commit": "newer", "tokens_per_second": 2000} for row in old]
+    for number in range(len(planned) + 1):
+        speeds = newest_speeds([*old, *new[:number]], "dense_active")
+        assert list(speeds.values()) == [2000 if number == len(planned) else 1000] * len(planned)
+
+
 def test_a_size_takes_the_rate_of_its_own_sweep():
     rows = all_swept() + all_swept("150m.yaml", best=1e-3)
     assert {run["learning_rate"] for run in expand(PLANS / "150m/scaling.yaml", rows, DATA)} == {1e-3}
