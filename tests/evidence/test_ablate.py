@@ -421,11 +421,12 @@ def test_settings_tell_runs_apart():
     assert same["tokens"] % (1024 * 32) == 0 and 2.5e7 - same["tokens"] < 1024 * 32
 
 
-def test_muon_is_a_variant_with_a_sweep_of_its_own():
+def test_muon_is_a_variant_with_rates_of_its_own():
     """The model and its training are those of the variant with AdamW, and nothing of one is taken for the other."""
     runs = {run["variant"]: run for run in expand(PLANS / "muon.yaml", all_swept(), DATA)}
-    with_adamw = {run["variant"]: run for run in expand(PLANS / "headline.yaml", all_swept(), DATA) if run["seed"] == 0}
-    assert len(runs) == 2
+    with_adamw = {run["variant"]: run for run in expand(PLANS / "headline.yaml", all_swept(), DATA) if run["seed"] == 1}
+    tried = {run["variant"] for run in expand(PLANS / "whole_rates.yaml", [], DATA)}
+    assert len(runs) == 2 and set(runs) < tried
     for name, run in runs.items():
         other = with_adamw[name.removesuffix("_muon")]
         differing = {"variant", "plan", "optimizer"}

@@ -63,7 +63,7 @@ def test_every_outcome_is_recorded_and_a_finished_run_is_not_made_again(tmp_path
 
 def test_rows_without_an_optimizer_are_of_adamw(tmp_path):
     path = tmp_path / "runs.csv"
-    run = expand(PLANS / "learning_rates.yaml", [], DATA, ["dense_active_muon"])[0]
+    run = expand(PLANS / "whole_rates.yaml", [], DATA, ["dense_active_muon"])[0]
     work(tmp_path, [finish(run, False)])
     header, row = path.read_text().splitlines()
     assert header.endswith(",optimizer") and row.endswith(",muon")
