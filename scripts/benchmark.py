@@ -18,6 +18,7 @@ A draft is worth what weights and text make it, so it takes trained models, and 
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,8 @@ def main(args: argparse.Namespace) -> None:
         tests = [str(REPOSITORY / f"tests/test_{name}.py") for name in names]
         if not Path(tests[0]).is_file():
             raise InputError("The kernel tests are in a clone only: run there, or give --skip-tests.")
+        if importlib.util.find_spec("pytest") is None:
+            raise InputError("The kernel tests need pytest: run `pip install pytest`, or give --skip-tests.")
         if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=REPOSITORY).returncode:
             raise InputError("The kernel tests fail: no figure is reported.")
     matmul, copy = ceilings(args.device)

@@ -30,7 +30,10 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if not (args.directory / "results.csv").is_file():
         raise InputError(f"'{args.directory}' holds no results.csv. scripts/benchmark.py writes one.")
-    for path in draw(args.directory):
+    drawn = draw(args.directory)
+    if not drawn:
+        raise InputError(f"'{args.directory / 'results.csv'}' has not all rows of any picture, so none is drawn.")
+    for path in drawn:
         print(path)
 
 

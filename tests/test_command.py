@@ -177,6 +177,21 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole_files", "whole_folder"]
 
 
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("--temprature", ": did you mean --temperature?"),
+        ("--max_new_tokns=3", ": did you mean --max-new-tokens?"),
+        ("-x", ""),
+    ],
+)
+def test_a_misspelt_option_is_asked_for(given, meant, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "model", "prompt", given])
+    with pytest.raises(SystemExit):
+        runpy.run_module("complexity_deep.scripts.generate", run_name="__main__")
+    assert capsys.readouterr().err == f"generate.py: error: unrecognized arguments: {given}{meant}\n"
+
+
 @pytest.mark.parametrize("name", ["generate.py", "compare_runs.py", "export_to_hub.py"])
 def test_a_wrong_option_is_one_sentence(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--no-such-option"])

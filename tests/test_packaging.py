@@ -71,6 +71,12 @@ def test_the_extra_that_a_command_names_has_what_it_imports(command):
     assert not missing, f"{command.name} says {extras or 'nothing'} and needs {missing}"
 
 
+def test_an_install_warns_of_no_folder_of_data():
+    """setuptools would take each folder of data for a package that was forgotten, and pip prints that also if quiet."""
+    setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["include-package-data"] is False and "package-data" in setuptools
+
+
 def test_the_workflow_runs_what_our_ci_runs():
     workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())
     assert [step.get("run") for step in workflow["jobs"]["test"]["steps"]][-1] == ".ci/run"

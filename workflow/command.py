@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import os
 import signal
@@ -44,7 +45,16 @@ def say(what: str) -> None:
 class OneSentence:
     """Put before a parser in the bases of a class: its errors come without the pages of usage, with exit code 2."""
 
+    def meant(self, option: str) -> str:
+        """The question whether another option was meant, where one of the parser's has nearly that name."""
+        given, *_ = option.replace("_", "-").split("=")
+        names = {name.replace("_", "-") for name in self._option_string_actions}
+        return "".join(f": did you mean {name}?" for name in difflib.get_close_matches(given, names, n=1, cutoff=0.75))
+
     def error(self, message: str):
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            message += self.meant(unknown.split()[0])
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 

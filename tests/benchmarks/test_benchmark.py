@@ -47,6 +47,15 @@ def test_refused_before_the_work(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results.csv").read_text() == "name,value\n" and not (tmp_path / "new").exists()
 
 
+def test_kernel_tests_without_pytest(tmp_path, monkeypatch):
+    """It comes with the extra dev only. Without it the tests would seem to fail."""
+    monkeypatch.setattr(benchmark, "check_device", lambda device: None)
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: pytest.fail("the tests began"))
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="The kernel tests need pytest: run `pip install pytest`"):
+        run(monkeypatch, "--device", "cuda", "--output-dir", tmp_path / "new")
+
+
 def test_an_attention_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "ceilings", lambda device: (1.0, 1.0))
     with pytest.raises(InputError, match="--attn-implementation 'foo' cannot be used"):

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from complexity_deep.scripts import benchmark_charts as command
 from complexity_deep.workflow.benchmarks import charts as benchmark_charts
 from complexity_deep.workflow.benchmarks import results
+from complexity_deep.workflow.command import InputError
 from support import REPOSITORY
 
 RUN = {"device": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "commit": "abc", "date": "2026-11-26"}
@@ -37,6 +39,12 @@ def test_what_was_not_measured_is_left_out(tmp_path):
         writer.writeheader()
         writer.writerows(kept)
     assert [path.stem for path in benchmark_charts.draw(tmp_path)] == ["near_dense", "experts"]
+
+
+def test_no_picture_at_all_is_said(tmp_path):
+    (tmp_path / "results.csv").write_text((REPOSITORY / "benchmarks" / "results.csv").read_text().splitlines()[0])
+    with pytest.raises(InputError, match=r"results.csv' has not all rows of any picture, so none is drawn."):
+        command.main(SimpleNamespace(directory=tmp_path))
 
 
 def test_only_rows_of_one_measurement_are_compared():

@@ -15,7 +15,8 @@ def write_run(folder: Path, loss: float, tokens: int = 1000, **options) -> Path:
     folder.mkdir()
     held_out = [{"step": step, "loss": loss + 2 - step, "perplexity": 9.0} for step in (0, 1, 2)]
     summary = {"model_type": "llama", "parameters": 12345, "active_parameters": 6789, "tokens": tokens}
-    summary |= {"tokens_per_second": 10.0, "device": "a CPU", "held_out": held_out, "options": {"seed": 7, **options}}
+    summary |= {"text": ["some text", "and more"], "tokens_per_second": 10.0, "device": "a CPU"}
+    summary |= {"held_out": held_out, "options": {"seed": 7, **options}}
     (folder / "training_summary.json").write_text(json.dumps(summary))
     history = [{"step": 1, "loss": loss + 1}, {"step": 1, "eval_loss": loss + 1}, {"step": 2, "loss": loss}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
@@ -32,7 +33,9 @@ def test_table_and_picture(tmp_path, monkeypatch):
     compare(monkeypatch, tmp_path / "out" / "1.5b", *runs)
     text = (tmp_path / "out" / "1.5b.md").read_text()
     assert "| held-out loss, nats per token | 1.2500 | 1.5000 |" in text and "| parameters | 12,345 | 12,345 |" in text
-    assert "tokens 1000; device a CPU" in text and "differs" not in text and "None" not in text
+    assert (
+        "text some text, and more; tokens 1,000; device a CPU" in text and "differs" not in text and "None" not in text
+    )
     assert (tmp_path / "out" / "1.5b.png").stat().st_size > 1000
 
 
@@ -50,7 +53,7 @@ def test_held_out_points_are_on_the_chart(tmp_path):
 
 def test_what_differs_is_said(tmp_path, monkeypatch):
     compare(monkeypatch, tmp_path / "out", write_run(tmp_path / "a", 1.0), write_run(tmp_path / "b", 1.0, tokens=2000))
-    assert "| **differs: tokens** | 1000 | 2000 |" in (tmp_path / "out.md").read_text()
+    assert "| **differs: tokens** | 1,000 | 2,000 |" in (tmp_path / "out.md").read_text()
 
 
 def test_losses_of_other_text_or_in_other_tokens_are_told_apart(tmp_path, monkeypatch):

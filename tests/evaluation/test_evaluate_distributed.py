@@ -160,10 +160,12 @@ def test_two_processes_give_the_scores_of_one(tmp_path, folder, data, one_proces
     assert not [line for line in told if "Running" in line or "reading" in line or "|" in line], told
 
 
-def test_a_process_without_a_document_is_refused(tmp_path, folder, data):
-    options = ("--data-dir", data, "--tasks", "arc_easy", "--limit", 1)
+@pytest.mark.parametrize("given", ["arc_easy", "held_out.parquet"])
+def test_a_process_without_a_document_is_refused(tmp_path, folder, data, given):
+    text = ("--tasks", "--held-out-text", data / given)
+    options = ("--data-dir", data, *(text if given.endswith("parquet") else ("--tasks", given)), "--limit", 1)
     for printed in run_on_two({}, tmp_path / "log", folder, tmp_path / "out", *options, exitcode=1):
-        assert "arc_easy has 1 documents, which is less than one for each of 2 processes" in printed
+        assert f"{given} has 1 documents, which is less than one for each of 2 processes" in printed
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 

@@ -1,6 +1,7 @@
 """scripts/pretrain.py and its checkpoints, on text of the standard library."""
 
 import json
+import logging
 import math
 import os
 import random
@@ -155,11 +156,13 @@ def test_killed_ten_times_the_run_ends_with_the_same_bytes(recipe, uninterrupted
     assert first != second, "every pass has an order of its own"
 
 
-def test_finished_run_given_again_changes_nothing(recipe, uninterrupted, capsys):
+def test_finished_run_given_again_changes_nothing(recipe, uninterrupted, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     folder, output = uninterrupted
     before = (folder / "model.safetensors").read_bytes()
     run_command("pretrain", "--config", recipe, "--output-dir", folder)
     assert capsys.readouterr().out.splitlines()[-1] == output.splitlines()[-1]
+    assert "single sample" not in caplog.text, "Trainer guesses that the text was too short"
     assert (folder / "model.safetensors").read_bytes() == before
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == STEPS
 
@@ -207,7 +210,8 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         (["--sources", "empty.txt"], "The file 'empty.txt' is empty."),
         (["--sources", "latin.jsonl"], "The source 'latin.jsonl' is not UTF-8 text"),
         (["--chunked-loss", "false", "--z-loss", "1e-4"], "z_loss is a part of the chunked loss"),
-        (["--optimiser", "x"], "--optimiser"),
+        (["--optimiser", "x"], "unrecognized arguments: --optimiser x: did you mean --optimizer?"),
+        (["--sorces", "embedded"], "unrecognized arguments: --sorces embedded: did you mean --sources?"),
         (["--max-steps", "many"], "--max-steps"),
         (["--z-loss", "1e-4", "--label-smoothing-factor", "0.1"], "z_loss and label_smoothing_factor"),
         (["--per-device-train-batch-size", "0"], "per_device_train_batch_size must be at least 1, but is 0."),
@@ -256,7 +260,8 @@ def test_bad_input_gives_one_sentence(recipe, options, sentence, monkeypatch, ca
         (["--learning-rate", "-1"], "Invalid learning rate: -1.0"),
         (["--lr-scheduler-type", "warmup_stable_decay"], "num_decay_steps"),
         (["--use-liger-kernel", "true"], "install liger-kernel"),
-        (["--learning-rate", "1e30", "--logging-steps", "9"], "The held-out loss is nan by step 2: start again"),
+        (["--learning-rate", "1e30", "--logging-steps", "9"], "The loss is nan by step 2: start again"),
+        (["--learning-rate", "1e30", "--max-steps", "1"], "The held-out loss is nan by step 1: start again"),
     ],
 )
 def test_what_shows_when_training_begins_is_one_sentence(recipe, tmp_path, options, sentence):
@@ -267,7 +272,17 @@ def test_what_shows_when_training_begins_is_one_sentence(recipe, tmp_path, optio
     assert not (tmp_path / "training_summary.md").exists()
 
 
-@pytest.mark.parametrize("content, sentence", [({"learning_rat": 0.1}, "learning_rat"), ([1], "YAML mapping")])
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (
+            {"learning_rat": 0.1},
+            "error: the recipe has an unknown option 'learning_rat': did you mean --learning-rate?",
+        ),
+        ({"colour": "red"}, "error: the recipe has an unknown option 'colour'"),
+        ([1], "YAML mapping"),
+    ],
+)
 def test_unusable_recipe(recipe, content, sentence, capsys):
     path = recipe.with_name("typo.yaml")
     path.write_text(json.dumps({**json.loads(recipe.read_text()), **content} if isinstance(content, dict) else content))

@@ -222,6 +222,21 @@ def test_the_summary_holds_the_measurements(run):
     assert {"device", "torch", "transformers", "commit", "date", "tokens_per_second"} <= summary.keys()
 
 
+@pytest.mark.parametrize("steps, logged", [(3, [2, 3]), (1, [1])])
+def test_the_last_steps_are_logged(folder, tmp_path, steps, logged):
+    """Else a run that is shorter than `logging_steps` would have taken no time, and have no curve."""
+    short = ("--max-steps", steps, "--logging-steps", 2, "--monitor-steps", 0, "--save-strategy", "no")
+    pretrain(folder, "--output-dir", tmp_path, *short)
+    assert [entry["step"] for entry in log_of(tmp_path) if "loss" in entry] == logged
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert summary["training_seconds"] > 0 and summary["tokens_per_second"] > 0
+
+
+def test_a_run_that_logs_nothing_says_no_seconds(folder, tmp_path):
+    pretrain(folder, "--output-dir", tmp_path, "--max-steps", 1, "--logging-strategy", "no", "--save-strategy", "no")
+    assert "training_seconds" not in json.loads((tmp_path / "training_summary.json").read_text())
+
+
 def test_residual_projections_start_smaller_in_any_architecture(folder):
     tokenizer = load_tokenizer(folder / "tokenizer")
     for config, written in (("model.json", "o_proj"), ("llama.json", "o_proj"), ("llama.json", "down_proj")):

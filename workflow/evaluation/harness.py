@@ -172,8 +172,8 @@ def run_tasks(
         documents = min(limit or len(task.eval_docs), len(task.eval_docs))
         if documents < model.world_size:
             raise InputError(
-                f"{name} has {documents} documents, which is less than one for each of {model.world_size} processes: "
-                "launch fewer."
+                f"{staged.texts.get(name, name)} has {documents} documents, which is less than one for each of "
+                f"{model.world_size} processes: launch fewer."
             )
     say(f"making the prompts of {len(staged.loaded['tasks'])} tasks")
     results = lm_eval.evaluate(model, staged.loaded, limit=limit)

@@ -28,6 +28,13 @@ def read(run: Path) -> dict:
         raise InputError(f"'{run}' is not the output folder of a finished run: {error}.") from error
 
 
+def as_cell(value) -> str:
+    """What was the same, or differs, as people write it."""
+    if isinstance(value, list):
+        return ", ".join(map(as_cell, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def comparison_table(runs: list[dict]) -> str:
     """Markdown: a column for each run, and below it what is the same for all of them."""
 
@@ -50,10 +57,10 @@ def comparison_table(runs: list[dict]) -> str:
     for name in (*COMMON, *COMMON_OPTIONS, *MADE_WITH):
         values = [run["options"].get(name) if name in COMMON_OPTIONS else run.get(name) for run in runs]
         if any(value != values[0] for value in values):
-            rows.append([f"**differs: {name.replace('_', ' ')}**", *map(str, values)])
+            rows.append([f"**differs: {name.replace('_', ' ')}**", *map(as_cell, values)])
         elif values[0] is not None:
             shared[name] = values[0]
-    same = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in shared.items())
+    same = "; ".join(f"{name.replace('_', ' ')} {as_cell(value)}" for name, value in shared.items())
     return "\n".join([*table(["", *(run["name"] for run in runs)], rows), "", same])
 
 

@@ -55,9 +55,16 @@ class RecipeParser(OneSentence, TrlParser):
             place = arguments.index("--config") + 1
             arguments[place : place + 1] = [self.recipe(arguments[place : place + 1])]
         try:
-            return self.parse_args_and_config(arguments)
-        except Exception as error:  # a wrong key, file, type or device; each dataclass raises classes of its own
+            *parsed, in_recipe, in_line = self.parse_args_and_config(
+                arguments, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except Exception as error:  # a wrong file, type or device; each dataclass raises classes of its own
             self.error(one_line(error))
+        if in_line:
+            self.error(f"unrecognized arguments: {' '.join(in_line)}")
+        for option in in_recipe[::2]:  # each is followed by its value
+            self.error(f"the recipe has an unknown option '{option.removeprefix('--')}'{self.meant(option)}")
+        return tuple(parsed)
 
 
 def check_counts(**counts: int | float | None) -> None:

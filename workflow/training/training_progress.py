@@ -37,8 +37,8 @@ class TrainingProgress(ProgressCallback):
     def measure(self, logs: dict, state) -> None:
         """Add the throughput since the last measurement, and the most GPU memory so far, to the logs.
 
-        Raises `InputError` where a loss is not finite. The held-out one is looked at too, because a run that is shorter
-        than `logging_steps` logs no other.
+        Raises `InputError` where a loss is not finite. The held-out one is looked at too, because no other shows what
+        the last step did to the weights.
         """
         for name, what in (("loss", "loss"), ("eval_loss", "held-out loss")):
             if not math.isfinite(logs.get(name, 0.0)):
@@ -60,6 +60,11 @@ class TrainingProgress(ProgressCallback):
         if torch.cuda.is_available():
             logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.clock, self.clocked_step = now, state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # else the steps since the last log would be in no curve and no sum of seconds
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or "loss" not in logs:

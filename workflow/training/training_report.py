@@ -59,9 +59,13 @@ def write_training_report(
     held_out = {e["step"]: {"step": e["step"], **held_out_scores(e)} for e in log_history if "eval_loss" in e}
     held_out = list(held_out.values())
     figure, axes = subplots()
-    axes.plot([entry["step"] for entry in training], [entry["loss"] for entry in training], label="training")
+    if training:  # none with logging_strategy "no"
+        marker = "o" if len(training) == 1 else ""  # a line has two points
+        losses = [entry["loss"] for entry in training]
+        axes.plot([entry["step"] for entry in training], losses, marker=marker, label="training")
     axes.plot([entry["step"] for entry in held_out], [entry["loss"] for entry in held_out], "o", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{model.config.model_type}: loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     write_figure(figure, Path(output_dir, "loss_curve.png"))
@@ -71,7 +75,7 @@ def write_training_report(
         "parameters": total_parameters(model),
         "active_parameters": active_parameters(model),
         **facts,
-        "training_seconds": sum(entry["seconds"] for entry in training),
+        "training_seconds": sum(entry["seconds"] for entry in training) or None,
         "tokens_per_second": median(training, "tokens_per_second"),
         "mfu": median(training, "mfu"),
         "data_wait_share": median(training, "data_wait_share"),
