@@ -101,7 +101,7 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.state.global_step >= self.state.max_steps:
             # Trainer takes one step more when it resumes a run that is already over, and guesses why it gets no rows.
-            logging.getLogger("transformers.trainer").addFilter(lambda record: "single sample" not in record.msg)
+            logging.getLogger("transformers.trainer").addFilter(lambda record: "single sample" not in str(record.msg))
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
