@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from ablation_rows import DATA, PLANS
 from complexity_deep.workflow.command import InputError
@@ -246,6 +247,20 @@ def test_a_run_ends_with_a_parent_that_is_killed(monkeypatch):
     assert receiver.poll(50), "the run holds its end of the pipe still"
     with pytest.raises(EOFError):
         receiver.recv()
+
+
+def test_a_bar_of_a_run_makes_no_semaphore(tmp_path, monkeypatch):
+    """A run ends without cleaning up, and Python would print that the semaphore of tqdm is leaked."""
+
+    def show_a_bar(run, **options):
+        list(tqdm([1], leave=False))
+        return {"status": "failed", "reason": type(tqdm.get_lock()).__name__}
+
+    monkeypatch.setattr(ablation_run, "train", show_a_bar)
+    options = {"start_method": "fork", "log_dir": tmp_path / "logs", "commit": "1e5"}
+    runner = Runner(Results(tmp_path / "runs.csv"), ablation_process.train_in_child, {}, **options)
+    runner.work([finish(expand(PLANS / "learning_rates.yaml", [], DATA)[0], False)], [""])
+    assert [row["reason"] for row in read_rows(tmp_path / "runs.csv")] == ["RLock"]
 
 
 def test_a_process_gets_one_of_the_gpus_that_are_visible(monkeypatch):

@@ -24,6 +24,10 @@ def train_in_child(run: dict, gpu: str, threads: int, log: str, connection, **op
         os.dup2(file.fileno(), 2)
         try:
             import torch
+            from tqdm import tqdm
+
+            # tqdm's own lock is a semaphore, which Python reports as leaked, because this process ends without cleanup.
+            tqdm.set_lock(threading.RLock())
 
             from complexity_deep.workflow.evidence.ablation_run import train
             from complexity_deep.workflow.provenance import provenance
