@@ -9,6 +9,7 @@ from complexity_deep.workflow.charts import subplots
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.evaluation.perplexity import with_error
 from complexity_deep.workflow.markdown_table import table
+from complexity_deep.workflow.training.training_report import as_text
 
 # What must be the same for a comparison to mean anything; the table says where it is not. The options, and the number
 # of held-out conversations, say which text the losses are of and in which tokens.
@@ -26,13 +27,6 @@ def read(run: Path) -> dict:
         return {"name": run.name, **summary, "last": summary["held_out"][-1]}
     except (OSError, ValueError, LookupError) as error:
         raise InputError(f"'{run}' is not the output folder of a finished run: {error}.") from error
-
-
-def as_cell(value) -> str:
-    """What was the same, or differs, as people write it."""
-    if isinstance(value, list):
-        return ", ".join(map(as_cell, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def comparison_table(runs: list[dict]) -> str:
@@ -57,10 +51,10 @@ def comparison_table(runs: list[dict]) -> str:
     for name in (*COMMON, *COMMON_OPTIONS, *MADE_WITH):
         values = [run["options"].get(name) if name in COMMON_OPTIONS else run.get(name) for run in runs]
         if any(value != values[0] for value in values):
-            rows.append([f"**differs: {name.replace('_', ' ')}**", *map(as_cell, values)])
+            rows.append([f"**differs: {name.replace('_', ' ')}**", *map(as_text, values)])
         elif values[0] is not None:
             shared[name] = values[0]
-    same = "; ".join(f"{name.replace('_', ' ')} {as_cell(value)}" for name, value in shared.items())
+    same = "; ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in shared.items())
     return "\n".join([*table(["", *(run["name"] for run in runs)], rows), "", same])
 
 

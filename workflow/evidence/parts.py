@@ -64,8 +64,11 @@ def outcome(bounds: tuple[float, float]) -> str:
     return WORSE if bounds[0] > 0 else OPEN
 
 
-def pair_line(pair: Pair, study: Study) -> list[str]:
-    """Cells of a pair: what it differs in, how the loss with it differs from that without it, and how to read that."""
+def pair_line(pair: Pair, study: Study, newest: str) -> list[str]:
+    """Cells of a pair: what it differs in, how the loss with it differs from that without it, and how to read that.
+
+    Token files are named where they are not the `newest`.
+    """
     part, *variants = pair
     named = f"{variants[0]} minus {variants[1]}"
     data, groups = most_seeds(study, tuple(variants), lambda row: True)
@@ -76,7 +79,7 @@ def pair_line(pair: Pair, study: Study) -> list[str]:
     now = [f" (now {left[variant][1]:g})" if variant in left else "" for variant in variants]
     rates = "; ".join(f"{rows[0]['learning_rate']:g}{found}" for rows, found in zip(groups, now))
     cells = [part, named, sizes, rates, "; ".join(str(len(rows)) for rows in groups)]
-    files = [f"files {data}"] if data != newest_files(study.rows) else []
+    files = [f"files {data}"] if data != newest else []
     if seeds_of_one_computation(*groups):
         return [*cells, "0", "0", "; ".join(["the same computation", *files])]
     found = [difference(column(groups[0], text), column(groups[1], text)) for text in TEXTS]
@@ -89,15 +92,10 @@ def pair_line(pair: Pair, study: Study) -> list[str]:
     return [*cells, "; ".join([reading, *files, *diverged(study, data, tuple(variants))])]
 
 
-def newest_files(rows: list[dict]) -> str:
-    """The id of the token files that runs at equal tokens began last on; "" without any."""
-    return next(reversed(by_data(rows, EQUAL_TOKENS)), "")
-
-
-def pair_table(title: str, pairs: list[Pair], study: Study) -> list[str]:
+def pair_table(title: str, pairs: list[Pair], study: Study, newest: str) -> list[str]:
     header = [title, "variants", "parameters, M (total / active)", "rates", "seeds"]
     header += ["edu, difference", "books, difference"]
-    lines = [pair_line(pair, study) for pair in pairs]
+    lines = [pair_line(pair, study, newest) for pair in pairs]
     return table([*header, "reading"], lines, text_columns=2)
 
 
@@ -110,6 +108,7 @@ def parts_section(rows: list[dict], base: dict) -> list[str]:
     runs = by_data(rows, EQUAL_TOKENS)
     if not any(runs.values()):
         return []
+    newest = next(reversed(runs))  # token files, by their id
     lines = [
         "## What each part gives",
         "",
@@ -118,10 +117,10 @@ def parts_section(rows: list[dict], base: dict) -> list[str]:
         "say that the part gives nothing. A part may bring parameters and another learning rate: those of the first",
         "variant stand before a semicolon, those of the second behind it. `now` is a rate that was found better since.",
         "Both variants of a line are of the token files on which both have most seeds, which are",
-        f"{newest_files(rows)} where the reading names no others.",
+        f"{newest} where the reading names no others.",
         f"Intervals are at 95 %, without a correction for {len(PARTS)} lines.",
         "",
-        *pair_table("part", list(PARTS), study),
+        *pair_table("part", list(PARTS), study, newest),
         "",
     ]
     data, candidates = most_candidates(runs, base["reference"], base["candidates"])
@@ -135,6 +134,6 @@ def parts_section(rows: list[dict], base: dict) -> list[str]:
         f"`{best}` has the lowest loss of the candidates at equal tokens, by which it was chosen; that makes its",
         "differences look larger than they are. They are read as those above.",
         "",
-        *pair_table("control", [(title, best, control) for control, title in CONTROLS.items()], study),
+        *pair_table("control", [(title, best, control) for control, title in CONTROLS.items()], study, newest),
         "",
     ]
