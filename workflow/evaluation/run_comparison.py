@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from complexity_deep.workflow.charts import subplots
 from complexity_deep.workflow.command import InputError
 from complexity_deep.workflow.evaluation.perplexity import with_error
-from complexity_deep.workflow.markdown_table import table
-from complexity_deep.workflow.training.training_report import as_text
+from complexity_deep.workflow.markdown_table import as_text, table
 
 # What must be the same for a comparison to mean anything; the table says where it is not. The options, and the number
 # of held-out conversations, say which text the losses are of and in which tokens.

@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from complexity_deep.workflow.evaluation.perplexity import held_out
 from complexity_deep.workflow.flops import parameter_counts
+from complexity_deep.workflow.markdown_table import as_text
 from complexity_deep.workflow.publishing.run_reports import Run, is_hub_id
-from complexity_deep.workflow.training.training_report import as_text
 
 SHAPE = {
     "num_hidden_layers": "layers",

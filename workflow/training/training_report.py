@@ -11,7 +11,7 @@ from complexity_deep.workflow.charts import draw_expert_loads, subplots, write_f
 from complexity_deep.workflow.evaluation.perplexity import held_out as held_out_scores
 from complexity_deep.workflow.evaluation.perplexity import with_error
 from complexity_deep.workflow.flops import active_parameters, total_parameters
-from complexity_deep.workflow.markdown_table import table
+from complexity_deep.workflow.markdown_table import as_text, table
 from complexity_deep.workflow.provenance import provenance
 
 
@@ -30,17 +30,6 @@ def write_expert_loads(output_dir: str, entry: dict) -> None:
 def median(entries: list[dict], name: str) -> float | None:
     values = [entry[name] for entry in entries if name in entry]
     return statistics.median(values) if values else None
-
-
-def as_text(value) -> str:
-    """A value of the summary as a cell of its table."""
-    if isinstance(value, dict):
-        return "; ".join(f"{name.replace('_', ' ')} {as_text(part)}" for name, part in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(as_text, value))
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def held_out_cells(entry: dict) -> list[str]:
