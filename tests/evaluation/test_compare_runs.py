@@ -8,6 +8,7 @@ import pytest
 
 from complexity_deep.scripts import compare_runs
 from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.evaluation.evaluation_report import draw as draw_scores
 from complexity_deep.workflow.evaluation.run_comparison import draw, read
 
 
@@ -21,6 +22,20 @@ def write_run(folder: Path, loss: float, tokens: int = 1000, **options) -> Path:
     history = [{"step": 1, "loss": loss + 1}, {"step": 1, "eval_loss": loss + 1}, {"step": 2, "loss": loss}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     return folder
+
+
+def write_evaluation(folder: Path, accuracy: float, questions: int = 200, **facts) -> dict:
+    """The report of evaluate.py for a model in `folder`."""
+    task = {"task": "arc_easy", "metric": "acc", "value": accuracy, "stderr": 0.01, "random": 0.25, "num_fewshot": 0}
+    task |= {"note": "of a file"}
+    text = {"corpus": "wikitext", "nll_per_token": 3.5, "stderr": None, "random": 9.7, "bits_per_byte": 1.25}
+    text |= {"tokens": 1000, "documents": 3, "context": 64, "stride": 64, "note": ""}
+    report = {"model": folder.name, "dtype": "float32", "device": "a CPU", "limit": None}
+    report |= {"harness": {"name": "lm-eval", "version": "0.4"}, "versions": {"torch": "2.13"}, **facts}
+    report |= {"tasks": [task | {"n": questions}], "perplexity": [text]}
+    (folder / "evaluation").mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(report))
+    return report
 
 
 def compare(monkeypatch, output, *runs):
@@ -45,7 +60,7 @@ def test_held_out_points_are_on_the_chart(tmp_path):
     summary = json.loads((run / "training_summary.json").read_text())
     summary["held_out"] = [{"step": step, "loss": loss, "perplexity": 9.0} for step, loss in ((0, 10), (1, 5), (2, 3))]
     (run / "training_summary.json").write_text(json.dumps(summary))
-    axes = draw([read(run)]).axes[0]
+    axes = draw([read(run, "run")]).axes[0]
     low, high = axes.get_ylim()
     held_out = next(line for line in axes.lines if line.get_marker() == "o")
     assert list(held_out.get_ydata()) == [5, 3] and low < 3 and 5 < high < 6
@@ -102,6 +117,56 @@ def test_the_output_is_checked_before_the_runs_are_read(tmp_path, monkeypatch):
     for output, sentence in (("file/out", "is a file"), ("taken", "is a folder"), ("/proc/out", "cannot be written")):
         with pytest.raises(InputError, match=sentence):
             compare(monkeypatch, tmp_path / output, tmp_path / "absent")
+
+
+def test_scores_stand_beside_each_other_and_beside_guessing(tmp_path, monkeypatch):
+    write_evaluation(write_run(tmp_path / "ours", 1.25), 0.5)
+    write_evaluation(tmp_path / "base", 0.375, dtype="bfloat16")  # a model that was trained elsewhere
+    compare(monkeypatch, tmp_path / "out", tmp_path / "ours", tmp_path / "base")
+    text = (tmp_path / "out.md").read_text()
+    assert "|  | ours |\n" in text and "|  | ours | base | guessing | note |\n" in text
+    assert "| arc_easy, acc (200 questions, 0 examples) | 50.00% ± 1.00% | 37.50% ± 1.00% | 25.00% | 1 |" in text
+    assert "(3 documents, context 64, stride 64) | 3.5000 | 3.5000 | 9.7000 |" in text
+    assert "| wikitext, bits per byte (3 documents, context 64, stride 64) | 1.2500 | 1.2500 |  |  |" in text
+    assert "| **differs: dtype** | float32 | bfloat16 |  |  |" in text and "waiting for data" not in text
+    assert "\n\n1. of a file\n\n" in text
+    assert "](out.png)" in text and "](out_scores.png)" in text
+    assert (tmp_path / "out_scores.png").stat().st_size > 1000
+
+
+def test_what_evaluate_wrote_to_a_folder_of_its_own_is_read(tmp_path, monkeypatch):
+    write_evaluation(tmp_path / "run", 0.5)
+    compare(monkeypatch, tmp_path / "out", tmp_path / "run" / "evaluation")
+    assert "|  | evaluation | guessing | note |" in (tmp_path / "out.md").read_text()
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_scores_of_other_questions_are_not_in_one_row(tmp_path, monkeypatch):
+    write_evaluation(tmp_path / "a", 0.5)
+    write_evaluation(tmp_path / "b", 0.25, questions=20)
+    compare(monkeypatch, tmp_path / "out", tmp_path / "a", tmp_path / "b")
+    text = (tmp_path / "out.md").read_text()
+    assert "| arc_easy, acc (200 questions, 0 examples) | 50.00% ± 1.00% |  | 25.00% |" in text
+    assert "| arc_easy, acc (20 questions, 0 examples) |  | 25.00% ± 1.00% | 25.00% |" in text
+
+
+def test_every_model_has_its_bars(tmp_path):
+    reports = {name: write_evaluation(tmp_path / name, score) for name, score in (("a", 0.5), ("b", 0.75))}
+    reports["b"]["perplexity"] = []
+    left, right = draw_scores(reports).axes
+    assert [bar.get_height() for bar in left.patches] == [0.5, 0.75] and len(right.patches) == 1
+    assert left.patches[0].get_x() + left.patches[0].get_width() <= left.patches[1].get_x() + 1e-9
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["guessing", "a", "b"]
+
+
+def test_an_unusable_evaluation_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    runs = [write_run(tmp_path / "a", 1.0), write_run(tmp_path / "b", 1.0)]
+    write_evaluation(runs[1], 0.5)
+    for text in ("{", "{}", "[]", '{"tasks": [], "perplexity": []}'):
+        (runs[1] / "evaluation" / "evaluation.json").write_text(text)
+        with pytest.raises(InputError, match=r"is not a report of evaluate\.py .*: evaluate again, or remove it"):
+            compare(monkeypatch, tmp_path / "out", *runs)
+    assert not (tmp_path / "out.md").exists() and not (tmp_path / "out.png").exists()
 
 
 def test_unusable_runs_are_refused(tmp_path, monkeypatch):

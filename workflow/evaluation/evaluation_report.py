@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from complexity_deep.workflow.charts import subplots, write_figure
 from complexity_deep.workflow.command import whole_files
 from complexity_deep.workflow.evaluation.long_context import by_length, draw_long_context
@@ -79,39 +81,60 @@ def render_markdown(report: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict, path: Path) -> None:
-    """Bars with their standard errors and the score of guessing; accuracy on the left, perplexity on the right."""
-    panels = [kind for kind in ("tasks", "perplexity") if report[kind]]
-    widths = [1 + len(report[kind]) for kind in panels]
-    size = (2 + 0.8 * sum(widths), 4.2)
-    figure, all_axes = subplots(1, len(panels), figsize=size, width_ratios=widths, squeeze=False)
-    for axes, kind in zip(all_axes[0], panels):
-        rows = report[kind]
-        values = [row["value" if kind == "tasks" else "nll_per_token"] for row in rows]
-        errors = [row["stderr"] or 0 for row in rows]
-        names = [
-            f"{row['task']}\n{row['metric']}" if kind == "tasks" else row["corpus"].replace("/", "/\n") for row in rows
+def scores_of(report: dict, kind: str) -> dict[str, dict]:
+    """Label -> row of what is drawn: accuracies (`kind` "tasks") or nats per token (`kind` "perplexity")."""
+    if kind == "tasks":
+        return {f"{row['task']}\n{row['metric']}": row for row in report["tasks"]}
+    return {row["corpus"].replace("/", "/\n"): row for row in report["perplexity"]}
+
+
+def draw(reports: dict[str, dict]) -> Figure:
+    """Bars with their standard errors, side by side for each name of `reports`, and the score of guessing.
+
+    Accuracy is on the left, perplexity on the right. A model without a score has no bar there.
+    """
+    kinds = [kind for kind in ("tasks", "perplexity") if any(report[kind] for report in reports.values())]
+    found = {kind: {name: scores_of(report, kind) for name, report in reports.items()} for kind in kinds}
+    labels = {kind: list(dict.fromkeys(label for rows in found[kind].values() for label in rows)) for kind in kinds}
+    widths = [1 + len(labels[kind]) for kind in kinds]
+    width = 0.6 if len(reports) == 1 else 0.8 / len(reports)
+    figure, all_axes = subplots(1, len(kinds), figsize=(2 + 0.8 * sum(widths), 4.2), width_ratios=widths, squeeze=False)
+    for axes, kind in zip(all_axes[0], kinds):
+        highest = 0.0
+        for number, (name, rows) in enumerate(found[kind].items()):
+            for label, row in rows.items():
+                value, error = row["value" if kind == "tasks" else "nll_per_token"], row["stderr"] or 0
+                x = labels[kind].index(label) + (number - (len(reports) - 1) / 2) * width
+                named = None if label != next(iter(rows)) else name
+                axes.bar(x, value, width, yerr=error, capsize=4 / len(reports), color=f"C{number}", label=named)
+                # At the foot of each bar, where no line passes.
+                text = f"{value:.1%}" if kind == "tasks" else f"{value:.2f}"
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                turned = {} if len(reports) == 1 else {"rotation": 90, "fontsize": 7}
+                axes.text(x, 0.02, text, ha="center", transform=axes.get_xaxis_transform(), bbox=box, **turned)
+                highest = max(highest, value + error, row["random"])
+        guessing = [
+            next(rows[label]["random"] for rows in found[kind].values() if label in rows) for label in labels[kind]
         ]
-        axes.bar(names, values, width=0.6, yerr=errors, capsize=4)
-        for x, value in enumerate(values):  # at the foot of each bar, where no line passes
-            text = f"{value:.1%}" if kind == "tasks" else f"{value:.2f}"
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-            axes.text(x, 0.02, text, ha="center", transform=axes.get_xaxis_transform(), bbox=box)
-        guessing = [row["random"] for row in rows]
-        places = range(len(rows))
+        places = range(len(guessing))
         axes.hlines(guessing, [x - 0.4 for x in places], [x + 0.4 for x in places], "black", "dotted", label="guessing")
+        axes.set_xticks(places, labels[kind], rotation=30)
         axes.set_ylabel("accuracy" if kind == "tasks" else "nats per token")
-        axes.set_ylim(0, 1.3 * max(*guessing, *(value + error for value, error in zip(values, errors))))
-        axes.tick_params(axis="x", labelrotation=30)
-        axes.legend()
-    figure.suptitle(f"{report['model']}, lm-eval {report['harness']['version']}")
-    write_figure(figure, path)
+        axes.set_ylim(0, 1.3 * highest)
+        names = dict(zip(*reversed(axes.get_legend_handles_labels())))
+        if len(reports) == 1 or axes is not all_axes[0][0]:  # one panel tells the colours
+            names = {"guessing": names["guessing"]}
+        axes.legend(names.values(), names, ncols=min(2, len(names)))
+    versions = dict.fromkeys(report["harness"]["version"] for report in reports.values())
+    about = "Scores" if len(reports) > 1 else next(iter(reports))
+    figure.suptitle(f"{about}, lm-eval {', '.join(versions)}")
+    return figure
 
 
 def write_evaluation(report: dict, output: Path) -> None:
     """Write evaluation.png, .md and .json, and long_context.png where it was measured; they change together."""
     with whole_files(output) as folder:
-        draw(report, folder / "evaluation.png")
+        write_figure(draw({report["model"]: report}), folder / "evaluation.png")
         if report.get("long_context"):
             draw_long_context(report["long_context"], folder / "long_context.png")
         (folder / "evaluation.md").write_text(render_markdown(report))

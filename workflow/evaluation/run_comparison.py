@@ -1,4 +1,4 @@
-"""Finished runs side by side: one table and one picture of their held-out losses."""
+"""Finished runs side by side: a table and a picture of their held-out losses, and of their evaluations."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from complexity_deep.workflow.charts import subplots
 from complexity_deep.workflow.command import InputError
+from complexity_deep.workflow.evaluation.evaluation_report import table_with_notes
 from complexity_deep.workflow.evaluation.perplexity import with_error
 from complexity_deep.workflow.markdown_table import as_text, table
 
@@ -17,15 +18,68 @@ COMMON_OPTIONS = ("tokenizer", "validation_sources", "held_out_fraction", "held_
 MADE_WITH = ("device", "torch", "transformers", "commit", "date")
 
 
-def read(run: Path) -> dict:
+def read(run: Path, name: str) -> dict:
     """The summary of a run, with its curve of (step, training loss)."""
     try:
         summary = json.loads((run / "training_summary.json").read_text())
         history = json.loads((run / "trainer_state.json").read_text())["log_history"]
         summary["curve"] = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-        return {"name": run.name, **summary, "last": summary["held_out"][-1]}
+        return {"name": name, **summary, "last": summary["held_out"][-1]}
     except (OSError, ValueError, LookupError) as error:
         raise InputError(f"'{run}' is not the output folder of a finished run: {error}.") from error
+
+
+def evaluation_file(run: Path) -> Path | None:
+    """The evaluation.json that evaluate.py left in the folder of a model, or in the folder that it wrote to itself."""
+    files = [run / "evaluation" / "evaluation.json", run / "evaluation.json"]
+    return next((file for file in files if file.is_file()), None)
+
+
+def read_evaluation(file: Path) -> dict:
+    try:
+        report = json.loads(file.read_text())
+        if not score_rows({"": report}):
+            raise ValueError("it holds no scores")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"'{file}' is not a report of evaluate.py ({error}): evaluate again, or remove it.") from error
+    return report
+
+
+def score_rows(reports: dict[str, dict]) -> list[list[str]]:
+    """Rows of scores: what was measured, a cell for each report, the score of guessing, and a note on the measurement.
+
+    Scores share a row only where they were measured alike, so that what stands beside each other can be compared.
+    """
+    cells, guessing, notes = {}, {}, {}
+    for name, report in reports.items():
+        for row in report["tasks"]:
+            label = f"{row['task']}, {row['metric']} ({row['n']:,} questions, {row['num_fewshot']} examples)"
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.2%}"
+            cells.setdefault(label, {})[name] = f"{row['value']:.2%}{error}"
+            guessing[label], notes[label] = f"{row['random']:.2%}", row["note"]
+        for row in report["perplexity"]:
+            where = f"({row['documents']:,} documents, context {row['context']:,}, stride {row['stride']:,})"
+            # Nats per token compare only within one tokenizer, bits per byte across tokenizers.
+            label = f"{row['corpus']}, nats per token, of {row['tokens']:,} {where}"
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+            cells.setdefault(label, {})[name] = f"{row['nll_per_token']:.4f}{error}"
+            guessing[label], notes[label] = f"{row['random']:.4f}", row["note"]
+            label = f"{row['corpus']}, bits per byte {where}"
+            cells.setdefault(label, {})[name] = f"{row['bits_per_byte']:.4f}"
+            notes[label] = row["note"]
+    rows = []
+    for label, found in cells.items():
+        rows.append([label, *(found.get(name, "") for name in reports), guessing.get(label, ""), notes[label]])
+    for name in ("dtype", "device", "limit", "harness", "versions"):
+        values = [report.get(name) for report in reports.values()]
+        if any(value != values[0] for value in values):
+            rows.append([f"**differs: {name}**", *map(as_text, values), "", ""])
+    return rows
+
+
+def score_table(reports: dict[str, dict]) -> str:
+    """Markdown: a column for each report and one for guessing. ± is one standard error."""
+    return "\n".join(table_with_notes(["", *reports, "guessing", "note"], score_rows(reports))).rstrip()
 
 
 def comparison_table(runs: list[dict]) -> str:
@@ -46,6 +100,7 @@ def comparison_table(runs: list[dict]) -> str:
         ["peak GPU memory, GiB", *optional("peak_memory_gib", "{:.2f}".format)],
         ["seed", *(str(run["options"].get("seed", "")) for run in runs)],
     ]
+    rows = [row for row in rows if any(row[1:])]  # sft.py, say, measures no waiting for data
     shared = {}
     for name in (*COMMON, *COMMON_OPTIONS, *MADE_WITH):
         values = [run["options"].get(name) if name in COMMON_OPTIONS else run.get(name) for run in runs]
