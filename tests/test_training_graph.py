@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from accelerate.utils import compile_regions
+from datasets import Dataset
 from packaging import version
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -17,12 +18,16 @@ from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
+from trl import SFTConfig
 
 from complexity_deep import forward_graph_complexity_deep as forward_graphs
 from complexity_deep import training_graph_complexity_deep as graphs
 from complexity_deep.accelerated_complexity_deep import ACCELERATED, has_recordings
 from complexity_deep.compatibility_complexity_deep import CACHE_NAME
-from support import WIDTH, random_ids, triton_model
+from complexity_deep.workflow.training.fine_tuning import ChatTrainer
+from complexity_deep.workflow.training.training_arguments import RENAMED
+from complexity_deep.workflow.training.training_progress import TrainingProgress
+from support import WIDTH, random_ids, tiny_tokenizer, triton_model
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -159,6 +164,24 @@ def test_trainer_replays_its_steps(steps, few_kernels, way, monkeypatch, tmp_pat
     options = {"max_steps": 5, "per_device_train_batch_size": 2, "report_to": "none", "save_strategy": "no"}
     arguments = TrainingArguments(str(tmp_path), use_cpu=not CUDA, bf16="autocast" in way, **options, **compiled)
     Trainer(triton_model(), arguments, train_dataset=rows).train()
+    assert len(steps) == 1 and steps[0].replays == 3
+
+
+def test_fine_tuning_on_packed_conversations_replays_its_steps(steps, few_kernels, monkeypatch, tmp_path):
+    """Their lengths differ, and those of the rows that they are packed into."""
+    monkeypatch.setattr(forward_graphs, "CALLS_BEFORE", 2)
+    conversations = [row[: 2 + index % 5] for index, row in enumerate(random_ids(40, 6).tolist())]
+    options = {"max_steps": 5, "per_device_train_batch_size": 2, "report_to": "none", "save_strategy": "no"}
+    options |= {"packing": True, "max_length": 8, "bf16": False, "router_aux_loss_coef": 0.0}
+    options["activation_checkpointing" if RENAMED else "gradient_checkpointing"] = False
+    ChatTrainer(
+        model=triton_model(),
+        args=SFTConfig(str(tmp_path), use_cpu=not CUDA, **options),
+        train_dataset=Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in conversations]),
+        processing_class=tiny_tokenizer(),
+        settings={},
+        progress=TrainingProgress(16, 1.0, 1),
+    ).train()
     assert len(steps) == 1 and steps[0].replays == 3
 
 

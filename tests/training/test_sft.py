@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -222,38 +223,82 @@ def trainer_on(folder: Path, model_type: str, **changed: object):
     return built[0]
 
 
+def conversations_in(ids, positions, labels) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids [1, L] and labels [1, L] of each conversation in a packed row, whose tensors are [S]."""
+    begins = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+    parts = [(ids[None, begin:end], labels[None, begin:end]) for begin, end in pairwise(begins)]
+    return [part for part in parts if part[0].shape[1] > 1]  # one token is padding
+
+
 @pytest.mark.parametrize("model_type", ["complexity-deep", "llama"])
 def test_packed_conversations_do_not_see_each_other(folder, tokenizer, tmp_path, model_type):
-    trainer = trainer_on(folder, model_type, output_dir=tmp_path / "out")
+    """The loss of a batch and its gradients are those of the conversations one by one."""
+    trainer = trainer_on(folder, model_type, output_dir=tmp_path / "out", max_length=LENGTH - 1)
     expected = [expected_tokens(tokenizer, row["messages"]) for row in exchanges(60)]
-    model = trainer.model.eval()
+    model, found = trainer.model, []
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.3)  # large enough for attention to matter
-    found = []
     for batch in trainer.get_train_dataloader():
-        ids, labels = batch["input_ids"], batch["labels"]
-        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
-        assert ids.shape[0] == 1 and len(starts) > 2
-        apart = torch.zeros(ids.shape[1] - 1)  # log-probability of every token that is learned
-        for start, end in zip(starts, [*starts[1:], ids.shape[1]]):
-            learned = labels[0, start:end] != -100
-            assert torch.equal(labels[0, start:end][learned], ids[0, start:end][learned])
-            found.append((ids[0, start:end].tolist(), learned.int().tolist()))
-            with torch.no_grad():
-                log_probs = model(input_ids=ids[:, start:end]).logits[0, :-1].log_softmax(dim=-1)
-            log_probs = log_probs.gather(1, ids[0, start + 1 : end, None])[:, 0]
-            apart[start : end - 1] = log_probs.where(learned[1:], 0)
-        with torch.no_grad():
-            packed = model(**batch, fused_lm_head=True).log_probs[0]
-            loss = trainer.compute_loss(model, dict(batch))
-            del batch["position_ids"]
-            leaking = model(**batch, fused_lm_head=True).log_probs[0]
-        torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(loss, -apart.sum() / (labels != -100).sum(), rtol=1e-5, atol=1e-5)
-        assert (leaking - apart).abs().max() > 0.1, "a leak would be seen"
+        assert batch.keys() == {"input_ids", "position_ids", "labels"}
+        assert {tuple(x.shape) for x in batch.values()} == {(2, LENGTH - 1)}
+        rows = list(zip(batch["input_ids"], batch["position_ids"], batch["labels"]))
+        parts = [part for row in rows for part in conversations_in(*row)]
+        for ids, labels in parts:
+            learned = labels != -100
+            assert torch.equal(labels[learned], ids[learned]) and not learned[0, 0]
+            found.append((ids[0].tolist(), learned[0].int().tolist()))
+        number = sum((labels != -100).sum() for _, labels in parts)
+        assert number == (batch["labels"] != -100).sum() and len(parts) > len(rows)
+        model.train()
+        before = trainer._total_train_tokens
+        trainer.compute_loss(model, dict(batch))
+        assert trainer._total_train_tokens - before == sum(ids.shape[1] for ids, _ in parts)
+        model.eval()  # without dropout
+        loss = trainer.compute_loss(model, dict(batch))
+        packed = torch.autograd.grad(loss, list(model.parameters()))
+        apart = sum(model(ids, labels=labels).loss * (labels != -100).sum() for ids, labels in parts) / number
+        torch.testing.assert_close(loss, apart, rtol=1e-5, atol=1e-5)
+        for gradient, truth in zip(packed, torch.autograd.grad(apart, list(model.parameters()))):
+            assert (gradient - truth).norm() <= 1e-5 * truth.norm()
+        del batch["position_ids"]
+        assert (trainer.compute_loss(model, dict(batch)) - apart).abs() > 0.01, "a leak would be seen"
     assert sorted(found) == sorted(expected)
+    assert trainer._total_train_tokens == sum(len(ids) for ids, _ in expected)
+
+
+IN_ONE_ROW = {
+    "flash_attention_2": lambda model: setattr(model.config, "_attn_implementation", "flash_attention_2"),
+    "a kernel": lambda model: setattr(model.config, "_attn_implementation", "kernels-community/vllm-flash-attn3"),
+    "recurrence": lambda model: setattr(model.model, "_is_stateful", True),
+    "convolution": lambda model: setattr(model.model, "convolution", torch.nn.Conv1d(1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", IN_ONE_ROW)
+def test_what_tells_conversations_apart_in_one_row_only_gets_one(folder, tmp_path, monkeypatch, name):
+    load = script.load_model_to_tune
+
+    def changed(*arguments):
+        model = load(*arguments)
+        IN_ONE_ROW[name](model)
+        return model
+
+    monkeypatch.setattr(script, "load_model_to_tune", changed)
+    trainer = trainer_on(folder, "llama", output_dir=tmp_path / "out")
+    for batch in trainer.get_train_dataloader():
+        assert len(batch["input_ids"]) == 1 and "cu_seq_lens_q" in batch and "attention_mask" not in batch
+
+
+def test_held_out_scores_do_not_depend_on_packing(folder, tmp_path, monkeypatch):
+    """A batch has several conversations in each of several rows, all of them in one, or one in each row."""
+    found = [trainer_on(folder, "complexity-deep", output_dir=tmp_path / "rows").evaluate()]
+    found.append(trainer_on(folder, "complexity-deep", output_dir=tmp_path / "apart", packing="false").evaluate())
+    monkeypatch.setattr(ChatTrainer, "takes_packed_rows", lambda _: False)
+    found.append(trainer_on(folder, "complexity-deep", output_dir=tmp_path / "one row").evaluate())
+    for name in ("eval_nll_per_token", "eval_stderr", "eval_perplexity"):
+        assert [scores[name] for scores in found] == pytest.approx([found[1][name]] * 3, rel=1e-6), name
 
 
 def test_academic_recipe_on_another_architecture(folder, tmp_path):

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from complexity_deep.workflow.command import InputError, whole_folder
 from complexity_deep.workflow.data.conversations import ChatEncoder, load_conversations, shuffled_mix, split_held_out
@@ -23,16 +26,71 @@ MORE_LORA_SETTINGS = ["lora_modules_to_save", "use_rslora", "use_dora"]
 RECORDS = ["sft_data.json", "trainer_state.json", "training_summary.json", "training_summary.md", "loss_curve.png"]
 
 
+class PackedRowsCollator(DataCollatorForLanguageModeling):
+    """Stack rows of packed conversations into input_ids, position_ids and labels, each [B, S] with S always the same.
+
+    Positions tell the conversations of a row apart. Every token of padding has position 0, so that it sees nothing but
+    itself, and no conversation sees it. TRL lays the rows of a batch behind each other into one. The mask of that row
+    has B times as many elements, and its length changes from step to step, so that no step could be replayed.
+    """
+
+    def torch_call(self, examples: list[dict]) -> dict[str, Tensor]:
+        batch = super().torch_call(examples)
+        del batch["attention_mask"]  # with one, nothing looks for conversations in the positions
+        # The first token of a conversation would be predicted from the conversation before it.
+        batch["labels"][batch["position_ids"] == 0] = -100
+        return batch
+
+
+def begins_conversation(position_ids: Tensor) -> Tensor:
+    """Which tokens of packed rows [B, S] are the first of a conversation; a token of padding has position 0 as well."""
+    return (position_ids == 0) & (position_ids.roll(-1, dims=1) == 1)
+
+
 class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
     """SFTTrainer with whole checkpoints, which another run cannot take for its own."""
+
+    def __init__(self, *, args: SFTConfig, **kwargs):
+        super().__init__(args=args, **kwargs)
+        if args.packing and self.takes_packed_rows():
+            multiple = args.pad_to_multiple_of or 1
+            self.data_collator = PackedRowsCollator(  # only now, for TRL refuses one where it packs
+                pad_token_id=self.data_collator.pad_token_id,
+                return_position_ids=True,
+                pad_to_multiple_of=-(-args.max_length // multiple) * multiple,  # no row is longer
+            )
+
+    def takes_packed_rows(self) -> bool:
+        """Whether the model keeps the conversations of several rows apart by their positions.
+
+        Flash attention does so for a batch of one row. Recurrent layers and convolutions go by the lengths that TRL
+        gives for that row. The loss of a router would count padding.
+        """
+        return not (
+            is_flash_attention_requested(self.model.config)
+            or any(isinstance(x, nn.Conv1d) or getattr(x, "_is_stateful", False) for x in self.model.modules())
+            or self.aux_loss_enabled
+        )
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: export_to_hub.py writes the card, from measured files."""
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss, and for each conversation [1, N] its plain cross-entropy, in nats, and its number of tokens.
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        before = self._total_train_tokens
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.model.training and self.args.packing:
+            # TRL takes the length of a row for the number of tokens in the batch.
+            positions = inputs["position_ids"]
+            tokens = (positions > 0).sum() + begins_conversation(positions).sum()
+            self._total_train_tokens = before + self.accelerator.gather(tokens).sum().item() // self._tp_size
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return result
 
-        TRL would run the model a second time for logits.
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss, and for each conversation its plain cross-entropy, in nats, and its number of tokens, both [B, N].
+
+        N conversations are in the row that has most, in others the last have no tokens. TRL would run the model a
+        second time for logits.
         """
         inputs, seen = self._prepare_inputs(inputs), {}
 
@@ -42,17 +100,18 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
 
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(recorded, inputs)
-        nll, counted = -seen["outputs"].log_probs.float(), seen["outputs"].label_mask  # [B, S - 1], of the next token
-        conversations = torch.arange(len(nll), device=nll.device)[:, None].expand_as(nll)
-        if len(nll) == 1 and "position_ids" in inputs:  # packed: a conversation begins where positions do
-            conversations = (inputs["position_ids"] == 0).cumsum(dim=1)[:, -nll.shape[1] :] - 1
+        # Of the next token, [B, S - 1], and 0 where it is not counted.
+        nll, counted = -seen["outputs"].log_probs, seen["outputs"].label_mask
+        conversations = torch.zeros_like(counted, dtype=torch.int64)  # the number of each within its row
+        if "position_ids" in inputs:  # packed
+            conversations = begins_conversation(inputs["position_ids"]).cumsum(dim=1)[:, -nll.shape[1] :] - 1
         sums = [
-            torch.zeros(int(conversations.max()) + 1, dtype=torch.float64, device=nll.device).index_add_(
-                0, conversations[counted], values[counted].double()
+            torch.zeros(len(nll), int(conversations.max()) + 1, dtype=torch.float64, device=nll.device).scatter_add_(
+                1, conversations, values.double()
             )
             for values in (nll, counted)
         ]
-        return loss, sums[0][None], sums[1][None]
+        return loss, sums[0], sums[1]
 
     def save_extra_state(self, checkpoint: Path) -> None:
         if self.is_world_process_zero():
