@@ -387,6 +387,7 @@ BAD_OPTIONS = {
     "more weights than sources": ({"source_weights": [1, 2]}, "1 sources need as many"),
     "longer than the model": ({"max_length": 4096}, f"more than the model's {2 * LENGTH} positions"),
     "packing that leaks": ({"packing_strategy": "wrapped"}, "lets them see each other"),
+    "held-out text that leaks": ({"packing": "false", "eval_packing": "true"}, "held-out conversations see each"),
     "no model": ({"model_name_or_path": "nowhere"}, "'nowhere'"),
     "no tokenizer": ({"tokenizer": "nowhere"}, "There is no tokenizer at 'nowhere'"),
     "no folder of weights": (

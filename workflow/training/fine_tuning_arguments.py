@@ -50,6 +50,8 @@ def check_fine_tuning(script_args: FineTuningArguments, training_args: SFTConfig
         raise InputError("activation_offloading moves activations from a GPU to the CPU, and this run has no GPU.")
     if training_args.packing and training_args.packing_strategy == "wrapped":
         raise InputError("packing_strategy 'wrapped' cuts conversations, and lets them see each other: use 'bfd'.")
+    if training_args.eval_packing and not training_args.packing:  # TRL collates them as conversations of their own
+        raise InputError("eval_packing lets held-out conversations see each other: leave it out, or set packing too.")
     if Path(model_args.model_name_or_path).resolve() == Path(training_args.output_dir).resolve():
         raise InputError("output_dir is the folder of the model: name another, so that the model stays what it was.")
     if not script_args.sources:
