@@ -45,6 +45,14 @@ def read_evaluation(file: Path) -> dict:
     return report
 
 
+def joined_notes(notes: dict[str, str]) -> str:
+    """One note for all models, or each with its model: that one was fine-tuned on a benchmark is not true of the others."""
+    different = set(notes.values())
+    if len(different) == 1:
+        return different.pop()
+    return "; ".join(f"{name}: {note}" for name, note in notes.items() if note)
+
+
 def score_rows(reports: dict[str, dict]) -> list[list[str]]:
     """Rows of scores: what was measured, a cell for each report, the score of guessing, and a note on the measurement.
 
@@ -56,20 +64,23 @@ def score_rows(reports: dict[str, dict]) -> list[list[str]]:
             label = f"{row['task']}, {row['metric']} ({row['n']:,} questions, {row['num_fewshot']} examples)"
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.2%}"
             cells.setdefault(label, {})[name] = f"{row['value']:.2%}{error}"
-            guessing[label], notes[label] = f"{row['random']:.2%}", row["note"]
+            guessing[label] = f"{row['random']:.2%}"
+            notes.setdefault(label, {})[name] = row["note"]
         for row in report["perplexity"]:
             where = f"({row['documents']:,} documents, context {row['context']:,}, stride {row['stride']:,})"
             # Nats per token compare only within one tokenizer, bits per byte across tokenizers.
             label = f"{row['corpus']}, nats per token, of {row['tokens']:,} {where}"
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
             cells.setdefault(label, {})[name] = f"{row['nll_per_token']:.4f}{error}"
-            guessing[label], notes[label] = f"{row['random']:.4f}", row["note"]
+            guessing[label] = f"{row['random']:.4f}"
+            notes.setdefault(label, {})[name] = row["note"]
             label = f"{row['corpus']}, bits per byte {where}"
             cells.setdefault(label, {})[name] = f"{row['bits_per_byte']:.4f}"
-            notes[label] = row["note"]
+            notes.setdefault(label, {})[name] = row["note"]
     rows = []
     for label, found in cells.items():
-        rows.append([label, *(found.get(name, "") for name in reports), guessing.get(label, ""), notes[label]])
+        note = joined_notes(notes[label])
+        rows.append([label, *(found.get(name, "") for name in reports), guessing.get(label, ""), note])
     for name in ("dtype", "device", "limit", "harness", "versions"):
         values = [report.get(name) for report in reports.values()]
         if any(value != values[0] for value in values):
