@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from complexity_deep.scripts import compare_runs
 from complexity_deep.workflow.command import InputError
@@ -167,7 +168,33 @@ def test_every_model_has_its_bars(tmp_path):
     left, right = draw_scores(reports).axes
     assert [bar.get_height() for bar in left.patches] == [0.5, 0.75] and len(right.patches) == 1
     assert left.patches[0].get_x() + left.patches[0].get_width() <= left.patches[1].get_x() + 1e-9
-    assert [text.get_text() for text in left.get_legend().get_texts()] == ["guessing", "a", "b"]
+
+
+def test_the_legend_has_models_that_are_in_one_panel_alone_and_covers_none(tmp_path):
+    reports = {name: write_evaluation(tmp_path / name, 0.5) for name in ("a", "b")}
+    reports["b"]["tasks"] = []
+    figure = draw_scores(reports)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["guessing", "a", "b"]
+    FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+def test_the_title_is_not_cut_off(tmp_path):
+    report = write_evaluation(tmp_path / "a", 0.5)
+    report["tasks"] = []
+    figure = draw_scores({"a name of a model that is longer than its only bar": report})
+    FigureCanvasAgg(figure).draw()
+    box, whole = figure._suptitle.get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1
+
+
+def test_scores_of_other_questions_are_not_in_one_place_of_the_picture(tmp_path):
+    reports = {"a": write_evaluation(tmp_path / "a", 0.5), "b": write_evaluation(tmp_path / "b", 0.25, questions=20)}
+    left, right = draw_scores(reports).axes
+    names = ["arc_easy\nacc\n200 questions,\n0 examples", "arc_easy\nacc\n20 questions,\n0 examples"]
+    assert [label.get_text() for label in left.get_xticklabels()] == names
+    assert [label.get_text() for label in right.get_xticklabels()] == ["wikitext"]
 
 
 def test_an_unusable_evaluation_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from complexity_deep.workflow.charts import subplots, write_figure
 from complexity_deep.workflow.command import whole_files
@@ -81,11 +82,29 @@ def render_markdown(report: dict) -> str:
     return "\n".join(lines)
 
 
-def scores_of(report: dict, kind: str) -> dict[str, dict]:
-    """Label -> row of what is drawn: accuracies (`kind` "tasks") or nats per token (`kind` "perplexity")."""
+def scores_of(report: dict, kind: str) -> dict[tuple[str, str], dict]:
+    """What was measured, and how -> row of what is drawn: accuracies (`kind` "tasks") or nats per token ("perplexity").
+
+    Scores that were measured differently have different keys, so that they get places of their own.
+    """
     if kind == "tasks":
-        return {f"{row['task']}\n{row['metric']}": row for row in report["tasks"]}
-    return {row["corpus"].replace("/", "/\n"): row for row in report["perplexity"]}
+        return {
+            (f"{row['task']}\n{row['metric']}", f"{row['n']:,} questions,\n{row['num_fewshot']} examples"): row
+            for row in report["tasks"]
+        }
+    return {
+        (
+            row["corpus"].replace("/", "/\n"),
+            f"{row['tokens']:,} tokens of {row['documents']:,} documents,\n{row['context']:,} / {row['stride']:,}",
+        ): row
+        for row in report["perplexity"]
+    }
+
+
+def place_names(keys: list[tuple[str, str]]) -> list[str]:
+    """What stands below each place; how it was measured only where that tells two places apart."""
+    names = [name for name, _ in keys]
+    return [name if names.count(name) == 1 else f"{name}\n{how}" for name, how in keys]
 
 
 def draw(reports: dict[str, dict]) -> Figure:
@@ -95,39 +114,39 @@ def draw(reports: dict[str, dict]) -> Figure:
     """
     kinds = [kind for kind in ("tasks", "perplexity") if any(report[kind] for report in reports.values())]
     found = {kind: {name: scores_of(report, kind) for name, report in reports.items()} for kind in kinds}
-    labels = {kind: list(dict.fromkeys(label for rows in found[kind].values() for label in rows)) for kind in kinds}
-    widths = [1 + len(labels[kind]) for kind in kinds]
+    keys = {kind: list(dict.fromkeys(key for rows in found[kind].values() for key in rows)) for kind in kinds}
+    widths = [1 + len(keys[kind]) for kind in kinds]
     width = 0.6 if len(reports) == 1 else 0.8 / len(reports)
-    figure, all_axes = subplots(1, len(kinds), figsize=(2 + 0.8 * sum(widths), 4.2), width_ratios=widths, squeeze=False)
+    versions = dict.fromkeys(report["harness"]["version"] for report in reports.values())
+    about = f"{'Scores' if len(reports) > 1 else next(iter(reports))}, lm-eval {', '.join(versions)}"
+    size = (max(2 + 0.8 * sum(widths), 0.12 * len(about)), 4.4 + 0.1 * len(reports))  # inches
+    figure, all_axes = subplots(1, len(kinds), figsize=size, width_ratios=widths, squeeze=False)
     for axes, kind in zip(all_axes[0], kinds):
         highest = 0.0
-        for number, (name, rows) in enumerate(found[kind].items()):
-            for label, row in rows.items():
+        for number, rows in enumerate(found[kind].values()):
+            for key, row in rows.items():
                 value, error = row["value" if kind == "tasks" else "nll_per_token"], row["stderr"] or 0
-                x = labels[kind].index(label) + (number - (len(reports) - 1) / 2) * width
-                named = None if label != next(iter(rows)) else name
-                axes.bar(x, value, width, yerr=error, capsize=4 / len(reports), color=f"C{number}", label=named)
+                x = keys[kind].index(key) + (number - (len(reports) - 1) / 2) * width
+                axes.bar(x, value, width, yerr=error, capsize=4 / len(reports), color=f"C{number}")
                 # At the foot of each bar, where no line passes.
                 text = f"{value:.1%}" if kind == "tasks" else f"{value:.2f}"
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 turned = {} if len(reports) == 1 else {"rotation": 90, "fontsize": 7}
                 axes.text(x, 0.02, text, ha="center", transform=axes.get_xaxis_transform(), bbox=box, **turned)
                 highest = max(highest, value + error, row["random"])
-        guessing = [
-            next(rows[label]["random"] for rows in found[kind].values() if label in rows) for label in labels[kind]
-        ]
+        guessing = [next(rows[key]["random"] for rows in found[kind].values() if key in rows) for key in keys[kind]]
         places = range(len(guessing))
-        axes.hlines(guessing, [x - 0.4 for x in places], [x + 0.4 for x in places], "black", "dotted", label="guessing")
-        axes.set_xticks(places, labels[kind], rotation=30)
+        line = axes.hlines(guessing, [x - 0.4 for x in places], [x + 0.4 for x in places], "black", "dotted")
+        # A name ends below its place: the middle of a long one would lie below its neighbours.
+        axes.set_xticks(places, place_names(keys[kind]), rotation=30, ha="right", rotation_mode="anchor")
         axes.set_ylabel("accuracy" if kind == "tasks" else "nats per token")
-        axes.set_ylim(0, 1.3 * highest)
-        names = dict(zip(*reversed(axes.get_legend_handles_labels())))
-        if len(reports) == 1 or axes is not all_axes[0][0]:  # one panel tells the colours
-            names = {"guessing": names["guessing"]}
-        axes.legend(names.values(), names, ncols=min(2, len(names)))
-    versions = dict.fromkeys(report["harness"]["version"] for report in reports.values())
-    about = "Scores" if len(reports) > 1 else next(iter(reports))
-    figure.suptitle(f"{about}, lm-eval {', '.join(versions)}")
+        axes.set_ylim(0, 1.1 * highest)
+    # One legend below the panels, where it covers no bar, and has every model: some may be in one panel alone.
+    names = dict(zip(reports, (Patch(color=f"C{number}") for number in range(len(reports)))))
+    names = {"guessing": line, **(names if len(reports) > 1 else {})}
+    columns = max(1, min(len(names), int(size[0] / (1 + 0.09 * max(map(len, names))))))
+    figure.legend(names.values(), names, loc="outside lower center", ncols=columns)
+    figure.suptitle(about)
     return figure
 
 
