@@ -110,6 +110,38 @@ def test_standard_errors_are_shown_where_the_runs_have_them(tmp_path, monkeypatc
     text = (tmp_path / "out.md").read_text()
     assert "| held-out loss, nats per token | 1.2500 | 1.5000 ± 0.0123 |" in text
     assert "| held-out perplexity | 9.00 | 9.00 ± 0.11 |" in text
+    assert "\n\n± is one standard error" in text
+
+
+def test_a_page_without_standard_errors_does_not_explain_them(tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path / "out", write_run(tmp_path / "a", 1.0))
+    assert "±" not in (tmp_path / "out.md").read_text()
+
+
+def test_runs_without_an_evaluation_are_named(tmp_path, monkeypatch):
+    runs = [write_run(tmp_path / name, 1.0) for name in ("a", "b")]
+    write_evaluation(runs[0], 0.5)
+    compare(monkeypatch, tmp_path / "out", *runs)
+    assert "\n\nWithout an evaluation: b.\n" in (tmp_path / "out.md").read_text()
+
+
+def test_a_run_that_is_named_twice_is_refused(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", 1.0)
+    with pytest.raises(InputError, match="is named twice"):
+        compare(monkeypatch, tmp_path / "out", run, tmp_path / "other" / ".." / "run")
+
+
+def test_a_suffix_of_the_output_is_left_out(tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path / "out.md", write_run(tmp_path / "a", 1.0))
+    assert (tmp_path / "out.md").read_text().startswith("# out\n") and (tmp_path / "out.png").is_file()
+
+
+@pytest.mark.parametrize("output", (".", "", "..", "/"))
+def test_an_output_without_a_name_is_refused(tmp_path, monkeypatch, output):
+    run = write_run(tmp_path / "run", 1.0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is a folder: name a file in it"):
+        compare(monkeypatch, output, run)
 
 
 def test_the_output_is_checked_before_the_runs_are_read(tmp_path, monkeypatch):
