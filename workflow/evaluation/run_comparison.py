@@ -46,7 +46,7 @@ def read_evaluation(file: Path) -> dict:
 
 
 def joined_notes(notes: dict[str, str]) -> str:
-    """One note for all models, or each with its model: that one was fine-tuned on a benchmark is not true of the others."""
+    """One note for all models, or each with its model: one that was fine-tuned on a benchmark may be alone in that."""
     different = set(notes.values())
     if len(different) == 1:
         return different.pop()
