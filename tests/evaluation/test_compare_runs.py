@@ -185,13 +185,15 @@ def test_scores_of_other_questions_are_not_in_one_row(tmp_path, monkeypatch):
 
 def test_a_note_on_one_model_stands_with_its_name(tmp_path, monkeypatch):
     """The last model's empty note once replaced what the first one was fine-tuned on."""
-    for name, note in (("a", "fine-tuned on it"), ("b", "")):
+    for name, note in (("a", "fine-tuned on <it>"), ("b", "")):
         report = write_evaluation(tmp_path / name, 0.5)
         report["tasks"][0]["note"] = note
         (tmp_path / name / "evaluation" / "evaluation.json").write_text(json.dumps(report))
     compare(monkeypatch, tmp_path / "out", tmp_path / "a", tmp_path / "b")
     text = (tmp_path / "out.md").read_text()
-    assert "| 50.00% ± 1.00% | 50.00% ± 1.00% | 25.00% | 1 |" in text and "\n\n1. a: fine-tuned on it\n\n" in text
+    assert (
+        "| 50.00% ± 1.00% | 50.00% ± 1.00% | 25.00% | 1 |" in text and "\n\n1. a: fine-tuned on &lt;it&gt;\n\n" in text
+    )
 
 
 def test_every_model_has_its_bars(tmp_path):

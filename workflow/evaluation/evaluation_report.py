@@ -1,5 +1,6 @@
 """The files of an evaluation: numbers, tables and a chart."""
 
+import html
 import json
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def table_with_notes(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a Markdown table; the last cell of a row is a note, which becomes a number and a line below."""
     notes = list(dict.fromkeys(row[-1] for row in rows if row[-1]))
     cells = [[*row[:-1], str(1 + notes.index(row[-1])) if row[-1] else ""] for row in rows]
-    return [*table(header, cells), "", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
+    # A page would take the <unk> of a note for a tag, and show nothing in its place.
+    lines = (f"{number}. {html.escape(note, quote=False)}" for number, note in enumerate(notes, 1))
+    return [*table(header, cells), "", *lines, ""]
 
 
 def accuracy_table(rows: list[dict]) -> list[str]:
