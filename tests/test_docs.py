@@ -30,7 +30,7 @@ from served import Served
 from support import GOLDEN, REPOSITORY, run_command
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-PAGES += [REPOSITORY / "docs/evidence" / name for name in ("claims.md", "scaling.md")]
+PAGES += [REPOSITORY / "docs" / name for name in ("evidence/claims.md", "evidence/scaling.md", "example/README.md")]
 BLOCK = re.compile(r"(?:<!-- test: (run|serve) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 SCRIPT = re.compile(r"\bscripts/\w+\.py$")
