@@ -226,7 +226,7 @@ def test_the_title_is_not_cut_off(tmp_path):
 def test_scores_of_other_questions_are_not_in_one_place_of_the_picture(tmp_path):
     reports = {"a": write_evaluation(tmp_path / "a", 0.5), "b": write_evaluation(tmp_path / "b", 0.25, questions=20)}
     left, right = draw_scores(reports).axes
-    names = ["arc_easy\nacc\n200 questions,\n0 examples", "arc_easy\nacc\n20 questions,\n0 examples"]
+    names = ["arc_easy\nacc\n200 questions, 0 examples", "arc_easy\nacc\n20 questions, 0 examples"]
     assert [label.get_text() for label in left.get_xticklabels()] == names
     assert [label.get_text() for label in right.get_xticklabels()] == ["wikitext"]
 

@@ -92,16 +92,20 @@ def scores_of(report: dict, kind: str) -> dict[tuple[str, str], dict]:
     """
     if kind == "tasks":
         return {
-            (f"{row['task']}\n{row['metric']}", f"{row['n']:,} questions,\n{row['num_fewshot']} examples"): row
+            (f"{row['task']}\n{row['metric']}", f"{row['n']:,} questions, {row['num_fewshot']} examples"): row
             for row in report["tasks"]
         }
     return {
-        (
-            row["corpus"].replace("/", "/\n"),
-            f"{row['tokens']:,} tokens of {row['documents']:,} documents,\n{row['context']:,} / {row['stride']:,}",
-        ): row
+        (row["corpus"].replace("/", "/\n"), f"{row['tokens']:,} tokens, {row['context']} / {row['stride']}"): row
         for row in report["perplexity"]
     }
+
+
+def places_of(reports: list[dict[tuple[str, str], dict]]) -> list[tuple[str, str]]:
+    """Every key of `scores_of` once; those that differ only in how they were measured stand beside each other."""
+    keys = list(dict.fromkeys(key for rows in reports for key in rows))
+    names = [name for name, _ in keys]
+    return sorted(keys, key=lambda key: names.index(key[0]))
 
 
 def place_names(keys: list[tuple[str, str]]) -> list[str]:
@@ -117,7 +121,7 @@ def draw(reports: dict[str, dict]) -> Figure:
     """
     kinds = [kind for kind in ("tasks", "perplexity") if any(report[kind] for report in reports.values())]
     found = {kind: {name: scores_of(report, kind) for name, report in reports.items()} for kind in kinds}
-    keys = {kind: list(dict.fromkeys(key for rows in found[kind].values() for key in rows)) for kind in kinds}
+    keys = {kind: places_of(list(found[kind].values())) for kind in kinds}
     widths = [1 + len(keys[kind]) for kind in kinds]
     width = 0.6 if len(reports) == 1 else 0.8 / len(reports)
     versions = dict.fromkeys(report["harness"]["version"] for report in reports.values())
@@ -140,8 +144,10 @@ def draw(reports: dict[str, dict]) -> Figure:
         guessing = [next(rows[key]["random"] for rows in found[kind].values() if key in rows) for key in keys[kind]]
         places = range(len(guessing))
         line = axes.hlines(guessing, [x - 0.4 for x in places], [x + 0.4 for x in places], "black", "dotted")
-        # A name ends below its place: the middle of a long one would lie below its neighbours.
-        axes.set_xticks(places, place_names(keys[kind]), rotation=30, ha="right", rotation_mode="anchor")
+        # A name ends below its place: the middle of a long one would lie below its neighbours. Three lines are steeper.
+        shown = place_names(keys[kind])
+        turn = 30 if max(name.count("\n") for name in shown) < 2 else 50
+        axes.set_xticks(places, shown, rotation=turn, ha="right", rotation_mode="anchor")
         axes.set_ylabel("accuracy" if kind == "tasks" else "nats per token")
         axes.set_ylim(0, 1.1 * highest)
     # One legend below the panels, where it covers no bar, and has every model: some may be in one panel alone.
