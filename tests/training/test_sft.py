@@ -301,6 +301,18 @@ def test_held_out_scores_do_not_depend_on_packing(folder, tmp_path, monkeypatch)
         assert [scores[name] for scores in found] == pytest.approx([found[1][name]] * 3, rel=1e-6), name
 
 
+def test_compiled_run_reports_what_another_does(folder, finished, tmp_path):
+    """Also between evaluations."""
+    changed = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no"}
+    run_command(
+        "sft", *options(folder, output_dir=tmp_path, torch_compile="true", torch_compile_backend="eager", **changed)
+    )
+    logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (tmp_path, finished("full"))]
+    found, expected = ([entry for entry in log if "loss" in entry] for log in logs)
+    for entry, other in zip(found, expected[:2], strict=True):
+        assert entry.keys() == other.keys() and entry["num_tokens"] == other["num_tokens"]
+
+
 def test_academic_recipe_on_another_architecture(folder, tmp_path):
     rows = {name: row for name, (row, _, _) in ACADEMIC.items()} | {"SciQ": SCIQ}
     names = ["MMLU", "SciQ", "HellaSwag", "ARC", "WinoGrande", "ARC"]  # in the order of the recipe

@@ -75,6 +75,11 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
     def create_model_card(self, *args, **kwargs):
         """Nothing: export_to_hub.py writes the card, from measured files."""
 
+    def training_step(self, *args, **kwargs):
+        # TRL looks here for whether this is training. What torch.compile made of the model has a mode of its own.
+        self.model.training = True
+        return super().training_step(*args, **kwargs)
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         before = self._total_train_tokens
         result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -92,6 +97,7 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
         N conversations are in the row that has most, in others the last have no tokens. TRL would run the model a
         second time for logits.
         """
+        self.model.training = False  # as in `training_step`
         inputs, seen = self._prepare_inputs(inputs), {}
 
         def recorded(**arguments):
