@@ -28,7 +28,7 @@ from complexity_deep.workflow.training.fine_tuning import ChatTrainer
 from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
 from complexity_deep.workflow.training.training_arguments import RENAMED, RecipeParser
 from conversations import ACADEMIC, LENGTH, SCIQ, chat, chat_tokenizer, expected_tokens, write_jsonl
-from support import REPOSITORY, run_command
+from support import REPOSITORY, meeting_place, run_command
 
 pytestmark = pytest.mark.usefixtures("dataset_cache")
 
@@ -299,6 +299,42 @@ def test_held_out_scores_do_not_depend_on_packing(folder, tmp_path, monkeypatch)
     found.append(trainer_on(folder, "complexity-deep", output_dir=tmp_path / "one row").evaluate())
     for name in ("eval_nll_per_token", "eval_stderr", "eval_perplexity"):
         assert [scores[name] for scores in found] == pytest.approx([found[1][name]] * 3, rel=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def with_a_router(folder, tokenizer):
+    """A tiny model that learns to route: several packed rows become one, so that its loss counts no padding."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 2 * LENGTH, "router_aux_loss_coef": 0.01}
+    config = AutoConfig.for_model("qwen3_moe", **shape, eos_token_id=0, pad_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "qwen3_moe")
+    tokenizer.save_pretrained(folder / "qwen3_moe")
+    return folder / "qwen3_moe"
+
+
+def test_held_out_scores_of_two_processes_are_those_of_one(folder, with_a_router, tmp_path):
+    """Though rows of the first batch fill up the last one, and several packed rows have become one."""
+    one = trainer_on(folder, "qwen3_moe", output_dir=tmp_path / "one", per_device_eval_batch_size=4)
+    assert len(one.eval_dataset) % 8 and len(next(iter(one.get_eval_dataloader()))["input_ids"]) == 1
+    expected = one.evaluate()
+    listed = options(folder, model_name_or_path=with_a_router, output_dir=tmp_path / "two", learning_rate=0)
+    listed += ["--max-steps", "1", "--save-strategy", "no", "--per-device-eval-batch-size", "4"]
+    with meeting_place() as meeting:
+        shared = {**os.environ, **meeting, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "WORLD_SIZE": "2"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(REPOSITORY / "scripts" / "sft.py"), *listed],
+                env=shared | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            )
+            for rank in "01"
+        ]
+        assert [process.wait(300) for process in processes] == [0, 0]
+    log = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
+    for entry in (entry for entry in log if "eval_loss" in entry):
+        for name in ("eval_nll_per_token", "eval_stderr"):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 def test_compiled_run_reports_what_another_does(folder, finished, tmp_path):

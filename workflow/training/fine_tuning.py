@@ -59,6 +59,10 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
                 return_position_ids=True,
                 pad_to_multiple_of=-(-args.max_length // multiple) * multiple,  # no row is longer
             )
+        elif args.packing and args.world_size > 1:
+            # Rows of the first batch fill up the last one. They are left out of the scores by the number of rows that
+            # processes return, and of several rows in one nobody knows which they are.
+            args.per_device_eval_batch_size = 1
 
     def takes_packed_rows(self) -> bool:
         """Whether the model keeps the conversations of several rows apart by their positions.
