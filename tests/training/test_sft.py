@@ -337,6 +337,13 @@ def test_held_out_scores_of_two_processes_are_those_of_one(folder, with_a_router
             assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
+def test_too_few_rows_for_a_whole_batch(folder, tmp_path):
+    """Without a step, the model would be saved as it was."""
+    changed = {"dataloader_drop_last": "true", "per_device_train_batch_size": 64, "output_dir": tmp_path / "out"}
+    with pytest.raises(SystemExit, match="a batch has 64 rows, and there are"):
+        run_command("sft", *options(folder, **changed))
+
+
 def test_compiled_run_reports_what_another_does(folder, finished, tmp_path):
     """Also between evaluations."""
     changed = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no"}
@@ -436,6 +443,8 @@ BAD_OPTIONS = {
     "longer than the model": ({"max_length": 4096}, f"more than the model's {2 * LENGTH} positions"),
     "packing that leaks": ({"packing_strategy": "wrapped"}, "lets them see each other"),
     "held-out text that leaks": ({"packing": "false", "eval_packing": "true"}, "held-out conversations see each"),
+    "rows without padding or packing": ({"packing": "false", "padding_free": "true"}, "padding_free without packing"),
+    "weights rounded by an evaluation": ({"bf16_full_eval": "true"}, "round the weights themselves"),
     "no model": ({"model_name_or_path": "nowhere"}, "'nowhere'"),
     "no tokenizer": ({"tokenizer": "nowhere"}, "There is no tokenizer at 'nowhere'"),
     "no folder of weights": (

@@ -52,6 +52,12 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
 
     def __init__(self, *, args: SFTConfig, **kwargs):
         super().__init__(args=args, **kwargs)
+        rows, batch = len(self.train_dataset), args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and rows < batch:
+            raise InputError(
+                f"dataloader_drop_last leaves nothing to train on: a batch has {batch} rows, and there are {rows}. "
+                "Lower per_device_train_batch_size, or leave it out."
+            )
         if args.packing and self.takes_packed_rows():
             multiple = args.pad_to_multiple_of or 1
             self.data_collator = PackedRowsCollator(  # only now, for TRL refuses one where it packs

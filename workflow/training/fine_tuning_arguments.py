@@ -52,6 +52,10 @@ def check_fine_tuning(script_args: FineTuningArguments, training_args: SFTConfig
         raise InputError("packing_strategy 'wrapped' cuts conversations, and lets them see each other: use 'bfd'.")
     if training_args.eval_packing and not training_args.packing:  # TRL collates them as conversations of their own
         raise InputError("eval_packing lets held-out conversations see each other: leave it out, or set packing too.")
+    if training_args.padding_free and not training_args.packing:
+        raise InputError(
+            "padding_free without packing is not taken: leave it out, or set packing, which wastes little too."
+        )
     if Path(model_args.model_name_or_path).resolve() == Path(training_args.output_dir).resolve():
         raise InputError("output_dir is the folder of the model: name another, so that the model stays what it was.")
     if not script_args.sources:
