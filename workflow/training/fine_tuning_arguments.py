@@ -65,11 +65,13 @@ def check_fine_tuning(script_args: FineTuningArguments, training_args: SFTConfig
     check_training(training_args)
 
 
-def without_router_loss(training_args: SFTConfig, model: PreTrainedModel) -> None:
-    """Take TRL's auxiliary loss off a token-routed model, or raise `InputError` where somebody asked for it.
+def set_router_loss(training_args: SFTConfig, model: PreTrainedModel) -> None:
+    """Write the coefficient of a router's loss into the model's config, as TRL does, where its checkpoints have it.
 
-    Its experts are looked up, so that the loss would be a constant which trains nothing.
+    Take TRL's auxiliary loss off a token-routed model, or raise `InputError` where somebody asked for it: its experts
+    are looked up, so that the loss would be a constant which trains nothing.
     """
+    config = model.config.get_text_config()
     if model.config.model_type == "complexity-deep":
         if training_args.router_aux_loss_coef:
             raise InputError(
@@ -77,3 +79,5 @@ def without_router_loss(training_args: SFTConfig, model: PreTrainedModel) -> Non
                 "token-routed model has none: leave it out."
             )
         training_args.router_aux_loss_coef = 0.0
+    elif training_args.router_aux_loss_coef is not None and hasattr(config, "router_aux_loss_coef"):
+        config.router_aux_loss_coef = training_args.router_aux_loss_coef
