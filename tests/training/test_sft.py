@@ -88,7 +88,12 @@ def options(folder: Path, recipe: str = "sft_chat", **changed: object) -> list[s
 
 
 LORA = {"use_peft": "true", "lora_r": 4, "merge_adapter": "true"}
-RUNS = {"full": {}, "lora": LORA, "full, unpacked": {"packing": "false"}}
+RUNS = {
+    "full": {},
+    "lora": LORA,
+    "full, unpacked": {"packing": "false"},
+    "full, by length": {"packing": "false", "train_sampling_strategy": "group_by_length"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +299,8 @@ def test_what_tells_conversations_apart_in_one_row_only_gets_one(folder, tmp_pat
 def test_held_out_scores_do_not_depend_on_packing(folder, tmp_path, monkeypatch):
     """A batch has several conversations in each of several rows, all of them in one, or one in each row."""
     found = [trainer_on(folder, "complexity-deep", output_dir=tmp_path / "rows").evaluate()]
-    found.append(trainer_on(folder, "complexity-deep", output_dir=tmp_path / "apart", packing="false").evaluate())
+    apart = {"packing": "false", "batch_eval_metrics": "true"}  # the latter is of no use here, and does no harm
+    found.append(trainer_on(folder, "complexity-deep", output_dir=tmp_path / "apart", **apart).evaluate())
     monkeypatch.setattr(ChatTrainer, "takes_packed_rows", lambda _: False)
     found.append(trainer_on(folder, "complexity-deep", output_dir=tmp_path / "one row").evaluate())
     for name in ("eval_nll_per_token", "eval_stderr", "eval_perplexity"):
@@ -560,6 +566,8 @@ def test_another_run_is_refused_on_resume(folder, finished, tmp_path):
         ({"lr_scheduler_type": "linear"}, "lr_scheduler_type = cosine, but it is now linear"),
         ({"model_name_or_path": folder / "llama"}, "model_type = complexity-deep, but it is now llama"),
         ({"per_device_train_batch_size": 4}, "rows per step = 4, but it is now 8"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy = random, but it is now sequential"),
+        ({"shuffle_dataset": "true"}, "shuffle_dataset = False, but it is now True"),
     ):
         with pytest.raises(SystemExit, match=sentence):
             run_command("sft", *options(folder, output_dir=tmp_path, **changed))

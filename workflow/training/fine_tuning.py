@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.generic import is_flash_attention_requested
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -81,6 +82,15 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
             or any(isinstance(x, nn.Conv1d) or getattr(x, "_is_stateful", False) for x in self.model.modules())
             or self.aux_loss_enabled
         )
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            # Its order would follow from whatever was drawn before. A run that resumes has drawn less.
+            sampler.set_epoch = lambda epoch: setattr(
+                sampler, "generator", torch.Generator().manual_seed(self.args.seed + epoch)
+            )
+        return sampler
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: export_to_hub.py writes the card, from measured files."""
