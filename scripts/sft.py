@@ -49,7 +49,7 @@ with needs("train"):
     from complexity_deep.workflow.training.fine_tuning_arguments import (
         FineTuningArguments,
         check_fine_tuning,
-        without_router_loss,
+        set_router_loss,
     )
     from complexity_deep.workflow.training.run_identity import check_model
     from complexity_deep.workflow.training.training_arguments import RecipeParser
@@ -71,7 +71,7 @@ def main(script_args: FineTuningArguments, training_args: SFTConfig, model_args:
     tokenizer = load_chat_tokenizer(model_args, script_args, training_args)
     encoder = ChatEncoder(tokenizer)
     model = load_model_to_tune(model_args, training_args)
-    without_router_loss(training_args, model)
+    set_router_loss(training_args, model)
     if checkpoint:
         check_model(checkpoint, model.config)
     peft_config = lora_config(model_args, model)

@@ -28,7 +28,7 @@ from complexity_deep.workflow.training.fine_tuning import ChatTrainer
 from complexity_deep.workflow.training.fine_tuning_arguments import FineTuningArguments
 from complexity_deep.workflow.training.training_arguments import RENAMED, RecipeParser
 from conversations import ACADEMIC, LENGTH, SCIQ, chat, chat_tokenizer, expected_tokens, write_jsonl
-from support import REPOSITORY, run_command
+from support import REPOSITORY, meeting_place, run_command
 
 pytestmark = pytest.mark.usefixtures("dataset_cache")
 
@@ -88,7 +88,12 @@ def options(folder: Path, recipe: str = "sft_chat", **changed: object) -> list[s
 
 
 LORA = {"use_peft": "true", "lora_r": 4, "merge_adapter": "true"}
-RUNS = {"full": {}, "lora": LORA, "full, unpacked": {"packing": "false"}}
+RUNS = {
+    "full": {},
+    "lora": LORA,
+    "full, unpacked": {"packing": "false"},
+    "full, by length": {"packing": "false", "train_sampling_strategy": "group_by_length"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -294,11 +299,78 @@ def test_what_tells_conversations_apart_in_one_row_only_gets_one(folder, tmp_pat
 def test_held_out_scores_do_not_depend_on_packing(folder, tmp_path, monkeypatch):
     """A batch has several conversations in each of several rows, all of them in one, or one in each row."""
     found = [trainer_on(folder, "complexity-deep", output_dir=tmp_path / "rows").evaluate()]
-    found.append(trainer_on(folder, "complexity-deep", output_dir=tmp_path / "apart", packing="false").evaluate())
+    apart = {"packing": "false", "batch_eval_metrics": "true"}  # the latter is of no use here, and does no harm
+    found.append(trainer_on(folder, "complexity-deep", output_dir=tmp_path / "apart", **apart).evaluate())
     monkeypatch.setattr(ChatTrainer, "takes_packed_rows", lambda _: False)
     found.append(trainer_on(folder, "complexity-deep", output_dir=tmp_path / "one row").evaluate())
     for name in ("eval_nll_per_token", "eval_stderr", "eval_perplexity"):
         assert [scores[name] for scores in found] == pytest.approx([found[1][name]] * 3, rel=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def with_a_router(folder, tokenizer):
+    """A tiny model that learns to route: several packed rows become one, so that its loss counts no padding."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 2 * LENGTH, "router_aux_loss_coef": 0.01}
+    config = AutoConfig.for_model("qwen3_moe", **shape, eos_token_id=0, pad_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "qwen3_moe")
+    tokenizer.save_pretrained(folder / "qwen3_moe")
+    return folder / "qwen3_moe"
+
+
+def test_held_out_scores_of_two_processes_are_those_of_one(folder, with_a_router, tmp_path):
+    """Though rows of the first batch fill up the last one, and several packed rows have become one."""
+    one = trainer_on(folder, "qwen3_moe", output_dir=tmp_path / "one", per_device_eval_batch_size=4)
+    assert len(one.eval_dataset) % 8 and len(next(iter(one.get_eval_dataloader()))["input_ids"]) == 1
+    expected = one.evaluate()
+    listed = options(folder, model_name_or_path=with_a_router, output_dir=tmp_path / "two", learning_rate=0)
+    listed += ["--max-steps", "1", "--save-strategy", "no", "--per-device-eval-batch-size", "4"]
+    with meeting_place() as meeting:
+        shared = {**os.environ, **meeting, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "WORLD_SIZE": "2"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(REPOSITORY / "scripts" / "sft.py"), *listed],
+                env=shared | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            )
+            for rank in "01"
+        ]
+        assert [process.wait(300) for process in processes] == [0, 0]
+    log = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
+    for entry in (entry for entry in log if "eval_loss" in entry):
+        for name in ("eval_nll_per_token", "eval_stderr"):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_a_run_with_another_weight_of_the_routers_loss_is_resumed(folder, with_a_router, tmp_path):
+    changed = {"model_name_or_path": with_a_router, "router_aux_loss_coef": 0.0, "max_steps": 2, "save_steps": 1}
+    run_command("sft", *options(folder, output_dir=tmp_path, **changed))
+    for path in (tmp_path / "checkpoint-2", tmp_path / "model.safetensors"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run_command("sft", *options(folder, output_dir=tmp_path, **changed))
+    assert (tmp_path / "model.safetensors").exists()
+    with pytest.raises(SystemExit, match=r"router_aux_loss_coef = 0\.0, but it is now 0\.1"):
+        run_command("sft", *options(folder, output_dir=tmp_path, **{**changed, "router_aux_loss_coef": 0.1}))
+
+
+def test_too_few_rows_for_a_whole_batch(folder, tmp_path):
+    """Without a step, the model would be saved as it was."""
+    changed = {"dataloader_drop_last": "true", "per_device_train_batch_size": 64, "output_dir": tmp_path / "out"}
+    with pytest.raises(SystemExit, match="a batch has 64 rows, and there are"):
+        run_command("sft", *options(folder, **changed))
+
+
+def test_compiled_run_reports_what_another_does(folder, finished, tmp_path):
+    """Also between evaluations."""
+    changed = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no"}
+    run_command(
+        "sft", *options(folder, output_dir=tmp_path, torch_compile="true", torch_compile_backend="eager", **changed)
+    )
+    logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (tmp_path, finished("full"))]
+    found, expected = ([entry for entry in log if "loss" in entry] for log in logs)
+    for entry, other in zip(found, expected[:2], strict=True):
+        assert entry.keys() == other.keys() and entry["num_tokens"] == other["num_tokens"]
 
 
 def test_academic_recipe_on_another_architecture(folder, tmp_path):
@@ -388,6 +460,8 @@ BAD_OPTIONS = {
     "longer than the model": ({"max_length": 4096}, f"more than the model's {2 * LENGTH} positions"),
     "packing that leaks": ({"packing_strategy": "wrapped"}, "lets them see each other"),
     "held-out text that leaks": ({"packing": "false", "eval_packing": "true"}, "held-out conversations see each"),
+    "rows without padding or packing": ({"packing": "false", "padding_free": "true"}, "padding_free without packing"),
+    "weights rounded by an evaluation": ({"bf16_full_eval": "true"}, "round the weights themselves"),
     "no model": ({"model_name_or_path": "nowhere"}, "'nowhere'"),
     "no tokenizer": ({"tokenizer": "nowhere"}, "There is no tokenizer at 'nowhere'"),
     "no folder of weights": (
@@ -492,6 +566,8 @@ def test_another_run_is_refused_on_resume(folder, finished, tmp_path):
         ({"lr_scheduler_type": "linear"}, "lr_scheduler_type = cosine, but it is now linear"),
         ({"model_name_or_path": folder / "llama"}, "model_type = complexity-deep, but it is now llama"),
         ({"per_device_train_batch_size": 4}, "rows per step = 4, but it is now 8"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy = random, but it is now sequential"),
+        ({"shuffle_dataset": "true"}, "shuffle_dataset = False, but it is now True"),
     ):
         with pytest.raises(SystemExit, match=sentence):
             run_command("sft", *options(folder, output_dir=tmp_path, **changed))

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.generic import is_flash_attention_requested
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -52,6 +53,12 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
 
     def __init__(self, *, args: SFTConfig, **kwargs):
         super().__init__(args=args, **kwargs)
+        rows, batch = len(self.train_dataset), args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and rows < batch:
+            raise InputError(
+                f"dataloader_drop_last leaves nothing to train on: a batch has {batch} rows, and there are {rows}. "
+                "Lower per_device_train_batch_size, or leave it out."
+            )
         if args.packing and self.takes_packed_rows():
             multiple = args.pad_to_multiple_of or 1
             self.data_collator = PackedRowsCollator(  # only now, for TRL refuses one where it packs
@@ -59,6 +66,10 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
                 return_position_ids=True,
                 pad_to_multiple_of=-(-args.max_length // multiple) * multiple,  # no row is longer
             )
+        elif args.packing and args.world_size > 1:
+            # Rows of the first batch fill up the last one. They are left out of the scores by the number of rows that
+            # processes return, and of several rows in one nobody knows which they are.
+            args.per_device_eval_batch_size = 1
 
     def takes_packed_rows(self) -> bool:
         """Whether the model keeps the conversations of several rows apart by their positions.
@@ -72,8 +83,22 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
             or self.aux_loss_enabled
         )
 
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            # Its order would follow from whatever was drawn before. A run that resumes has drawn less.
+            sampler.set_epoch = lambda epoch: setattr(
+                sampler, "generator", torch.Generator().manual_seed(self.args.seed + epoch)
+            )
+        return sampler
+
     def create_model_card(self, *args, **kwargs):
         """Nothing: export_to_hub.py writes the card, from measured files."""
+
+    def training_step(self, *args, **kwargs):
+        # TRL looks here for whether this is training. What torch.compile made of the model has a mode of its own.
+        self.model.training = True
+        return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         before = self._total_train_tokens
@@ -92,6 +117,7 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
         N conversations are in the row that has most, in others the last have no tokens. TRL would run the model a
         second time for logits.
         """
+        self.model.training = False  # as in `training_step`
         inputs, seen = self._prepare_inputs(inputs), {}
 
         def recorded(**arguments):

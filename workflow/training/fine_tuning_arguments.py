@@ -52,6 +52,10 @@ def check_fine_tuning(script_args: FineTuningArguments, training_args: SFTConfig
         raise InputError("packing_strategy 'wrapped' cuts conversations, and lets them see each other: use 'bfd'.")
     if training_args.eval_packing and not training_args.packing:  # TRL collates them as conversations of their own
         raise InputError("eval_packing lets held-out conversations see each other: leave it out, or set packing too.")
+    if training_args.padding_free and not training_args.packing:
+        raise InputError(
+            "padding_free without packing is not taken: leave it out, or set packing, which wastes little too."
+        )
     if Path(model_args.model_name_or_path).resolve() == Path(training_args.output_dir).resolve():
         raise InputError("output_dir is the folder of the model: name another, so that the model stays what it was.")
     if not script_args.sources:
@@ -61,11 +65,13 @@ def check_fine_tuning(script_args: FineTuningArguments, training_args: SFTConfig
     check_training(training_args)
 
 
-def without_router_loss(training_args: SFTConfig, model: PreTrainedModel) -> None:
-    """Take TRL's auxiliary loss off a token-routed model, or raise `InputError` where somebody asked for it.
+def set_router_loss(training_args: SFTConfig, model: PreTrainedModel) -> None:
+    """Write the coefficient of a router's loss into the model's config, as TRL does, where its checkpoints have it.
 
-    Its experts are looked up, so that the loss would be a constant which trains nothing.
+    Take TRL's auxiliary loss off a token-routed model, or raise `InputError` where somebody asked for it: its experts
+    are looked up, so that the loss would be a constant which trains nothing.
     """
+    config = model.config.get_text_config()
     if model.config.model_type == "complexity-deep":
         if training_args.router_aux_loss_coef:
             raise InputError(
@@ -73,3 +79,5 @@ def without_router_loss(training_args: SFTConfig, model: PreTrainedModel) -> Non
                 "token-routed model has none: leave it out."
             )
         training_args.router_aux_loss_coef = 0.0
+    elif training_args.router_aux_loss_coef is not None and hasattr(config, "router_aux_loss_coef"):
+        config.router_aux_loss_coef = training_args.router_aux_loss_coef

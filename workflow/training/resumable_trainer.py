@@ -59,7 +59,7 @@ class ResumableTrainerMixin(AtomicCheckpointMixin):
     def __init__(self, *, model, args, settings: dict, progress: TrainingProgress, **kwargs):
         # Taken before Trainer changes the model's config.
         self.settings = {**model_settings(model), **settings, **argument_settings(args)}
-        args.eval_do_concat_batches = True  # the metrics are computed from one array
+        args.eval_do_concat_batches, args.batch_eval_metrics = True, False  # the metrics are computed from one array
         args.label_names = ["labels"]  # what the collators give; by another name there would be no held-out loss
         # Every metric here is one of loss. Trainer takes those whose name does not say so for scores.
         args.greater_is_better = False

@@ -21,12 +21,13 @@ NOT_COMPUTATION = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "output_attentions", "output_hidden_states"),
     *("output_router_logits", "id2label", "label2id", "problem_type"),
 }
-# Training arguments that change what a step does to the weights.
+# Training arguments that change what a step does to the weights, or which rows it takes.
 COMPARED_ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed"),
-    *("loss_type", "router_aux_loss_coef"),  # of TRL
+    *("train_sampling_strategy", "dataloader_drop_last"),
+    *("loss_type", "router_aux_loss_coef", "shuffle_dataset"),  # of TRL
 )
 # Schedules whose learning rate at a step does not depend on how many steps there are in all.
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")

@@ -132,6 +132,11 @@ def check_training(training_args: TrainingArguments) -> None:
             "resume_from_checkpoint is not taken: the same command goes on from the newest intact checkpoint in "
             "output_dir by itself, and another output_dir starts anew."
         )
+    if training_args.bf16_full_eval or training_args.fp16_full_eval:
+        raise InputError(
+            "bf16_full_eval and fp16_full_eval round the weights themselves at the evaluation after training, and so "
+            "the model that is saved: leave them out; bf16 and fp16 evaluate in that precision too."
+        )
     check_reports(training_args.report_to)
     check_push(training_args)
     if training_args.save_only_model and training_args.process_index == 0:
