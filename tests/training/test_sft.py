@@ -343,13 +343,17 @@ def test_held_out_scores_of_two_processes_are_those_of_one(folder, with_a_router
             assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-def test_a_run_with_another_weight_of_the_routers_loss_is_resumed(folder, with_a_router, tmp_path):
-    changed = {"model_name_or_path": with_a_router, "router_aux_loss_coef": 0.0, "max_steps": 2, "save_steps": 1}
+def test_a_model_with_a_router_is_resumed(folder, with_a_router, tmp_path):
+    """With its experts, which it saves one by one, and with another weight of the router's loss."""
+    changed = {"model_name_or_path": with_a_router, "router_aux_loss_coef": 0.0, "max_steps": 4, "save_steps": 2}
     run_command("sft", *options(folder, output_dir=tmp_path, **changed))
-    for path in (tmp_path / "checkpoint-2", tmp_path / "model.safetensors"):
+    weights = load_file(tmp_path / "model.safetensors")
+    for path in (tmp_path / "checkpoint-4", tmp_path / "model.safetensors"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run_command("sft", *options(folder, output_dir=tmp_path, **changed))
-    assert (tmp_path / "model.safetensors").exists()
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert resumed.keys() == weights.keys() and "model.layers.0.mlp.experts.1.down_proj.weight" in weights
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
     with pytest.raises(SystemExit, match=r"router_aux_loss_coef = 0\.0, but it is now 0\.1"):
         run_command("sft", *options(folder, output_dir=tmp_path, **{**changed, "router_aux_loss_coef": 0.1}))
 

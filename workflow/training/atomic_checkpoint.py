@@ -10,10 +10,12 @@ import os
 import re
 import shutil
 import zlib
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -89,6 +91,18 @@ class AtomicCheckpointMixin:
 
     def save_extra_state(self, checkpoint: Path) -> None:
         """Write what Trainer does not know of into the checkpoint; called on every process."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._checkpoint_root is None or not isinstance(model, PreTrainedModel):
+            return super()._save(output_dir, state_dict)
+        # Trainer loads a checkpoint by the names of the model's parameters, and leaves as they are those that it does
+        # not find. The library writes some models by other names, such as stacked experts as single ones.
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            return super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
 
     def _save_checkpoint(self, model, trial):
         root = Path(self._get_output_dir(trial))
