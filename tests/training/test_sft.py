@@ -291,9 +291,30 @@ def test_what_tells_conversations_apart_in_one_row_only_gets_one(folder, tmp_pat
         return model
 
     monkeypatch.setattr(script, "load_model_to_tune", changed)
+    monkeypatch.setattr(ChatTrainer, "check_packing", lambda _: None)  # there is no flash attention here
     trainer = trainer_on(folder, "llama", output_dir=tmp_path / "out")
     for batch in trainer.get_train_dataloader():
         assert len(batch["input_ids"]) == 1 and "cu_seq_lens_q" in batch and "attention_mask" not in batch
+
+
+@pytest.mark.parametrize(
+    "model_type, shape",
+    [
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),  # takes no heed of positions that begin again
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),  # needs a package for that
+    ],
+)
+def test_models_whose_packed_conversations_see_each_other_are_refused(folder, tokenizer, tmp_path, model_type, shape):
+    shape |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 2 * LENGTH, "eos_token_id": 0, "pad_token_id": 1}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    changed = {"model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "out", "max_steps": 1}
+    with pytest.raises(SystemExit) as stop:
+        run_command("sft", *options(folder, **changed))
+    assert "set packing to false" in stop.value.code and len(stop.value.code.splitlines()) == 1
+    assert not list((tmp_path / "out").glob("*"))
+    run_command("sft", *options(folder, **changed, packing="false"))
 
 
 def test_held_out_scores_do_not_depend_on_packing(folder, tmp_path, monkeypatch):

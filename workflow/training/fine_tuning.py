@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from complexity_deep.workflow.command import InputError, whole_folder
+from complexity_deep.workflow.command import InputError, first_line, whole_folder
 from complexity_deep.workflow.data.conversations import ChatEncoder, load_conversations, shuffled_mix, split_held_out
 from complexity_deep.workflow.data.sources import check_weights
 from complexity_deep.workflow.saved_model import check_vocabulary, why_not
@@ -70,6 +72,9 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
             # Rows of the first batch fill up the last one. They are left out of the scores by the number of rows that
             # processes return, and of several rows in one nobody knows which they are.
             args.per_device_eval_batch_size = 1
+        # Where weights are divided among processes, they are not here yet.
+        if args.packing and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.check_packing()
 
     def takes_packed_rows(self) -> bool:
         """Whether the model keeps the conversations of several rows apart by their positions.
@@ -82,6 +87,33 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
             or any(isinstance(x, nn.Conv1d) or getattr(x, "_is_stateful", False) for x in self.model.modules())
             or self.aux_loss_enabled
         )
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Raise `InputError` where a conversation sees the one before it in its row, as in models without positions.
+
+        The logits of a conversation must stay what they are when the one before it becomes another.
+        """
+        collate = replace(self.data_collator, pad_to_multiple_of=None)
+        ids = [number % self.model.config.get_text_config().vocab_size for number in range(40, 56)]
+        weights, found = self.model.get_input_embeddings().weight, []
+        flash = is_flash_attention_requested(self.model.config)  # computes in half precision alone
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for first in (ids[:8], ids[7::-1]):  # as many tokens for each expert, if those are routed by id
+                row = {"input_ids": first + ids[8:], "labels": first + ids[8:], "seq_lengths": [8, 8]}
+                batch = {name: x for name, x in collate([row]).items() if name != "labels"}
+                batch = {name: x.to(weights.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+                with self.compute_loss_context_manager() if flash else nullcontext():
+                    found.append(self.model(**batch, use_cache=False).logits[0, 8:16].float())
+        except Exception as error:  # models refuse packed rows, or what comes with them, by classes of their own
+            raise InputError(f"This model takes no packed rows ({first_line(error)}): set packing to false.") from error
+        finally:
+            self.model.train(was_training)
+        tolerance = 1e-4 if weights.dtype == torch.float32 and not flash else 1e-2
+        if (found[1] - found[0]).abs().max() > tolerance * found[0].abs().max():
+            raise InputError("In this model, packed conversations see each other: set packing to false.")
 
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
