@@ -72,8 +72,9 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
             # Rows of the first batch fill up the last one. They are left out of the scores by the number of rows that
             # processes return, and of several rows in one nobody knows which they are.
             args.per_device_eval_batch_size = 1
-        # Where weights are divided among processes, they are not here yet.
-        if args.packing and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        # Where weights are divided among processes, they are not here yet. Of ours it is known.
+        is_divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if args.packing and not is_divided and self.model.config.model_type != "complexity-deep":
             self.check_packing()
 
     def takes_packed_rows(self) -> bool:
