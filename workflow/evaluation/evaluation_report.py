@@ -144,7 +144,8 @@ def draw(reports: dict[str, dict]) -> Figure:
         guessing = [next(rows[key]["random"] for rows in found[kind].values() if key in rows) for key in keys[kind]]
         places = range(len(guessing))
         line = axes.hlines(guessing, [x - 0.4 for x in places], [x + 0.4 for x in places], "black", "dotted")
-        # A name ends below its place: the middle of a long one would lie below its neighbours. Three lines are steeper.
+        # A name ends below its place, for the middle of a long one would lie below its neighbours. Names of three lines
+        # are turned further, so that they do not overlap.
         shown = place_names(keys[kind])
         turn = 30 if max(name.count("\n") for name in shown) < 2 else 50
         axes.set_xticks(places, shown, rotation=turn, ha="right", rotation_mode="anchor")

@@ -63,16 +63,18 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
             )
         if args.packing and self.takes_packed_rows():
             multiple = args.pad_to_multiple_of or 1
-            self.data_collator = PackedRowsCollator(  # only now, for TRL refuses one where it packs
+            # Set after TRL's own, for TRL refuses to be given a collator where it packs.
+            self.data_collator = PackedRowsCollator(
                 pad_token_id=self.data_collator.pad_token_id,
                 return_position_ids=True,
                 pad_to_multiple_of=-(-args.max_length // multiple) * multiple,  # no row is longer
             )
         elif args.packing and args.world_size > 1:
-            # Rows of the first batch fill up the last one. They are left out of the scores by the number of rows that
-            # processes return, and of several rows in one nobody knows which they are.
+            # Rows of the first batch fill up the last one. They are left out of the scores by counting rows, which
+            # cannot be done where several rows have become one.
             args.per_device_eval_batch_size = 1
-        # Where weights are divided among processes, they are not here yet. Of ours it is known.
+        # Weights that are divided among processes are not here yet, so that nothing can be tried. Our own models keep
+        # conversations apart, as the tests show.
         is_divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if args.packing and not is_divided and self.model.config.model_type != "complexity-deep":
             self.check_packing()
@@ -102,7 +104,8 @@ class ChatTrainer(ResumableTrainerMixin, SFTTrainer):
         was_training = self.model.training
         self.model.eval()
         try:
-            for first in (ids[:8], ids[7::-1]):  # as many tokens for each expert, if those are routed by id
+            # The same tokens in another order, so that experts that are chosen by a token's id get as many of them.
+            for first in (ids[:8], ids[7::-1]):
                 row = {"input_ids": first + ids[8:], "labels": first + ids[8:], "seq_lengths": [8, 8]}
                 batch = {name: x for name, x in collate([row]).items() if name != "labels"}
                 batch = {name: x.to(weights.device) if isinstance(x, Tensor) else x for name, x in batch.items()}

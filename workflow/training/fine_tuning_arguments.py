@@ -66,10 +66,11 @@ def check_fine_tuning(script_args: FineTuningArguments, training_args: SFTConfig
 
 
 def set_router_loss(training_args: SFTConfig, model: PreTrainedModel) -> None:
-    """Write the coefficient of a router's loss into the model's config, as TRL does, where its checkpoints have it.
+    """Write the coefficient of a router's loss into the model's config, as TRL does later.
 
-    Take TRL's auxiliary loss off a token-routed model, or raise `InputError` where somebody asked for it: its experts
-    are looked up, so that the loss would be a constant which trains nothing.
+    A checkpoint has it there, and the config of a run that resumes is compared with the checkpoint's before TRL writes.
+    TRL's auxiliary loss is taken off a token-routed model, or `InputError` raised where somebody asked for it: its
+    experts are looked up, so that the loss would be a constant which trains nothing.
     """
     config = model.config.get_text_config()
     if model.config.model_type == "complexity-deep":
